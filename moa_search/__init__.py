@@ -1,0 +1,63 @@
+"""Find how far each attention head has to look, and run the model with a KV cache that keeps only that.
+
+Names are imported on first use, so that ``import moa_search`` and ``--help`` load neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moa_search.version import __version__
+
+if TYPE_CHECKING:
+    from moa_search.api import evaluate_model, profile_model, search_front, search_plan
+    from moa_search.errors import MoAError
+    from moa_search.formats import ModelSignature, Plan, Profile
+    from moa_search.models import load_model
+    from moa_search.runtime import MoACache, apply_plan, remove_plan
+    from moa_search.spans import SpanRule
+
+_HOMES = {
+    "MoACache": "moa_search.runtime",
+    "MoAError": "moa_search.errors",
+    "ModelSignature": "moa_search.formats",
+    "Plan": "moa_search.formats",
+    "Profile": "moa_search.formats",
+    "SpanRule": "moa_search.spans",
+    "apply_plan": "moa_search.runtime",
+    "evaluate_model": "moa_search.api",
+    "load_model": "moa_search.models",
+    "profile_model": "moa_search.api",
+    "remove_plan": "moa_search.runtime",
+    "search_front": "moa_search.api",
+    "search_plan": "moa_search.api",
+}
+
+__all__ = [
+    "MoACache",
+    "MoAError",
+    "ModelSignature",
+    "Plan",
+    "Profile",
+    "SpanRule",
+    "__version__",
+    "apply_plan",
+    "evaluate_model",
+    "load_model",
+    "profile_model",
+    "remove_plan",
+    "search_front",
+    "search_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,257 @@
+"""Plan files: one span rule per layer and KV head, as small diffable JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moa_search import spans
+from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
+from moa_search.formats.files import atomic_write, canonical_json, describe_invalid, sha256_of
+from moa_search.formats.signature import ModelSignature
+from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SpanRule
+from moa_search.version import __version__
+
+__all__ = ["PLAN_SCHEMA", "Budget", "DensePattern", "LengthMetrics", "Plan", "Provenance", "SpanPattern"]
+
+PLAN_SCHEMA = "moa-plan/1"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SpanPattern(_Strict):
+    """``span(n) = alpha + floor(beta_256 / 256 * n)``, clamped as in `moa_search.spans`."""
+
+    kind: Literal["span"] = "span"
+    alpha: int = Field(ge=-(2**31), lt=2**31, description="constant part in tokens, may be negative")
+    beta_256: int = Field(ge=0, le=BETA_ONE, description="growth per context token in 1/256")
+
+    @property
+    def rule(self) -> SpanRule:
+        """The rule that this pattern stands for."""
+        return SpanRule(self.alpha, self.beta_256)
+
+
+class DensePattern(_Strict):
+    """Every key is kept."""
+
+    kind: Literal["dense"] = "dense"
+
+    @property
+    def rule(self) -> SpanRule:
+        """The rule that this pattern stands for."""
+        return DENSE
+
+
+Pattern = Annotated[SpanPattern | DensePattern, Field(discriminator="kind")]
+
+
+class Budget(_Strict):
+    """An upper bound on the plan's density at one length."""
+
+    length: int = Field(ge=1, description="tokens")
+    density: float = Field(gt=0, le=1)
+
+
+class Provenance(_Strict):
+    """How a plan came about: enough to make it again."""
+
+    searcher: str
+    profile: str | None = Field(default=None, description="checksum of the profile file")
+    criterion: str | None = None
+    budgets: tuple[Budget, ...] = ()
+    length_weights: dict[str, float] = Field(default_factory=dict, description="weight of each length's loss")
+    objective: float | None = Field(default=None, description="weighted loss of this plan")
+    dual_bound: float | None = Field(default=None, description="proven lower bound of the weighted loss")
+    gap: float | None = Field(default=None, description="(objective - dual bound) / objective")
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class LengthMetrics(_Strict):
+    """What a plan costs at one length."""
+
+    length: int = Field(ge=1, description="tokens")
+    density: float = Field(description="share of the dense KV cache kept")
+    attention_density: float = Field(description="share of causal pairs computed in a prefill")
+    loss: float | None = Field(default=None, description="predicted loss, in the criterion's unit")
+    loss_error: float | None = Field(default=None, description="standard error of that loss")
+
+
+class Plan(_Strict):
+    """For every layer and KV head, a span rule, with the model it was made for.
+
+    Attributes:
+        schema_: Schema of the file, ``moa-plan/1``.
+        library_version: Version of moa-search that wrote it.
+        model: Signature of the model.
+        sink: First tokens that are always attended.
+        block: Tokens added to ``sink`` to give the smallest span.
+        anchor: ``position`` evaluates a rule at every query's own position; ``prompt`` once, at the total
+            length (MoA's released plans).
+        patterns: ``[layer][kv_head]``.
+        provenance: How it was found.
+        predicted: Densities and predicted losses per length.
+    """
+
+    schema_: Literal["moa-plan/1"] = Field(default=PLAN_SCHEMA, alias="schema")
+    library_version: str = __version__
+    model: ModelSignature
+    sink: int = Field(default=BLOCK_TOKENS, ge=0, le=2**20)
+    block: int = Field(default=BLOCK_TOKENS, ge=1, le=2**20)
+    anchor: Literal["position", "prompt"] = "position"
+    patterns: tuple[tuple[Pattern, ...], ...]
+    provenance: Provenance | None = None
+    predicted: tuple[LengthMetrics, ...] = ()
+
+    @model_validator(mode="after")
+    def _shape_matches_model(self) -> Plan:
+        if len(self.patterns) != self.model.num_hidden_layers:
+            raise ValueError(f"{len(self.patterns)} layers of patterns, the model has {self.model.num_hidden_layers}")
+        for layer, heads in enumerate(self.patterns):
+            if len(heads) != self.model.num_key_value_heads:
+                raise ValueError(
+                    f"layer {layer} has {len(heads)} patterns, the model {self.model.num_key_value_heads} KV heads"
+                )
+        return self
+
+    @classmethod
+    def from_rules(cls, rules: list[list[SpanRule]], model: ModelSignature, **fields: Any) -> Plan:
+        """A plan from rules ``[layer][kv_head]``; ``fields`` are the remaining attributes."""
+        patterns = tuple(
+            tuple(
+                DensePattern() if rule.is_dense else SpanPattern(alpha=rule.alpha, beta_256=rule.beta_256)
+                for rule in layer
+            )
+            for layer in rules
+        )
+        return cls(model=model, patterns=patterns, **fields)
+
+    @classmethod
+    def uniform(cls, rule: SpanRule, model: ModelSignature, **fields: Any) -> Plan:
+        """A plan that gives every head the same rule."""
+        rules = [[rule] * model.num_key_value_heads for _ in range(model.num_hidden_layers)]
+        return cls.from_rules(rules, model, **fields)
+
+    @property
+    def rules(self) -> list[list[SpanRule]]:
+        """Rules ``[layer][kv_head]``."""
+        return [[pattern.rule for pattern in layer] for layer in self.patterns]
+
+    @property
+    def min_span(self) -> int:
+        """Smallest span in tokens."""
+        return self.sink + self.block
+
+    def spans(self, length: int) -> list[list[int]]:
+        """Keys kept per ``[layer][kv_head]`` at a context of ``length`` tokens."""
+        return [[spans.span(length, rule, self.min_span) for rule in layer] for layer in self.rules]
+
+    def density(self, length: int) -> float:
+        """Share of the dense KV cache that is kept at ``length`` tokens."""
+        return spans.density(self._flat_rules(), length, self.min_span)
+
+    def attention_density(self, length: int) -> float:
+        """Share of causal query-key pairs computed in a prefill of ``length`` tokens."""
+        return spans.attention_density(self._flat_rules(), length, self.min_span)
+
+    def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
+        """Bytes of keys and values kept at ``length`` tokens, cache granularity aside."""
+        tokens = sum(map(sum, self.spans(length)))
+        return 2 * tokens * self.model.head_dim * bytes_per_element * batch
+
+    def anchored_at(self, length: int) -> Plan:
+        """The same plan with every rule fixed at its span for ``length`` tokens, anchored at positions."""
+        fixed = [[SpanRule(tokens, 0) for tokens in layer] for layer in self.spans(length)]
+        patterns = Plan.from_rules(fixed, self.model).patterns
+        return self.model_copy(update={"anchor": "position", "patterns": patterns, "predicted": ()})
+
+    @property
+    def checksum(self) -> str:
+        """Hash of everything in the plan."""
+        return sha256_of(canonical_json(self.model_dump(mode="json", by_alias=True)))
+
+    def dumps(self) -> str:
+        """The file's text: stable key order, one line per layer."""
+        content = self.model_dump(mode="json", by_alias=True, exclude={"patterns"})
+        lines = [json.dumps([_compact(pattern) for pattern in layer]) for layer in self.patterns]
+        body = ",\n    ".join(lines)
+        head = json.dumps({**content, "patterns": "@", "checksum": self.checksum}, indent=2, allow_nan=False)
+        return head.replace('"@"', f"[\n    {body}\n  ]") + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan atomically."""
+        with atomic_write(path) as file:
+            file.write(self.dumps().encode())
+
+    @classmethod
+    def loads(cls, text: str | bytes, source: str = "plan") -> Plan:
+        """Read a plan from JSON text; ``source`` names it in errors.
+
+        Raises:
+            PlanVersionError: The schema is of another version.
+            PlanFormatError: The text is no valid plan.
+        """
+        try:
+            content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({error})") from None
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if not isinstance(schema, str) or not schema.startswith("moa-plan/"):
+            raise PlanFormatError(f"{source}: not a moa-search plan (no \"schema\": \"{PLAN_SCHEMA}\")")
+        if schema != PLAN_SCHEMA:
+            raise PlanVersionError(f"{source}: schema {schema} is unknown to moa-search {__version__}; upgrade it")
+        checksum = content.pop("checksum", None)
+        try:
+            plan = cls.model_validate(content, strict=False)
+        except ValidationError as error:
+            raise PlanFormatError(f"{source}: {describe_invalid(error, _keys(cls))}") from None
+        if checksum is not None and checksum != plan.checksum:
+            raise PlanFormatError(
+                f"{source}: its content doesn't match its checksum; restore the file, "
+                'or remove the "checksum" line if you changed it on purpose'
+            )
+        return plan
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            ConfigError: There is no such file.
+            PlanVersionError: The schema is of another version.
+            PlanFormatError: The file is no valid plan.
+        """
+        try:
+            return cls.loads(Path(path).read_bytes(), source=str(path))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror or error}") from None
+
+    def _flat_rules(self) -> list[SpanRule]:
+        return [rule for layer in self.rules for rule in layer]
+
+
+def _compact(pattern: SpanPattern | DensePattern) -> dict[str, Any]:
+    return pattern.model_dump(mode="json")
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return content
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    """Every key that may appear somewhere in the file."""
+    kinds = (model, ModelSignature, Provenance, Budget, LengthMetrics, SpanPattern)
+    return {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}

@@ -1,0 +1,108 @@
+"""What a plan or profile remembers of the model it was made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from moa_search.errors import ModelMismatchError, ModelUnsupportedError
+
+__all__ = ["ModelSignature"]
+
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+OTHER_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "num_local_experts",
+    "num_experts",
+)
+
+
+class ModelSignature(BaseModel):
+    """The configuration fields that decide whether a plan fits a model.
+
+    Attributes:
+        architecture: ``model_type`` of the transformers configuration.
+        num_hidden_layers: Decoder layers.
+        num_attention_heads: Query heads per layer.
+        num_key_value_heads: KV heads per layer; consecutive query heads share one.
+        head_dim: Width of one head.
+        rope: Rotary embedding settings, as in the configuration.
+        config: Further fields that change the network (widths, context, native sliding windows).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    rope: dict[str, JsonValue] = Field(default_factory=dict)
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @classmethod
+    def of(cls, config: Any) -> ModelSignature:
+        """The signature of a transformers configuration (its text decoder, where it nests several).
+
+        Raises:
+            ModelUnsupportedError: The configuration names no layers or attention heads.
+        """
+        text = config.get_text_config(decoder=True)
+        heads = getattr(text, "num_attention_heads", None)
+        layers = getattr(text, "num_hidden_layers", None)
+        if not isinstance(heads, int) or not isinstance(layers, int):
+            kind = getattr(config, "model_type", type(config).__name__)
+            raise ModelUnsupportedError(f"{kind}: its configuration names no attention heads or layers")
+        return cls(
+            architecture=text.model_type,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            rope={key: _plain(getattr(text, key, None)) for key in ROPE_KEYS if getattr(text, key, None)},
+            config={key: _plain(getattr(text, key)) for key in OTHER_KEYS if getattr(text, key, None) is not None},
+        )
+
+    def differences(self, other: ModelSignature) -> list[str]:
+        """The fields in which ``other`` differs, each as ``name: mine != theirs``."""
+        mine, theirs = self._flat(), other._flat()
+        return [
+            f"{key}: {mine.get(key)} != {theirs.get(key)}"
+            for key in [*mine, *(k for k in theirs if k not in mine)]
+            if mine.get(key) != theirs.get(key)
+        ]
+
+    def require(self, model: ModelSignature, what: str) -> None:
+        """Check that ``what``, which carries this signature, fits ``model``.
+
+        Raises:
+            ModelMismatchError: It doesn't; the message names the fields that differ.
+        """
+        differing = self.differences(model)
+        if differing:
+            raise ModelMismatchError(f"{what} was made for another model: {'; '.join(differing)}")
+
+    def _flat(self) -> dict[str, JsonValue]:
+        fields = self.model_dump(mode="json")
+        nested = {f"{part}.{key}": value for part in ("rope", "config") for key, value in fields.pop(part).items()}
+        return fields | nested
+
+
+def _plain(value: Any) -> JsonValue:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in sorted(value.items(), key=lambda item: str(item[0]))}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
