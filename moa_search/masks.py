@@ -19,8 +19,8 @@ __all__ = ["head_masks", "span_mask"]
 def span_mask(rule: SpanRule, length: int, *, sink: int, min_span: int) -> npt.NDArray[np.bool_]:
     """Which key each query attends under one rule.
 
-    A query at 0-based position i attends key j iff ``j <= i`` and (``j < sink`` or ``j > i - window(i + 1)``),
-    where ``window(n) = span(n) - sink``.
+    A query at 0-based position i attends key j iff ``j <= i`` and (``j < sink`` or
+    ``j > i - window(i + 1)``), where ``window(n) = span(n) - sink``.
 
     Returns:
         ``[query, key]``, True where attended.

@@ -6,16 +6,30 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from moa_search.errors import ConfigError
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["atomic_write", "canonical_json", "describe_invalid", "nearest", "sha256_of"]
+__all__ = [
+    "atomic_write",
+    "canonical_json",
+    "describe_invalid",
+    "nearest",
+    "one_line",
+    "parse_json",
+    "sha256_of",
+]
+
+MESSAGE_CHARACTERS = 300
+"""Longest text quoted from a file in an error."""
 
 
 @contextlib.contextmanager
@@ -24,11 +38,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Missing parent folders are made. An exception, ``KeyboardInterrupt`` included, leaves an older file as it
     was and removes the temporary one.
+
+    Raises:
+        ConfigError: The file can't be written there.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    temporary = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -37,15 +55,32 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise ConfigError(f"{path}: can't be written ({error.strerror or error})") from error
         raise
 
 
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text in which every key is unique and every number finite.
+
+    Raises:
+        ValueError: It isn't such a text; the message says what is wrong and where.
+    """
+    try:
+        return json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def sha256_of(*parts: bytes) -> str:
@@ -59,8 +94,14 @@ def sha256_of(*parts: bytes) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A `` (did you mean 'x'?)`` for the known word nearest to ``word``, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, sorted(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def one_line(text: object) -> str:
+    """``text`` on one line that any terminal can print, cut to a readable length."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return escaped if len(escaped) <= MESSAGE_CHARACTERS else f"{escaped[:MESSAGE_CHARACTERS]}..."
 
 
 def describe_invalid(error: ValidationError, known_keys: Iterable[str] = ()) -> str:
@@ -71,4 +112,24 @@ def describe_invalid(error: ValidationError, known_keys: Iterable[str] = ()) -> 
     if first["type"] == "extra_forbidden":
         what = f"unknown key{nearest(str(first['loc'][-1]), known_keys)}"
     more = error.error_count() - 1
-    return f"{where}: {what}" + (f" (and {more} more)" if more else "")
+    return f"{one_line(where)}: {one_line(what)}" + (f" (and {more} more)" if more else "")
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(literal: str) -> float:
+    value = float(literal)
+    if not math.isfinite(value):
+        raise ValueError(f"{one_line(literal)} is too large a number")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key '{one_line(key)}' stands twice in one object")
+        content[key] = value
+    return content

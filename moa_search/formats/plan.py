@@ -5,20 +5,36 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moa_search import spans
 from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
-from moa_search.formats.files import atomic_write, canonical_json, describe_invalid, sha256_of
+from moa_search.formats.files import (
+    atomic_write,
+    canonical_json,
+    describe_invalid,
+    one_line,
+    parse_json,
+    sha256_of,
+)
 from moa_search.formats.signature import ModelSignature
 from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SpanRule
 from moa_search.version import __version__
 
-__all__ = ["PLAN_SCHEMA", "Budget", "DensePattern", "LengthMetrics", "Plan", "Provenance", "SpanPattern"]
+__all__ = [
+    "PLAN_SCHEMA",
+    "Budget",
+    "DensePattern",
+    "LengthMetrics",
+    "Plan",
+    "Provenance",
+    "SpanPattern",
+    "plan_json_schema",
+]
 
-PLAN_SCHEMA = "moa-plan/1"
+PLAN_SCHEMA: Final = "moa-plan/1"
 
 
 class _Strict(BaseModel):
@@ -112,11 +128,14 @@ class Plan(_Strict):
     @model_validator(mode="after")
     def _shape_matches_model(self) -> Plan:
         if len(self.patterns) != self.model.num_hidden_layers:
-            raise ValueError(f"{len(self.patterns)} layers of patterns, the model has {self.model.num_hidden_layers}")
+            raise ValueError(
+                f"patterns of {len(self.patterns)} layers, the model has {self.model.num_hidden_layers}"
+            )
         for layer, heads in enumerate(self.patterns):
             if len(heads) != self.model.num_key_value_heads:
                 raise ValueError(
-                    f"layer {layer} has {len(heads)} patterns, the model {self.model.num_key_value_heads} KV heads"
+                    f"layer {layer} has {len(heads)} patterns, "
+                    f"the model has {self.model.num_key_value_heads} KV heads"
                 )
         return self
 
@@ -158,7 +177,8 @@ class Plan(_Strict):
 
     def attention_density(self, length: int) -> float:
         """Share of causal query-key pairs computed in a prefill of ``length`` tokens."""
-        return spans.attention_density(self._flat_rules(), length, self.min_span)
+        plan = self.anchored_at(length) if self.anchor == "prompt" else self
+        return spans.attention_density(plan._flat_rules(), length, self.min_span)
 
     def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
         """Bytes of keys and values kept at ``length`` tokens, cache granularity aside."""
@@ -173,16 +193,17 @@ class Plan(_Strict):
 
     @property
     def checksum(self) -> str:
-        """Hash of everything in the plan."""
-        return sha256_of(canonical_json(self.model_dump(mode="json", by_alias=True)))
+        """Hash of everything in the plan; two plans with one checksum are the same."""
+        return _checksum(self._content())
 
     def dumps(self) -> str:
         """The file's text: stable key order, one line per layer."""
-        content = self.model_dump(mode="json", by_alias=True, exclude={"patterns"})
-        lines = [json.dumps([_compact(pattern) for pattern in layer]) for layer in self.patterns]
+        content = self._content()
+        lines = [json.dumps(layer) for layer in content.pop("patterns")]
         body = ",\n    ".join(lines)
-        head = json.dumps({**content, "patterns": "@", "checksum": self.checksum}, indent=2, allow_nan=False)
-        return head.replace('"@"', f"[\n    {body}\n  ]") + "\n"
+        text = json.dumps({**content, "patterns": [], "checksum": self.checksum}, indent=2, allow_nan=False)
+        # Strings hold no raw line breaks, so this can only be the key at the top level.
+        return text.replace('\n  "patterns": []', f'\n  "patterns": [\n    {body}\n  ]') + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan atomically."""
@@ -198,20 +219,26 @@ class Plan(_Strict):
             PlanFormatError: The text is no valid plan.
         """
         try:
-            content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({error})") from None
+            content = parse_json(text)
+        except ValueError as error:
+            raise PlanFormatError(
+                f"{source}: not a JSON file, or a truncated one ({one_line(error)})"
+            ) from None
         schema = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(schema, str) or not schema.startswith("moa-plan/"):
-            raise PlanFormatError(f"{source}: not a moa-search plan (no \"schema\": \"{PLAN_SCHEMA}\")")
+            raise PlanFormatError(f'{source}: not a moa-search plan (no "schema": "{PLAN_SCHEMA}")')
         if schema != PLAN_SCHEMA:
-            raise PlanVersionError(f"{source}: schema {schema} is unknown to moa-search {__version__}; upgrade it")
+            raise PlanVersionError(
+                f"{source}: schema {one_line(schema)} is unknown to moa-search {__version__}; upgrade it"
+            )
         checksum = content.pop("checksum", None)
         try:
-            plan = cls.model_validate(content, strict=False)
+            plan = cls.model_validate_json(json.dumps(content), strict=True)
         except ValidationError as error:
-            raise PlanFormatError(f"{source}: {describe_invalid(error, _keys(cls))}") from None
-        if checksum is not None and checksum != plan.checksum:
+            raise PlanFormatError(f"{source}: {describe_invalid(error, _keys())}") from None
+        except RecursionError:
+            raise PlanFormatError(f"{source}: nested too deeply for a plan") from None
+        if checksum is not None and checksum != _checksum(content):
             raise PlanFormatError(
                 f"{source}: its content doesn't match its checksum; restore the file, "
                 'or remove the "checksum" line if you changed it on purpose'
@@ -235,23 +262,35 @@ class Plan(_Strict):
     def _flat_rules(self) -> list[SpanRule]:
         return [rule for layer in self.rules for rule in layer]
 
-
-def _compact(pattern: SpanPattern | DensePattern) -> dict[str, Any]:
-    return pattern.model_dump(mode="json")
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+    def _content(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return content
+def plan_json_schema() -> dict[str, Any]:
+    """The JSON Schema of a plan file, for editors and other languages (``docs/plan.schema.json``).
+
+    It can't say that ``patterns`` is as large as ``model`` demands, nor what ``checksum`` must be.
+    """
+    schema = Plan.model_json_schema(by_alias=True)
+    del schema["properties"]["library_version"]["default"]
+    schema["properties"]["checksum"] = {
+        "title": "Checksum",
+        "description": "hash of everything else, checked where present",
+        "anyOf": [{"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}, {"type": "null"}],
+        "default": None,
+    }
+    schema["required"] = ["schema", *schema["required"]]
+    for kind in (SpanPattern, DensePattern):
+        definition = schema["$defs"][kind.__name__]
+        definition["required"] = ["kind", *definition.get("required", [])]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
+def _checksum(content: dict[str, Any]) -> str:
+    return sha256_of(canonical_json(content))
+
+
+def _keys() -> set[str]:
     """Every key that may appear somewhere in the file."""
-    kinds = (model, ModelSignature, Provenance, Budget, LengthMetrics, SpanPattern)
+    kinds = (Plan, ModelSignature, Provenance, Budget, LengthMetrics, SpanPattern)
     return {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}

@@ -16,20 +16,28 @@ statistic      definition (design section 3)                                    
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from moa_search.errors import ConfigError, ProfileFormatError, ProfileVersionError
-from moa_search.formats.files import atomic_write, canonical_json, describe_invalid, sha256_of
+from moa_search.formats.files import (
+    atomic_write,
+    canonical_json,
+    describe_invalid,
+    one_line,
+    parse_json,
+    sha256_of,
+)
 from moa_search.formats.signature import ModelSignature
 from moa_search.version import __version__
 
@@ -43,7 +51,8 @@ __all__ = [
     "ProfileHeader",
 ]
 
-PROFILE_SCHEMA = "moa-profile/1"
+PROFILE_SCHEMA: Final = "moa-profile/1"
+METADATA_KEY = "moa-profile"
 SAMPLE_STATISTICS = ("squared", "signed")
 """Not linear over rows or samples, so kept per sample: ``[sample, layer, kv_head, bucket, window]``."""
 MEAN_STATISTICS = ("absolute", "elementwise", "recall")
@@ -69,6 +78,16 @@ class LengthHeader(BaseModel):
     row_buckets: int = Field(ge=1)
     samples: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _windows_form_a_grid(self) -> LengthHeader:
+        if self.windows[0] < 1 or any(a >= b for a, b in itertools.pairwise(self.windows)):
+            raise ValueError(f"the windows at length {self.length} don't increase from 1 on")
+        if self.windows[-1] < self.length:
+            raise ValueError(
+                f"the last window at length {self.length} is {self.windows[-1]}, shorter than that"
+            )
+        return self
+
 
 class ProfileHeader(BaseModel):
     """Everything about a profile but its numbers."""
@@ -83,12 +102,20 @@ class ProfileHeader(BaseModel):
     sink: int = Field(ge=0)
     block: int = Field(ge=1)
     seed: int
-    calibration: dict[str, JsonValue] = Field(default_factory=dict, description="sources and hash of the samples")
+    calibration: dict[str, JsonValue] = Field(
+        default_factory=dict, description="sources and hash of the samples"
+    )
     lengths: tuple[LengthHeader, ...] = Field(min_length=1)
     versions: dict[str, str] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _lengths_increase(self) -> ProfileHeader:
+        if any(a.length >= b.length for a, b in itertools.pairwise(self.lengths)):
+            raise ValueError("the lengths don't increase")
+        return self
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LengthProfile:
     """Statistics at one length.
 
@@ -105,6 +132,22 @@ class LengthProfile:
     per_sample: dict[str, Floats] = field(repr=False)
     mean: dict[str, Floats] = field(repr=False)
     error: dict[str, Floats] = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LengthProfile):
+            return NotImplemented
+        pairs = [(self.loss, other.loss)]
+        for mine, theirs in (
+            (self.per_sample, other.per_sample),
+            (self.mean, other.mean),
+            (self.error, other.error),
+        ):
+            if mine.keys() != theirs.keys():
+                return False
+            pairs += [(values, theirs[name]) for name, values in mine.items()]
+        return self.header == other.header and all(np.array_equal(a, b) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -130,11 +173,21 @@ class Profile:
         return _checksum(self._header_json(), self._tensors())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile atomically."""
+        """Write the profile atomically.
+
+        Raises:
+            ProfileFormatError: Header and arrays disagree, or a value isn't finite; nothing is written.
+            ConfigError: The file can't be written there.
+        """
         header, tensors = self._header_json(), self._tensors()
-        metadata = {"header": json.dumps(header), "checksum": _checksum(header, tensors)}
+        try:
+            _unpack(self.header, tensors)
+        except ValueError as error:
+            raise ProfileFormatError(f"{path}: not written: {error}") from None
+        # One entry, since safetensors writes several in any order.
+        content = json.dumps({**header, "checksum": _checksum(header, tensors)}, allow_nan=False)
         with atomic_write(path) as file:
-            file.write(save(tensors, metadata=metadata))
+            file.write(save(tensors, metadata={METADATA_KEY: content}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -151,37 +204,45 @@ class Profile:
             raise ConfigError(f"{path}: {error.strerror or error}") from None
         try:
             tensors = load(raw)
-            metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
-            header_json = json.loads(metadata["header"])
-            schema = header_json["schema"]
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            outer = parse_json(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+            content = parse_json(outer["__metadata__"][METADATA_KEY])
+            schema = content["schema"]
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ProfileFormatError(
-                f"{path}: not a moa-search profile, or a truncated one ({type(error).__name__}: {_line(error)})"
+                f"{path}: not a moa-search profile, or a truncated one "
+                f"({type(error).__name__}: {one_line(error)})"
             ) from None
+        if not isinstance(schema, str) or not schema.startswith("moa-profile/"):
+            raise ProfileFormatError(f'{path}: not a moa-search profile (no "schema": "{PROFILE_SCHEMA}")')
         if schema != PROFILE_SCHEMA:
-            raise ProfileVersionError(f"{path}: schema {schema!r} is unknown to moa-search {__version__}; upgrade it")
-        if metadata.get("checksum") != _checksum(header_json, tensors):
-            raise ProfileFormatError(f"{path}: damaged, its content doesn't match its checksum; make it again")
+            raise ProfileVersionError(
+                f"{path}: schema {one_line(schema)} is unknown to moa-search {__version__}; upgrade it"
+            )
+        checksum = content.pop("checksum", None)
         try:
-            header = ProfileHeader.model_validate(header_json)
-            return cls(header, {entry.length: _unpack(header, entry, tensors) for entry in header.lengths})
+            header = ProfileHeader.model_validate_json(json.dumps(content), strict=True)
+            if checksum != _checksum(content, tensors):
+                raise ValueError("damaged, its content doesn't match its checksum; make it again")
+            return cls(header, _unpack(header, tensors))
         except ValidationError as error:
-            raise ProfileFormatError(f"{path}: {describe_invalid(error)}") from None
-        except (KeyError, ValueError) as error:
-            raise ProfileFormatError(f"{path}: {_line(error)}") from None
+            raise ProfileFormatError(f"{path}: {describe_invalid(error, _keys())}") from None
+        except (ValueError, RecursionError) as error:
+            raise ProfileFormatError(f"{path}: {one_line(error)}") from None
 
     def _header_json(self) -> dict[str, Any]:
         return self.header.model_dump(mode="json", by_alias=True)
 
     def _tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """Every array as it is stored; `_unpack` names what isn't finite in that precision."""
         tensors: dict[str, npt.NDArray[Any]] = {}
         for length, entry in sorted(self.by_length.items()):
-            tensors[f"{length}/loss"] = entry.loss
+            tensors[f"{length}/loss"] = _single(entry.loss)
             for name in SAMPLE_STATISTICS:
-                tensors[f"{length}/{name}"], tensors[f"{length}/{name}_scale"] = _halve(entry.per_sample[name])
+                half, scale = _halve(_single(entry.per_sample[name]))
+                tensors[f"{length}/{name}"], tensors[f"{length}/{name}_scale"] = half, scale
             for name in MEAN_STATISTICS:
-                tensors[f"{length}/{name}"] = entry.mean[name]
-                tensors[f"{length}/{name}_error"] = entry.error[name]
+                tensors[f"{length}/{name}"] = _single(entry.mean[name])
+                tensors[f"{length}/{name}_error"] = _single(entry.error[name])
         return tensors
 
 
@@ -192,39 +253,63 @@ def _checksum(header: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> s
     return sha256_of(*parts)
 
 
+def _single(values: npt.ArrayLike) -> Floats:
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+
 def _halve(values: Floats) -> tuple[npt.NDArray[np.float16], Floats]:
-    """Float16 values and a float32 scale per ``[sample, layer, kv_head]``: squared gradients underflow else."""
+    """Float16 values and a float32 scale per ``[sample, layer, kv_head]`` (squared gradients underflow)."""
     scale = np.abs(values).max(axis=(-2, -1), keepdims=True)
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
-    return (values / scale).astype(np.float16), scale[..., 0, 0]
+    with np.errstate(invalid="ignore"):
+        return (values / scale).astype(np.float16), scale[..., 0, 0]
 
 
-def _unpack(header: ProfileHeader, entry: LengthHeader, tensors: dict[str, npt.NDArray[Any]]) -> LengthProfile:
-    signature = header.model
-    grid = (signature.num_hidden_layers, signature.num_key_value_heads, entry.row_buckets, len(entry.windows))
-    per_sample = {}
-    for name in SAMPLE_STATISTICS:
-        half = _take(tensors, f"{entry.length}/{name}", (entry.samples, *grid))
-        scale = _take(tensors, f"{entry.length}/{name}_scale", (entry.samples, *grid[:2]))
-        per_sample[name] = half.astype(np.float32) * scale[..., None, None]
-    return LengthProfile(
-        header=entry,
-        loss=_take(tensors, f"{entry.length}/loss", (entry.samples,)),
-        per_sample=per_sample,
-        mean={name: _take(tensors, f"{entry.length}/{name}", grid) for name in MEAN_STATISTICS},
-        error={name: _take(tensors, f"{entry.length}/{name}_error", grid) for name in MEAN_STATISTICS},
-    )
+def _unpack(header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]) -> dict[int, LengthProfile]:
+    """The arrays that ``header`` announces.
+
+    Raises:
+        ValueError: A tensor is missing, unexpected, of another shape or type, or not finite.
+    """
+    left = dict(tensors)
+    layers_heads = (header.model.num_hidden_layers, header.model.num_key_value_heads)
+    by_length = {}
+    for entry in header.lengths:
+        grid = (*layers_heads, entry.row_buckets, len(entry.windows))
+        per_sample = {}
+        for name in SAMPLE_STATISTICS:
+            half = _take(left, f"{entry.length}/{name}", (entry.samples, *grid), np.float16)
+            scale = _take(left, f"{entry.length}/{name}_scale", (entry.samples, *layers_heads))
+            per_sample[name] = half.astype(np.float32) * scale[..., None, None]
+        by_length[entry.length] = LengthProfile(
+            header=entry,
+            loss=_take(left, f"{entry.length}/loss", (entry.samples,)),
+            per_sample=per_sample,
+            mean={name: _take(left, f"{entry.length}/{name}", grid) for name in MEAN_STATISTICS},
+            error={name: _take(left, f"{entry.length}/{name}_error", grid) for name in MEAN_STATISTICS},
+        )
+    if left:
+        raise ValueError(f"tensor {min(left)} belongs to no length in the header")
+    return by_length
 
 
-def _take(tensors: dict[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _take(
+    tensors: dict[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...], dtype: type = np.float32
+) -> npt.NDArray[Any]:
     if name not in tensors:
         raise ValueError(f"tensor {name} is missing")
-    if tensors[name].shape != shape:
-        raise ValueError(f"tensor {name} has shape {tensors[name].shape}, expected {shape}")
-    if not np.isfinite(tensors[name]).all():
+    tensor = tensors.pop(name)
+    if tensor.shape != shape:
+        raise ValueError(f"tensor {name} has shape {tensor.shape}, expected {shape}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"tensor {name} holds {tensor.dtype}, expected {np.dtype(dtype)}")
+    if not np.isfinite(tensor).all():
         raise ValueError(f"tensor {name} holds values that aren't finite")
-    return tensors[name]
+    return tensor
 
 
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else ""
+def _keys() -> set[str]:
+    """Every key that may appear in the header."""
+    kinds = (ProfileHeader, LengthHeader, ModelSignature)
+    return {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from moa_search.errors import ModelMismatchError, ModelUnsupportedError
 
@@ -47,6 +48,13 @@ class ModelSignature(BaseModel):
     rope: dict[str, JsonValue] = Field(default_factory=dict)
     config: dict[str, JsonValue] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _heads_share_evenly(self) -> ModelSignature:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads can't share {kv_heads} KV heads evenly")
+        return self
+
     @property
     def group(self) -> int:
         """Query heads that share one KV head."""
@@ -57,7 +65,8 @@ class ModelSignature(BaseModel):
         """The signature of a transformers configuration (its text decoder, where it nests several).
 
         Raises:
-            ModelUnsupportedError: The configuration names no layers or attention heads.
+            ModelUnsupportedError: The configuration names no layers or attention heads, or heads that can't
+                share KV heads evenly.
         """
         text = config.get_text_config(decoder=True)
         heads = getattr(text, "num_attention_heads", None)
@@ -65,14 +74,21 @@ class ModelSignature(BaseModel):
         if not isinstance(heads, int) or not isinstance(layers, int):
             kind = getattr(config, "model_type", type(config).__name__)
             raise ModelUnsupportedError(f"{kind}: its configuration names no attention heads or layers")
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if heads % kv_heads:
+            raise ModelUnsupportedError(
+                f"{text.model_type}: {heads} query heads can't share {kv_heads} KV heads evenly"
+            )
         return cls(
             architecture=text.model_type,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            num_key_value_heads=kv_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             rope={key: _plain(getattr(text, key, None)) for key in ROPE_KEYS if getattr(text, key, None)},
-            config={key: _plain(getattr(text, key)) for key in OTHER_KEYS if getattr(text, key, None) is not None},
+            config={
+                key: _plain(getattr(text, key)) for key in OTHER_KEYS if getattr(text, key, None) is not None
+            },
         )
 
     def differences(self, other: ModelSignature) -> list[str]:
@@ -96,7 +112,9 @@ class ModelSignature(BaseModel):
 
     def _flat(self) -> dict[str, JsonValue]:
         fields = self.model_dump(mode="json")
-        nested = {f"{part}.{key}": value for part in ("rope", "config") for key, value in fields.pop(part).items()}
+        nested = {
+            f"{part}.{key}": value for part in ("rope", "config") for key, value in fields.pop(part).items()
+        }
         return fields | nested
 
 
@@ -105,4 +123,6 @@ def _plain(value: Any) -> JsonValue:
         return {str(k): _plain(v) for k, v in sorted(value.items(), key=lambda item: str(item[0]))}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

@@ -1,0 +1,110 @@
+"""Fixtures for both packages."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import numpy as np
+import pytest
+
+from moa_search.formats import ModelSignature, Plan, Profile
+from moa_search.formats.plan import Budget, LengthMetrics, Provenance
+from moa_search.formats.profile import (
+    MEAN_STATISTICS,
+    SAMPLE_STATISTICS,
+    LengthHeader,
+    LengthProfile,
+    ProfileHeader,
+)
+from moa_search.spans import DENSE, SpanRule
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def tiny_signature() -> ModelSignature:
+    """Three layers of four query heads, two to a KV head."""
+    return ModelSignature(
+        architecture="llama",
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope={"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+        config={"hidden_size": 32, "vocab_size": 100},
+    )
+
+
+@pytest.fixture
+def tiny_plan(tiny_signature: ModelSignature) -> Plan:
+    """A plan with both kinds of pattern and every optional part."""
+    rules = [[SpanRule(64 * layer, 48), DENSE if layer == 1 else SpanRule(-96, 200)] for layer in range(3)]
+    return Plan.from_rules(
+        rules,
+        tiny_signature,
+        sink=4,
+        provenance=Provenance(
+            searcher="exact",
+            profile="sha256:" + "0" * 64,
+            criterion="squared",
+            budgets=(Budget(length=1024, density=0.5),),
+            length_weights={"512": 1.0, "1024": 2.0},
+            objective=0.125,
+            dual_bound=0.124,
+            gap=0.008,
+            versions={"highspy": "1.16.0"},
+        ),
+        predicted=(LengthMetrics(length=1024, density=0.5, attention_density=0.75, loss=0.125),),
+    )
+
+
+@pytest.fixture
+def tiny_profile(tiny_signature: ModelSignature) -> Profile:
+    """Made-up statistics of two lengths, three layers and two KV heads.
+
+    What a window loses (everything but ``recall``) is never negative, falls as the window grows and is zero
+    once the window spans its rows; ``recall``, the attention mass kept, rises to one per row and query head.
+    """
+    rng = np.random.default_rng(0)
+    grids = {512: (64, 128, 192, 256, 384, 512), 1024: (64, 128, 192, 256, 384, 512, 768, 1024)}
+    lengths = tuple(
+        LengthHeader(length=length, windows=windows, row_buckets=4, samples=3)
+        for length, windows in grids.items()
+    )
+    header = ProfileHeader(
+        model=tiny_signature,
+        model_name="tiny",
+        dtype="float32",
+        sink=4,
+        block=64,
+        seed=0,
+        calibration={"sources": ["made up"], "hash": "sha256:" + "1" * 64},
+        lengths=lengths,
+        versions={"numpy": np.__version__},
+    )
+    return Profile(header, {entry.length: _tiny_statistics(entry, tiny_signature, rng) for entry in lengths})
+
+
+def _tiny_statistics(entry: LengthHeader, model: ModelSignature, rng: np.random.Generator) -> LengthProfile:
+    rows = entry.length / entry.row_buckets
+    last_row = rows * np.arange(1, entry.row_buckets + 1)
+    out_of_reach = 1 - np.minimum(1, np.array(entry.windows) / last_row[:, None])  # [bucket, window]
+
+    def missing(*shape: int) -> np.ndarray:
+        heads = (*shape, model.num_hidden_layers, model.num_key_value_heads, 1, 1)
+        values = rng.lognormal(size=heads) * out_of_reach ** rng.uniform(0.5, 3, size=heads)
+        return np.asarray(values, dtype=np.float32)
+
+    mean = {name: missing() for name in MEAN_STATISTICS}
+    mean["recall"] = (rows * model.group * (1 - mean["recall"] / (1 + mean["recall"]))).astype(np.float32)
+    return LengthProfile(
+        header=entry,
+        loss=rng.uniform(1, 2, size=entry.samples).astype(np.float32),
+        per_sample={name: missing(entry.samples) for name in SAMPLE_STATISTICS},
+        mean=mean,
+        error={name: values * np.float32(0.1) for name, values in mean.items()},
+    )

@@ -1,0 +1,110 @@
+"""Files of every schema version ever released. They are never changed: new versions add new files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from moa_search.formats import ModelSignature, Plan, Profile
+from moa_search.formats.plan import Budget, LengthMetrics, Provenance
+from moa_search.formats.profile import (
+    MEAN_STATISTICS,
+    SAMPLE_STATISTICS,
+    LengthHeader,
+    LengthProfile,
+    ProfileHeader,
+)
+from moa_search.spans import DENSE, SpanRule
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+MODEL = ModelSignature(
+    architecture="llama",
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope={"rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"}},
+    config={"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1000, "max_position_embeddings": 8192},
+)
+
+PLAN_1 = Plan.from_rules(
+    [[SpanRule(320, 0), SpanRule(-128, 64)], [SpanRule(64, 160), DENSE]],
+    MODEL,
+    library_version="0.1.0",
+    sink=64,
+    block=64,
+    anchor="position",
+    provenance=Provenance(
+        searcher="exact",
+        profile="sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        criterion="squared",
+        budgets=(Budget(length=1024, density=0.625), Budget(length=4096, density=0.5)),
+        length_weights={"1024": 1.0, "2048": 0.5},
+        objective=0.75,
+        dual_bound=0.7421875,
+        gap=0.0104,
+        versions={"highspy": "1.16.0", "numpy": "2.4.6"},
+    ),
+    predicted=(
+        LengthMetrics(length=1024, density=0.5625, attention_density=0.75, loss=0.5, loss_error=0.03125),
+        LengthMetrics(length=4096, density=0.484375, attention_density=0.625),
+    ),
+)
+
+
+def profile_1() -> Profile:
+    """Every array counts up in eighths from a start of its own."""
+    lengths = (
+        LengthHeader(length=128, windows=(64, 128), row_buckets=2, samples=2),
+        LengthHeader(length=256, windows=(64, 128, 256), row_buckets=2, samples=1),
+    )
+    header = ProfileHeader(
+        library_version="0.1.0",
+        model=MODEL,
+        model_name="tiny",
+        dtype="float32",
+        sink=64,
+        block=64,
+        seed=7,
+        calibration={"sources": ["passkey"], "hash": "sha256:00", "samples": 2},
+        lengths=lengths,
+        versions={"torch": "2.13.0"},
+    )
+
+    def counting(start: int, *shape: int) -> np.ndarray:
+        return (np.arange(start, start + np.prod(shape), dtype=np.float32) / 8).reshape(shape)
+
+    by_length = {}
+    for entry in lengths:
+        grid = (2, 2, entry.row_buckets, len(entry.windows))
+        by_length[entry.length] = LengthProfile(
+            header=entry,
+            loss=counting(entry.length, entry.samples),
+            per_sample={name: counting(i, entry.samples, *grid) for i, name in enumerate(SAMPLE_STATISTICS)},
+            mean={name: counting(10 + i, *grid) for i, name in enumerate(MEAN_STATISTICS)},
+            error={name: counting(20 + i, *grid) for i, name in enumerate(MEAN_STATISTICS)},
+        )
+    # Per-sample statistics are kept in float16 relative to their head's largest.
+    for profile in by_length.values():
+        for values in profile.per_sample.values():
+            largest = values.max(axis=(-2, -1), keepdims=True)
+            values[:] = (values / largest).astype(np.float16).astype(np.float32) * largest
+    return Profile(header, by_length)
+
+
+def test_plan_1(tmp_path: Path) -> None:
+    golden = GOLDEN / "moa-plan-1.json"
+    loaded = Plan.load(golden)
+    assert loaded == PLAN_1
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == golden.read_bytes()
+
+
+def test_profile_1(tmp_path: Path) -> None:
+    golden = GOLDEN / "moa-profile-1.safetensors"
+    loaded = Profile.load(golden)
+    assert loaded == profile_1()
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()

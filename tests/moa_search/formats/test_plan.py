@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
+from moa_search.formats import ModelSignature, Plan
+from moa_search.formats.plan import Provenance, plan_json_schema
+from moa_search.masks import span_mask
+from moa_search.spans import BETA_ONE, DENSE, SpanRule
+
+REPOSITORY = Path(__file__).parents[3]
+SCHEMA_FILE = REPOSITORY / "docs" / "plan.schema.json"
+GOLDEN = REPOSITORY / "tests" / "golden" / "moa-plan-1.json"
+
+
+def without_checksum(plan: Plan) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(plan.dumps())
+    del content["checksum"]
+    return content
+
+
+def error_of(content: object, kind: type[Exception] = PlanFormatError) -> str:
+    """The one-line error that reading ``content`` as ``my.json`` ends in, less the file's name."""
+    with pytest.raises(kind) as caught:
+        Plan.loads(content if isinstance(content, str) else json.dumps(content), source="my.json")
+    message = str(caught.value)
+    assert message.startswith("my.json: ")
+    assert len(message.splitlines()) == 1
+    return message.removeprefix("my.json: ")
+
+
+def test_round_trip_through_a_file(tiny_plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    tiny_plan.save(path)
+    loaded = Plan.load(path)
+    assert loaded == tiny_plan
+    assert loaded.rules == tiny_plan.rules
+    loaded.save(path)
+    assert path.read_text() == tiny_plan.dumps()
+
+
+@given(
+    rules=st.lists(
+        st.builds(SpanRule, alpha=st.integers(-(2**31), 2**31 - 1), beta_256=st.integers(0, BETA_ONE)),
+        min_size=2,
+        max_size=2,
+    ),
+    sink=st.integers(0, 2**20),
+    weight=st.floats(allow_nan=False, allow_infinity=False),
+    text=st.text(st.characters(exclude_categories=["Cs"])),
+)
+def test_round_trip_of_any_values(rules: list[SpanRule], sink: int, weight: float, text: str) -> None:
+    model = ModelSignature(
+        architecture=text, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=1
+    )
+    provenance = Provenance(searcher=text, length_weights={text: weight})
+    plan = Plan.from_rules([rules], model, sink=sink, provenance=provenance)
+    loaded = Plan.loads(plan.dumps())
+    assert loaded == plan
+    assert loaded.dumps() == plan.dumps()
+    assert [rule.is_dense or rule for rule in loaded.rules[0]] == [rule.is_dense or rule for rule in rules]
+
+
+@pytest.mark.parametrize("text", ['"@"', '\n  "patterns": []', "\\", "\u2028"])
+def test_names_that_look_like_the_format(tiny_signature: ModelSignature, text: str) -> None:
+    plan = Plan.uniform(DENSE, tiny_signature, provenance=Provenance(searcher=text))
+    assert Plan.loads(plan.dumps()) == plan
+
+
+def test_dumps_is_for_reading_and_diffing(tiny_plan: Plan) -> None:
+    lines = tiny_plan.dumps().splitlines()
+    keys = [line.split('"')[1] for line in lines if line.startswith('  "')]
+    assert keys == [
+        "schema",
+        "library_version",
+        "model",
+        "sink",
+        "block",
+        "anchor",
+        "provenance",
+        "predicted",
+        "patterns",
+        "checksum",
+    ]
+    assert '    [{"kind": "span", "alpha": 64, "beta_256": 48}, {"kind": "dense"}],' in lines
+    changed = Plan.from_rules([[DENSE] * 2, *tiny_plan.rules[1:]], tiny_plan.model, sink=4)
+    kept = tiny_plan.model_copy(update={"patterns": changed.patterns}).dumps().splitlines()
+    differing = [i for i, (a, b) in enumerate(zip(lines, kept, strict=True)) if a != b]
+    assert len(differing) == 2  # that layer and the checksum
+
+
+def test_checksum_covers_every_part(tiny_plan: Plan) -> None:
+    variants = [
+        tiny_plan,
+        tiny_plan.model_copy(update={"sink": 5}),
+        tiny_plan.model_copy(update={"anchor": "prompt"}),
+        tiny_plan.model_copy(update={"patterns": tiny_plan.patterns[::-1]}),
+        tiny_plan.model_copy(update={"provenance": None}),
+        tiny_plan.model_copy(update={"predicted": ()}),
+        tiny_plan.model_copy(update={"library_version": "0"}),
+    ]
+    assert len({plan.checksum for plan in variants}) == len(variants)
+    assert Plan.loads(tiny_plan.dumps()).checksum == tiny_plan.checksum
+
+
+def test_a_plan_may_be_written_by_hand(tiny_plan: Plan) -> None:
+    content = {
+        "schema": "moa-plan/1",
+        "model": {
+            "architecture": "llama",
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        },
+        "patterns": [[{"kind": "dense"}, {"kind": "span", "alpha": 0, "beta_256": 64}]],
+    }
+    plan = Plan.loads(json.dumps(content))
+    assert plan.rules == [[DENSE, SpanRule(0, 64)]]
+    assert (plan.sink, plan.block, plan.anchor) == (64, 64, "position")
+
+
+def test_an_edit_is_noticed_unless_the_checksum_is_removed(tiny_plan: Plan) -> None:
+    edited = tiny_plan.dumps().replace('"alpha": 128', '"alpha": 192')
+    assert "doesn't match its checksum" in error_of(edited)
+    content = json.loads(edited)
+    del content["checksum"]
+    assert Plan.loads(json.dumps(content)).rules[2][0] == SpanRule(192, 48)
+
+
+def put(value: object, *where: str | int) -> Callable[[dict[str, Any]], None]:
+    """A change that sets the entry at the path ``where`` to ``value``."""
+
+    def change(content: dict[str, Any]) -> None:
+        target: Any = content
+        for key in where[:-1]:
+            target = target[key]
+        target[where[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(1, "ancor"), "ancor: unknown key (did you mean 'anchor'?)"),
+        (put(1, "patterns", 0, 0, "bta_256"), "patterns.0.0.span.bta_256: unknown key (did you mean 'beta"),
+        (put(1, "model", "zzz\nzzz"), "model.zzz\\nzzz: unknown key"),
+        (put(300, "patterns", 2, 1, "beta_256"), "patterns.2.1.span.beta_256: Input should be less than"),
+        (put("64", "patterns", 0, 0, "alpha"), "patterns.0.0.span.alpha: Input should be a valid integer"),
+        (put(True, "sink"), "sink: Input should be a valid integer"),
+        (put(-1, "sink"), "sink: Input should be greater than or equal to 0"),
+        (put("whenever", "anchor"), "anchor: Input should be 'position' or 'prompt'"),
+        (put("wave", "patterns", 1, 0, "kind"), "patterns.1.0: Input tag 'wave' found"),
+        (put([], "patterns"), "top level: patterns of 0 layers, the model has 3"),
+        (put([{"kind": "dense"}], "patterns", 1), "top level: layer 1 has 1 patterns, the model has 2"),
+        (put(4, "model", "num_hidden_layers"), "top level: patterns of 3 layers, the model has 4"),
+        (put(3, "model", "num_key_value_heads"), "model: 4 query heads can't share 3 KV heads evenly"),
+        (put("sha256:0", "checksum"), "its content doesn't match its checksum"),
+        (put(["x"], "checksum"), "its content doesn't match its checksum"),
+        (put("moa-profile/1", "schema"), 'not a moa-search plan (no "schema": "moa-plan/1")'),
+        (lambda content: content.pop("model"), "model: Field required"),
+        (lambda content: content.pop("schema"), 'not a moa-search plan (no "schema": "moa-plan/1")'),
+    ],
+)  # fmt: skip
+def test_errors_say_what_and_where(
+    tiny_plan: Plan, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    content = without_checksum(tiny_plan)
+    change(content)
+    assert error_of(content).startswith(message)
+
+
+@pytest.mark.parametrize("schema", ["moa-plan/2", "moa-plan/1.1", "moa-plan/\n"])
+def test_another_schema_asks_for_an_upgrade(tiny_plan: Plan, schema: str) -> None:
+    message = error_of({**without_checksum(tiny_plan), "schema": schema, "new": 1}, PlanVersionError)
+    assert "is unknown to moa-search" in message
+    assert message.endswith("upgrade it")
+
+
+def test_several_problems_are_counted(tiny_plan: Plan) -> None:
+    content = {**without_checksum(tiny_plan), "sink": -1, "block": 0}
+    assert error_of(content).endswith("(and 1 more)")
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.json: No such file"):
+        Plan.load(tmp_path / "absent.json")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Plan.load(tmp_path)
+
+
+def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text("{")
+    with pytest.raises(PlanFormatError) as caught:
+        Plan.load(path)
+    assert str(caught.value).startswith(f"{path}: not a JSON file, or a truncated one (")
+
+
+def test_values_are_checked_when_made_in_python_too(tiny_signature: ModelSignature) -> None:
+    with pytest.raises(ValidationError):
+        Plan.from_rules([[DENSE]], tiny_signature)
+    with pytest.raises(ValidationError):
+        Plan.uniform(DENSE, tiny_signature, sink=-1)
+    with pytest.raises(ValidationError):
+        Provenance(searcher="exact", gap=float("nan"))
+
+
+def test_densities_and_bytes_count_the_masks(tiny_plan: Plan) -> None:
+    length = 300
+    masks = np.stack(
+        [
+            span_mask(rule, length, sink=tiny_plan.sink, min_span=tiny_plan.min_span)
+            for layer in tiny_plan.rules
+            for rule in layer
+        ]
+    )
+    kept = int(masks[:, -1].sum())
+    assert sum(map(sum, tiny_plan.spans(length))) == kept
+    assert tiny_plan.density(length) == pytest.approx(kept / (6 * length))
+    assert tiny_plan.attention_density(length) == pytest.approx(masks.sum() / (6 * length * (length + 1) / 2))
+    assert tiny_plan.kv_bytes(length) == kept * 2 * 8 * 2
+    assert tiny_plan.kv_bytes(length, batch=3, bytes_per_element=4) == kept * 2 * 8 * 4 * 3
+
+
+def test_anchored_at_fixes_every_span(tiny_plan: Plan) -> None:
+    fixed = tiny_plan.anchored_at(1000)
+    assert fixed.anchor == "position"
+    assert fixed.predicted == ()
+    assert fixed.spans(1000) == tiny_plan.spans(1000)
+    assert fixed.spans(100_000) == tiny_plan.spans(1000)
+    assert fixed.density(1000) == tiny_plan.density(1000)
+    assert Plan.loads(fixed.dumps()) == fixed
+
+
+def test_a_prompt_anchored_plan_computes_what_its_fixed_spans_do(tiny_plan: Plan) -> None:
+    by_prompt = tiny_plan.model_copy(update={"anchor": "prompt"})
+    assert by_prompt.density(1000) == tiny_plan.density(1000)
+    assert by_prompt.attention_density(1000) == tiny_plan.anchored_at(1000).attention_density(1000)
+    assert by_prompt.attention_density(1000) > tiny_plan.attention_density(1000)
+
+
+def test_the_json_schema_in_docs_is_current() -> None:
+    current = json.dumps(plan_json_schema(), indent=2) + "\n"
+    assert SCHEMA_FILE.read_text() == current, "write the text on the right to docs/plan.schema.json"
+
+
+def test_the_json_schema_accepts_plans_and_nothing_else(tiny_plan: Plan) -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+    validator.check_schema(validator.schema)
+    validator.validate(json.loads(GOLDEN.read_text()))
+    validator.validate(json.loads(tiny_plan.dumps()))
+    validator.validate(without_checksum(tiny_plan))
+    for change in (
+        put(1, "ancor"),
+        put("moa-plan/2", "schema"),
+        put(300, "patterns", 2, 1, "beta_256"),
+        put("wave", "patterns", 1, 0, "kind"),
+        put("sha256:0", "checksum"),
+        put({}, "patterns", 0, 0),
+        lambda content: content.pop("schema"),
+        lambda content: content.pop("patterns"),
+    ):
+        content = without_checksum(tiny_plan)
+        change(content)
+        assert not validator.is_valid(content)
