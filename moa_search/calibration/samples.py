@@ -1,0 +1,52 @@
+"""Token sequences with a supervised answer at their end: what profiling and evaluation run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moa_search.formats.files import sha256_of
+
+__all__ = ["Sample", "hash_samples"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt with its answer.
+
+    Attributes:
+        ids: Token ids of prompt and answer, ``[length]``.
+        answer_tokens: How many of the last tokens are the answer.
+        task: Generator that made it.
+        depth: Where the sought text stands in the prompt, 0 (start) to 1 (end).
+        document: Text the filler comes from.
+    """
+
+    ids: npt.NDArray[np.int64]
+    answer_tokens: int
+    task: str
+    depth: float
+    document: str
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.ids)
+
+    @property
+    def prompt(self) -> npt.NDArray[np.int64]:
+        """Token ids before the answer."""
+        return self.ids[: -self.answer_tokens]
+
+    @property
+    def answer(self) -> npt.NDArray[np.int64]:
+        """Token ids of the answer."""
+        return self.ids[-self.answer_tokens :]
+
+
+def hash_samples(samples: Iterable[Sample]) -> str:
+    """A hash over the tokens and answer lengths of ``samples``, in order."""
+    return sha256_of(*(f"{s.task} {s.answer_tokens}".encode() + s.ids.tobytes() for s in samples))

