@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from moa_kernels import span_attention
+
+EXTRAS = [{}, {"softcap": 2.0}, {"sinks": True}, {"softcap": 1.5, "sinks": True}]
+
+
+def per_row(query, key, value, mask, scale, softcap=None, sinks=None):
+    """One row at a time, over the keys it attends only."""
+    batch, heads, rows, _ = query.shape
+    out = query.new_zeros(batch, heads, rows, value.shape[-1])
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(rows):
+                kept = mask[b % len(mask), i].nonzero().squeeze(1)
+                if len(kept) == 0:
+                    continue
+                scores = key[b, kept] @ query[b, h, i] * scale
+                scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                weights = scores.exp()
+                total = weights.sum() + (0 if sinks is None else sinks[h].exp())
+                out[b, h, i] = (weights / total) @ value[b, kept]
+    return out
+
+
+def inputs(seed, batch, heads, rows, keys, dim=16, value_dim=16, dtype=torch.float64, shared=False):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    mask = torch.rand(1 if shared else batch, rows, keys, generator=generator) < 0.4
+    return randn(batch, heads, rows, dim), randn(batch, keys, dim), randn(batch, keys, value_dim), mask
+
+
+def poison(key, value, mask):
+    unread = ~mask.any(1).expand(len(key), -1)
+    return key.masked_fill(unread[..., None], torch.nan), value.masked_fill(unread[..., None], torch.nan)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(*(st.integers(1, top) for top in (3, 4, 9, 40))),
+    value_dim=st.sampled_from([8, 16]),
+    extras=st.sampled_from(EXTRAS),
+    shared=st.booleans(),
+)
+def test_equals_one_row_at_a_time_whatever_lies_in_unread_slots(seed, shape, value_dim, extras, shared):
+    query, key, value, mask = inputs(seed, *shape, value_dim=value_dim, shared=shared)
+    mask[:, 0] = False
+    sinks = torch.randn(shape[1], dtype=torch.float64) if "sinks" in extras else None
+    softcap = extras.get("softcap")
+    expected = per_row(query, key, value, mask, 0.3, softcap, sinks)
+    key, value = poison(key, value, mask)
+    out = span_attention(query, key, value, mask, scale=0.3, softcap=softcap, sink_logits=sinks)
+    assert (out[:, :, 0] == 0).all()
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_gradients_are_those_of_the_attended_keys(extras):
+    query, key, value, mask = inputs(1, 2, 3, 5, 12)
+    mask[:, 2] = False
+    mask[:, :, 7] = False
+    sinks = torch.randn(3, dtype=torch.float64) if "sinks" in extras else None
+    softcap = extras.get("softcap")
+    upstream = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+
+    def gradients(attention, *states):
+        leaves = [state.detach().clone().requires_grad_() for state in states]
+        return torch.autograd.grad((attention(*leaves) * upstream).sum(), leaves)
+
+    expected = gradients(lambda q, k, v: per_row(q, k, v, mask, 0.3, softcap, sinks), query, key, value)
+    found = gradients(
+        lambda q, k, v: span_attention(q, k, v, mask, scale=0.3, softcap=softcap, sink_logits=sinks),
+        query,
+        *poison(key, value, mask),
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_error_in_low_precision_is_within_twice_that_of_rounding_the_result(dtype, extras):
+    query, key, value, mask = inputs(2, 2, 3, 33, 65, dim=64, value_dim=64, dtype=dtype)
+    sinks = torch.randn(3) if "sinks" in extras else None
+    softcap = extras.get("softcap")
+    wide = [states.double() for states in (query, key, value)]
+    exact = span_attention(
+        *wide, mask, scale=0.125, softcap=softcap, sink_logits=None if sinks is None else sinks.double()
+    )
+    plain = (query @ key[:, None].mT * 0.125).float()
+    plain = plain if softcap is None else softcap * torch.tanh(plain / softcap)
+    plain = plain.masked_fill(~mask[:, None], -1e30)
+    if sinks is not None:
+        plain = torch.cat([plain, sinks[None, :, None, None].expand(2, 3, 33, 1)], -1)
+    plain = plain.softmax(-1)[..., :65].to(dtype) @ value[:, None]
+    yardstick = (plain.double() - exact).abs().max()
+    out = span_attention(query, key, value, mask, scale=0.125, softcap=softcap, sink_logits=sinks)
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= 2 * yardstick
