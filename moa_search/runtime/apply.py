@@ -1,0 +1,202 @@
+"""Put a model under a plan, and take it off again."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from transformers import DynamicCache, PreTrainedModel
+
+from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
+from moa_search.runtime.attention import NAME, RULES_ATTRIBUTE, register
+from moa_search.runtime.cache import MoACache
+from moa_search.runtime.rules import LayerRules, layer_rules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from moa_search.formats import Plan
+
+__all__ = ["applied", "apply_plan", "remove_plan"]
+
+STATE_ATTRIBUTE = "_moa_applied"
+CONFIG_ATTRIBUTE = "moa_plan"
+
+
+@dataclass
+class _Applied:
+    """What a model under a plan remembers.
+
+    Attributes:
+        plan: The plan.
+        attention: The attention implementation before.
+        overridden: Instance attributes before, by name; absent where the class's own method was in use.
+    """
+
+    plan: Plan
+    attention: str
+    overridden: dict[str, Any]
+
+
+def apply_plan(model: Any, plan: Plan) -> Any:
+    """Make a model attend as a plan says, in place.
+
+    From then on `generate` builds a `MoACache` by itself. A plan that was applied before is replaced. The
+    model's configuration keeps the plan as ``moa_plan`` and is saved with it, but transformers doesn't save
+    the choice of attention: apply the plan again after `from_pretrained`.
+
+    Args:
+        model: A transformers decoder.
+        plan: The plan, made for this model.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: The plan's rules aren't anchored at positions.
+        ModelMismatchError: The plan was made for another model.
+        ModelUnsupportedError: The model's attention can't be replaced.
+    """
+    text = model.config.get_text_config(decoder=True)
+    rules = layer_rules(plan, model.config)
+    modules = _attention_modules(model, text, rules)
+    register()
+    state: _Applied | None = getattr(model, STATE_ATTRIBUTE, None)
+    if state is None:
+        state = _Applied(plan, attention=text._attn_implementation, overridden={})
+    _set_attention(model, text, NAME)
+    if text._attn_implementation != NAME:
+        raise ModelUnsupportedError(f"{type(model).__name__}: its attention function can't be replaced")
+    state.plan = plan
+    for module, module_rules in modules:
+        setattr(module, RULES_ATTRIBUTE, module_rules)
+    setattr(text, CONFIG_ATTRIBUTE, plan.model_dump(mode="json", by_alias=True))
+    if getattr(model, STATE_ATTRIBUTE, None) is None:
+        for name, hook in HOOKS.items():
+            if name in vars(model):
+                state.overridden[name] = vars(model)[name]
+            # A bound method, unlike a closure, is bound to the copy when the model is deep-copied.
+            setattr(model, name, MethodType(hook, model))
+        setattr(model, STATE_ATTRIBUTE, state)
+    return model
+
+
+def remove_plan(model: Any) -> Any:
+    """Give a model back the attention and cache it had before `apply_plan`; without a plan, do nothing.
+
+    Returns:
+        ``model``.
+    """
+    state: _Applied | None = getattr(model, STATE_ATTRIBUTE, None)
+    if state is None:
+        return model
+    text = model.config.get_text_config(decoder=True)
+    if text._attn_implementation == NAME:
+        _set_attention(model, text, state.attention)
+    for module in model.modules():
+        vars(module).pop(RULES_ATTRIBUTE, None)
+    vars(text).pop(CONFIG_ATTRIBUTE, None)
+    for name in HOOKS:
+        delattr(model, name)
+        if name in state.overridden:
+            setattr(model, name, state.overridden[name])
+    delattr(model, STATE_ATTRIBUTE)
+    return model
+
+
+@contextmanager
+def applied(model: Any, plan: Plan) -> Iterator[Any]:
+    """Put a model under a plan for the duration of a ``with`` block, then under what it had before.
+
+    Raises:
+        ConfigError: The plan's rules aren't anchored at positions.
+        ModelMismatchError: The plan was made for another model.
+        ModelUnsupportedError: The model's attention can't be replaced.
+    """
+    state: _Applied | None = getattr(model, STATE_ATTRIBUTE, None)
+    before = None if state is None else state.plan
+    apply_plan(model, plan)
+    try:
+        yield model
+    finally:
+        if before is None:
+            remove_plan(model)
+        else:
+            apply_plan(model, before)
+
+
+def _attention_modules(
+    model: Any, text: Any, rules: tuple[LayerRules, ...]
+) -> list[tuple[torch.nn.Module, LayerRules]]:
+    """The text decoder's modules that know their layer, with its rules."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ModelUnsupportedError(f"{name}: not a transformers model")
+    if not model._can_set_attn_implementation():
+        raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
+    decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
+    found = {
+        id(module): (module, rules[module.layer_idx])
+        for decoder in decoders
+        for module in decoder.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    }
+    if not found:
+        raise ModelUnsupportedError(f"{name}: its attention modules don't say which layer they belong to")
+    if any(getattr(module, "is_causal", True) is False for module, _ in found.values()):
+        raise ModelUnsupportedError(f"{name}: its attention isn't causal")
+    return list(found.values())
+
+
+def _set_attention(model: Any, text: Any, name: str) -> None:
+    """Set the text decoder's attention implementation and no other part's."""
+    if text is model.config:
+        model.set_attn_implementation(name)
+        return
+    key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
+    if key is None:
+        raise ModelUnsupportedError(f"{type(model).__name__}: its text decoder is nested too deeply")
+    model.set_attn_implementation({key: name})
+
+
+def _original(model: Any, name: str) -> Any:
+    """The method that a hook stands in for."""
+    overridden: dict[str, Any] = getattr(model, STATE_ATTRIBUTE).overridden
+    return overridden[name] if name in overridden else MethodType(getattr(type(model), name), model)
+
+
+def _prepare_cache_for_generation(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Let transformers prepare a cache, then put a `MoACache` in the place of its default one."""
+    original = _original(model, "_prepare_cache_for_generation")
+    from_user = model_kwargs.get("past_key_values") is not None
+    result = original(generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    text = model.config.get_text_config(decoder=True)
+    if from_user or cache is None or text._attn_implementation != NAME:
+        return result
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise UnsupportedInputError(
+            f'cache_implementation "{generation_config.cache_implementation}" can\'t keep a span per head; '
+            "leave it unset under a plan"
+        )
+    model_kwargs["past_key_values"] = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
+    if getattr(generation_config, "is_assistant", False):
+        model_kwargs["past_key_values"].activate_past_recording()
+    return result
+
+
+def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse: transformers would switch to another attention and so drop the plan in silence."""
+    raise UnsupportedInputError("continuous batching can't run under a plan; call remove_plan(model) first")
+
+
+HOOKS = {
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "init_continuous_batching": _init_continuous_batching,
+}

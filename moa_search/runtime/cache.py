@@ -1,0 +1,363 @@
+"""A ragged key-value cache: every KV head keeps its sink tokens and a ring of the newest ones, no more.
+
+Why a ring never drops a key that a later query needs: the window of the query at context length n starts
+at position ``n - window(n)``, which never moves back, since window(n) grows by at most one per token
+(beta <= 1). A head's ring has at least ``window(n)`` slots for every n up to the length that the layer is
+laid out for, and that length exceeds the stored tokens. After storing n - 1 tokens, the ring therefore holds
+everything from ``n - window(n)`` on, which is all that the query at n, and any later one, can attend outside
+the sink. When the layout grows, the entries move to their new slots by position, and the bound still holds.
+Only `crop` steps back in n, so it checks.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from moa_search.errors import UnsupportedInputError
+from moa_search.runtime.rules import LayerRules, layer_rules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moa_search.formats import Plan
+
+__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACache", "MoACacheLayer", "Staged"]
+
+EMPTY = 2**31 - 1
+"""Position of a slot that holds no key: later than any query, so that causality hides it."""
+
+ROLLBACK_TOKENS = 256
+"""Tokens that can be rolled back while past states are recorded (assisted decoding)."""
+
+
+class Staged:
+    """New keys and values on their way to the attention function, in place of tensors.
+
+    Not a tensor on purpose: storing the new tokens before attention has read the ring would overwrite keys
+    that this very chunk needs, and any other attention function fails on it instead of attending only a part
+    of the past.
+
+    Attributes:
+        layer: The cache layer that they belong to.
+    """
+
+    def __init__(self, layer: MoACacheLayer, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.layer = layer
+        self._states: tuple[torch.Tensor, torch.Tensor] | None = (key, value)
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[batch, kv_heads, new tokens, head_dim]``; only once.
+
+        Raises:
+            UnsupportedInputError: They were taken before.
+        """
+        if self._states is None:
+            raise UnsupportedInputError("one layer's keys and values are attended by two layers; a plan can't run that")
+        states, self._states = self._states, None
+        return states
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnsupportedInputError(
+            "a MoACache works only with the plan's own attention; call apply_plan(model, plan) first"
+        )
+
+
+class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+    """Keys and values of one decoder layer.
+
+    Position p of a head with ``capacity`` slots lies in slot p if p < sink, else in slot
+    ``sink + (p - sink) % (capacity - sink)``. Only real tokens are stored and counted, so left, right and
+    inner padding all become one length per sample.
+
+    Attributes:
+        rules: What the layer's heads attend.
+        keys: ``[batch, sum of capacities, head_dim]``, heads one after the other.
+        values: ``[batch, sum of capacities, value_dim]``.
+        lens: ``[batch]`` int64, tokens seen per sample.
+        cumulative_length: Tokens seen including padding.
+        record_past: Whether room for a rollback of `ROLLBACK_TOKENS` is kept.
+    """
+
+    is_croppable = True
+    is_sliding = False
+    keys: Any
+    values: Any
+    lens: torch.Tensor
+    cumulative_length: int
+    _staged: bool
+    _longest: int
+    _even: bool
+    _unpadded: int
+    _reserved: int
+    _slack: int
+
+    def __init__(self, rules: LayerRules) -> None:
+        super().__init__()
+        self.rules = rules
+        self.record_past = False
+        self._forget()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take batch size, widths, dtype and device from the first states."""
+        batch = key_states.shape[0]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty(batch, 0, key_states.shape[-1])
+        self.values = value_states.new_empty(batch, 0, value_states.shape[-1])
+        self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._layout = _Layout(self.rules, [0] * len(self.rules.rules), self.device)
+        self._floor = self.lens.new_full((batch, len(self.rules.rules)), self.rules.sink)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Staged, Staged]:
+        """Hand new keys and values to the attention function, which stores them after reading the past."""
+        if self._staged:
+            raise UnsupportedInputError(
+                "the keys of an earlier forward pass were never attended: it failed midway, or the model "
+                "bypasses the plan's attention; reset() the cache"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._staged = True
+        staged = Staged(self, key_states, value_states)
+        return staged, staged
+
+    @property
+    def start(self) -> torch.Tensor:
+        """Position of the next token, ``[batch]``, or ``[1]`` where all samples agree."""
+        return self.lens[:1] if self._even else self.lens
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is stored."""
+        return self._longest == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def slots(self, only_sink: bool) -> list[slice]:
+        """Where each head's keys lie in `keys` and `values`: all of them, or just its sink tokens'."""
+        layout = self._layout
+        counts = [min(self.rules.sink, most) if only_sink else most for most in layout.capacities]
+        return [slice(first, first + count) for first, count in zip(layout.offsets, counts, strict=True)]
+
+    def positions(self) -> torch.Tensor:
+        """Position that each slot holds, or `EMPTY`: int64 ``[batch or 1, slots]``, as `start`."""
+        return self._layout.positions(self.start, self._floor[: len(self.start)])
+
+    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Store new tokens, detached, overwriting the oldest ones that no later query needs.
+
+        Args:
+            key: ``[batch, kv_heads, new tokens, head_dim]``, each sample's real tokens first.
+            value: ``[batch, kv_heads, new tokens, value_dim]``, likewise.
+            valid: Boolean ``[batch, new tokens]`` in the original order, False for padding; None if none is.
+        """
+        tokens = key.shape[2]
+        lens = self.lens + (tokens if valid is None else valid.sum(1))
+        self._longest = self._longest + tokens if valid is None else int(lens.max())
+        self._reserve(self._longest)
+        position = self.lens[:, None] + torch.arange(tokens, device=self.device)  # [batch, token]
+        ring_start = lens[:, None] - self._layout.ring  # [batch, head]
+        real, sunk = position < lens[:, None], position < self.rules.sink
+        kept = real[:, None] & (sunk[:, None] | (position[:, None] >= ring_start[:, :, None]))
+        batch, head, token = kept.nonzero(as_tuple=True)
+        slot = self._layout.slot(head, position[batch, token])
+        self.keys[batch, slot] = key.detach()[batch, head, token]
+        self.values[batch, slot] = value.detach()[batch, head, token]
+        self._floor = self._floor.maximum(ring_start)
+        self.lens = lens
+        self.cumulative_length += tokens
+        self._even = self._even and valid is None
+        trailing = tokens if valid is None else int(valid.all(0).flip(0).long().cumprod(0).sum())
+        self._unpadded = self._unpadded + tokens if trailing == tokens else trailing
+        self._staged = False
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included, as transformers counts them."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.13
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask that the plan's attention wants: of the new tokens only."""
+        return query_length, self.cumulative_length
+
+    def activate_past_recording(self) -> None:
+        """Keep room for rollbacks from now on."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        Args:
+            tokens_to_remove: Minus the number of tokens.
+
+        Raises:
+            UnsupportedInputError: The number is positive, some of the tokens are padding, or keys that the
+                tokens to come would need have been overwritten.
+        """
+        if tokens_to_remove > 0:
+            raise UnsupportedInputError(f"crop({tokens_to_remove}): pass minus the number of tokens to remove")
+        removed = -tokens_to_remove
+        if removed == 0 or self.cumulative_length == 0:
+            return
+        if removed >= self.cumulative_length:
+            self.reset()
+            return
+        if removed > self._unpadded:
+            raise UnsupportedInputError(f"crop(-{removed}): some of the last {removed} tokens are padding")
+        lens = self.lens - removed
+        for rule, heads in self.rules.heads_by_rule.items():
+            needed = self.rules.oldest_key(lens, rule).clamp(min=self.rules.sink)
+            if bool(((needed < self._floor[:, heads[0]]) & (needed < lens)).any()):
+                raise UnsupportedInputError(
+                    f"crop(-{removed}): keys that the next tokens need are overwritten; to roll back up to "
+                    f"{ROLLBACK_TOKENS} tokens, call activate_past_recording() on the cache beforehand"
+                )
+        self.lens = lens
+        self._longest -= removed
+        self._unpadded -= removed
+        self.cumulative_length -= removed
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make sample i a copy of sample ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        self._over_batch(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the samples that ``indices`` names."""
+        self._over_batch(lambda states: states[indices.to(states.device)])
+
+    def _over_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+            self.lens, self._floor = change(self.lens), change(self._floor)
+
+    def _forget(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.cumulative_length = 0
+        self._staged = False
+        self._reserved = self._slack = 0
+        self._longest = 0  # tokens of the longest sample, known without asking the device
+        self._even = True  # whether all samples have the same length
+        self._unpadded = 0  # newest tokens since the last padding in any sample
+
+    def _reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens and one more, a block at a time."""
+        # One reallocation per block and layer keeps each head within a block of what the plan predicts.
+        reserved = max(self._reserved, (length // self.rules.block + 1) * self.rules.block)
+        slack = ROLLBACK_TOKENS if self.record_past else 0
+        if (reserved, slack) == (self._reserved, self._slack):
+            return
+        self._reserved, self._slack = reserved, slack
+        capacities = self.rules.capacities(reserved, slack)
+        if capacities == self._layout.capacities:
+            return
+        layout = _Layout(self.rules, capacities, self.device)
+        self._floor = self._floor.maximum(self.lens[:, None] - layout.ring)
+        position = layout.positions(self.lens, self._floor)
+        source = self._layout.slot(layout.head, position).where(position != EMPTY, 0)
+        self.keys, self.values = _gather(self.keys, source), _gather(self.values, source)
+        self._layout = layout
+
+
+class _Layout:
+    """Which slot of the flat buffer holds which position of which head.
+
+    Attributes:
+        capacities: Slots per head.
+        offsets: First slot of each head.
+        ring: ``[kv_heads]``, slots per head besides the sink; at least 1.
+        head: ``[slots]``, the head of each slot.
+    """
+
+    def __init__(self, rules: LayerRules, capacities: list[int], device: torch.device) -> None:
+        self.sink = rules.sink
+        self.capacities = capacities
+        self.offsets = [0, *accumulate(capacities)][:-1]
+        counts = torch.tensor(capacities, device=device)
+        # A layout shorter than the sink has no ring and stores no position that asks for it.
+        self.ring = (counts - rules.sink).clamp(min=1)
+        self.head = torch.arange(len(capacities), device=device).repeat_interleave(counts)
+        self._offset = torch.tensor(self.offsets, device=device)
+        self._index = torch.arange(len(self.head), device=device) - self._offset[self.head]
+
+    def slot(self, head: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Slots of positions of heads; the two broadcast."""
+        ringed = self.sink + (position - self.sink) % self.ring[head]
+        return self._offset[head] + position.where(position < self.sink, ringed)
+
+    def positions(self, lens: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+        """Position that each slot holds, or `EMPTY`.
+
+        Args:
+            lens: ``[batch]``, tokens stored.
+            floor: ``[batch, kv_heads]``, the oldest position that each ring may still hold.
+
+        Returns:
+            int64 ``[batch, slots]``.
+        """
+        last = lens[:, None] - 1
+        sunk = self._index < self.sink
+        position = self._index.where(sunk, last - (last - self._index) % self.ring[self.head])
+        held = (position <= last) & (sunk | (position >= floor[:, self.head]))
+        return position.where(held, EMPTY)
+
+
+def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """``[batch, slots, dim]`` from the slots ``source`` ``[batch, new slots]`` of ``states``."""
+    if states.shape[1] == 0:
+        return states.new_empty(*source.shape, states.shape[2])
+    return states.gather(1, source[:, :, None].expand(-1, -1, states.shape[2]))
+
+
+class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """A cache for `generate` and `forward` of a model under a plan.
+
+    Layers that hold no growing keys (linear attention) stay as transformers makes them.
+
+    Args:
+        config: Configuration of the model.
+        plan: The plan applied to it.
+
+    Raises:
+        ConfigError: The plan's rules aren't anchored at positions.
+        ModelMismatchError: The plan was made for another model.
+        ModelUnsupportedError: The model can't follow a plan.
+    """
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        layers = [
+            MoACacheLayer(rules) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+            for rules, layer in zip(layer_rules(plan, config, stock), stock, strict=True)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values in the layers that follow the plan."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, MoACacheLayer))

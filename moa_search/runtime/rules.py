@@ -1,0 +1,117 @@
+"""A plan's rules for one decoder layer, as the attention function and the cache need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.formats import ModelSignature, Plan
+from moa_search.spans import SpanRule, span
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["LayerRules", "layer_rules"]
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """Which keys the heads of one layer attend.
+
+    Attributes:
+        rules: One rule per KV head.
+        sink: First tokens that are always attended.
+        block: Tokens by which the layer's cache grows; also the smallest window.
+        sliding_window: The model's own window in tokens, applied on top of the rules; None where it has none.
+    """
+
+    rules: tuple[SpanRule, ...]
+    sink: int
+    block: int
+    sliding_window: int | None = None
+
+    @cached_property
+    def heads_by_rule(self) -> dict[SpanRule, tuple[int, ...]]:
+        """The distinct rules, each with the KV heads that follow it."""
+        return {
+            rule: tuple(head for head, other in enumerate(self.rules) if other == rule)
+            for rule in dict.fromkeys(self.rules)
+        }
+
+    def capacities(self, length: int, slack: int = 0) -> list[int]:
+        """Slots per KV head that hold every key a query up to context ``length`` may need, plus ``slack``."""
+        most = length if self.sliding_window is None else self.sink + self.sliding_window
+        kept = [min(span(length, rule, self.sink + self.block), most) for rule in self.rules]
+        return [min(tokens + slack, length) for tokens in kept]
+
+    def oldest_key(self, position: torch.Tensor, rule: SpanRule) -> torch.Tensor:
+        """Where the window of a query starts, the sink aside.
+
+        Args:
+            position: 0-based positions of queries, int64, of any shape.
+            rule: Rule of the head.
+
+        Returns:
+            Positions of the oldest attended key that isn't a sink token, of the same shape. It may lie beyond
+            the query itself or within the sink, where the window is smaller than its bound.
+        """
+        window = span(position + 1, rule, self.sink + self.block) - self.sink
+        oldest = position - window + 1
+        if self.sliding_window is not None:
+            oldest = oldest.maximum(position - self.sliding_window + 1)
+        return oldest
+
+
+def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> tuple[LayerRules, ...]:
+    """The rules of every layer of a model.
+
+    Args:
+        plan: The plan.
+        config: Configuration of the model.
+        stock: Cache layers that transformers would use for the model; built from ``config`` by default.
+
+    Raises:
+        ConfigError: The plan's rules aren't anchored at positions.
+        ModelMismatchError: The plan was made for another model.
+        ModelUnsupportedError: The model's attention isn't a plain causal one with its own keys in each layer.
+    """
+    if plan.anchor != "position":
+        raise ConfigError(
+            f'plan: anchor "{plan.anchor}" fixes spans at one length; apply plan.anchored_at(length) instead'
+        )
+    text = config.get_text_config(decoder=True)
+    reason = _unsupported(config, text)
+    if reason is not None:
+        raise ModelUnsupportedError(f"{text.model_type}: {reason}; a plan can't be applied to it")
+    plan.model.require(ModelSignature.of(config), "plan")
+    stock = DynamicCache(config=text).layers if stock is None else stock
+    return tuple(
+        LayerRules(
+            rules=tuple(rules),
+            sink=plan.sink,
+            block=plan.block,
+            sliding_window=layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None,
+        )
+        for rules, layer in zip(plan.rules, stock, strict=True)
+    )
+
+
+def _unsupported(config: Any, text: Any) -> str | None:
+    """Why the architecture can't follow a plan, or None if it can."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
+        return "its attention isn't causal"
+    if getattr(text, "kv_lora_rank", None):
+        return "multi-head latent attention (MLA) has no keys per head to drop"
+    if getattr(text, "num_kv_shared_layers", None) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
+        return "several of its layers share one layer's keys and values"
+    if getattr(text, "attention_chunk_size", None):
+        return "its attention is chunked"
+    return None
