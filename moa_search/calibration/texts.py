@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sysconfig
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -19,20 +20,22 @@ __all__ = ["SPLITS", "Split", "TextSource", "documents"]
 Split = Literal["calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("calibration", "validation", "test")
 
-MODULES = (
-    "_pydecimal _pyio argparse ast asyncio/base_events asyncio/tasks bdb calendar cgi codecs collections/__init__ "
-    "concurrent/futures/process configparser contextlib copy csv ctypes/util dataclasses difflib dis doctest "
-    "email/message enum fractions ftplib functools gettext gzip heapq html/parser http/client http/cookiejar "
-    "http/server imaplib inspect ipaddress json/decoder locale logging/__init__ logging/handlers lzma mailbox "
-    "mimetypes multiprocessing/managers multiprocessing/pool nntplib ntpath optparse os pathlib pdb pickle "
-    "pickletools platform plistlib poplib posixpath pprint profile pstats pydoc queue random re/_parser sched "
-    "selectors shelve shlex shutil smtplib socket socketserver sqlite3/dump ssl statistics string subprocess "
-    "symtable sysconfig tarfile telnetlib tempfile textwrap threading timeit tkinter/__init__ tkinter/ttk "
-    "tokenize trace traceback tracemalloc turtle types typing unittest/case unittest/mock urllib/parse "
-    "urllib/request uuid warnings wave weakref webbrowser xml/dom/minidom xml/etree/ElementTree xmlrpc/client zipfile"
-).split()
+MODULES = """
+_pydecimal _pyio argparse ast asyncio/base_events asyncio/tasks bdb calendar cgi codecs collections/__init__
+concurrent/futures/process configparser contextlib copy csv ctypes/util dataclasses difflib dis doctest
+email/message enum fractions ftplib functools gettext gzip heapq html/parser http/client http/cookiejar
+http/server imaplib inspect ipaddress json/decoder locale logging/__init__ logging/handlers lzma mailbox
+mimetypes multiprocessing/managers multiprocessing/pool nntplib ntpath optparse os pathlib pdb pickle
+pickletools platform plistlib poplib posixpath pprint profile pstats pydoc queue random re/_parser sched
+selectors shelve shlex shutil smtplib socket socketserver sqlite3/dump ssl statistics string subprocess
+symtable sysconfig tarfile telnetlib tempfile textwrap threading timeit tkinter/__init__ tkinter/ttk tokenize
+trace traceback tracemalloc turtle types typing unittest/case unittest/mock urllib/parse urllib/request uuid
+warnings wave weakref webbrowser xml/dom/minidom xml/etree/ElementTree xmlrpc/client zipfile
+"""
+"""Long modules of the standard library, as paths without ``.py``."""
 
-_TURN: dict[Split, tuple[int, ...]] = {"calibration": (0, 2), "validation": (3,), "test": (1, 4)}
+_FIFTHS: dict[Split, tuple[int, ...]] = {"calibration": (0, 2), "validation": (3,), "test": (1, 4)}
+"""A text's name alone decides its split, so that it never changes sides between Python versions."""
 
 
 @functools.cache
@@ -46,11 +49,11 @@ def documents(split: Split) -> tuple[tuple[str, str], ...]:
 
     library = Path(sysconfig.get_path("stdlib"))
     found = [(f"topic:{name}", text) for name, text in sorted(topics.items())]
-    for module in MODULES:
+    for module in MODULES.split():
         path = library / f"{module}.py"
         if path.is_file():
             found.append((f"module:{module}", path.read_text(encoding="utf-8", errors="replace")))
-    return tuple(doc for index, doc in enumerate(found) if index % 5 in _TURN[split])
+    return tuple((name, text) for name, text in found if zlib.crc32(name.encode()) % 5 in _FIFTHS[split])
 
 
 class TextSource:
@@ -80,12 +83,17 @@ class TextSource:
         weights = np.array([len(tokens) for tokens in self._tokens], dtype=float)
         if length > weights.sum():
             raise CalibrationError(
-                f"{length} tokens of text are needed, the standard library's {self.split} texts have {int(weights.sum())}"
+                f"{length} tokens of text are needed; the standard library's {self.split} texts "
+                f"have {int(weights.sum())}"
             )
         first = int(rng.choice(len(weights), p=weights / weights.sum()))
         here = self._tokens[first]
         start = int(rng.integers(0, max(1, len(here) - length + 1)))
-        parts, missing, index = [here[start : start + length]], length - len(here[start : start + length]), first
+        parts, missing, index = (
+            [here[start : start + length]],
+            length - len(here[start : start + length]),
+            first,
+        )
         while missing > 0:
             index = (index + 1) % len(self._tokens)
             parts.append(self._tokens[index][:missing])

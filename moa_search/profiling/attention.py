@@ -64,7 +64,7 @@ class _ObservedAttention(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Any) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors  # type: ignore[attr-defined]
         recorder: Recorder = ctx.recorder  # type: ignore[attr-defined]
@@ -153,7 +153,7 @@ def observed(model: Any) -> Iterator[list[Any]]:
     before = text._attn_implementation
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelUnsupportedError(
-            f"{type(model).__name__} doesn't go through transformers' AttentionInterface, so its heads can't be observed"
+            f"{type(model).__name__} doesn't go through transformers' AttentionInterface, so it can't be observed"
         )
     model.set_attn_implementation(IMPLEMENTATION)
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]

@@ -21,8 +21,8 @@ def window_grid(length: int, block: int = BLOCK_TOKENS) -> tuple[int, ...]:
         block: Tokens per block.
     """
     fine = [block * i for i in range(1, FINE_BLOCKS + 1)]
-    coarse, step = [], 0
+    coarse: list[int] = []
     while not coarse or coarse[-1] < length:
-        step += 1
-        coarse.append(round(block * FINE_BLOCKS * 2 ** (step / PER_OCTAVE)))
+        octaves = (len(coarse) + 1) / PER_OCTAVE
+        coarse.append(round(block * FINE_BLOCKS * 2**octaves))
     return (*(w for w in (*fine, *coarse) if w < length), length)

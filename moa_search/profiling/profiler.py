@@ -16,13 +16,13 @@ from moa_search.calibration import Sample, hash_samples
 from moa_search.errors import ConfigError, ModelUnsupportedError, ProfilingError
 from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader
 from moa_search.formats.signature import ModelSignature
-from moa_search.models import require_causal
+from moa_search.models import require_causal, require_context
 from moa_search.profiling.accumulate import LengthAccumulator
 from moa_search.profiling.attention import Recorder, observed, record_into
 from moa_search.profiling.grid import ROW_BUCKETS, window_grid
 from moa_search.spans import BLOCK_TOKENS
 
-__all__ = ["Progress", "profile_samples", "require_context"]
+__all__ = ["Progress", "profile_samples"]
 
 Progress = Callable[[int, int], None]
 """Called after each sample with the tokens done and the tokens in all."""
@@ -34,6 +34,7 @@ def profile_samples(
     *,
     model_name: str = "",
     sink: int = BLOCK_TOKENS,
+    block: int = BLOCK_TOKENS,
     row_buckets: int = ROW_BUCKETS,
     checkpointing: bool = True,
     seed: int = 0,
@@ -49,6 +50,7 @@ def profile_samples(
         samples: Prompts with answers; all samples of one length are pooled.
         model_name: Recorded in the profile.
         sink: First tokens that no window ever drops.
+        block: Smallest window in tokens.
         row_buckets: Equal slices of the rows.
         checkpointing: Keep one layer's activations at a time and recompute the rest: less memory, about a
             third more time.
@@ -70,7 +72,7 @@ def profile_samples(
     total, done = sum(sample.length for sample in samples), 0
     with observed(model) as modules, _checkpointed(model, checkpointing):
         for number, sample in enumerate(samples):
-            recorder = Recorder(window_grid(sample.length), row_buckets, sink)
+            recorder = Recorder(window_grid(sample.length, block), row_buckets, sink)
             record_into(modules, recorder)
             loss = _backward(model, sample)
             if not math.isfinite(loss):
@@ -79,26 +81,24 @@ def profile_samples(
                     "try --dtype float32, or check the model's weights"
                 )
             statistics = _stack(recorder, signature, model)
-            pool = gathered.setdefault(
-                sample.length, LengthAccumulator(sample.length, recorder.windows, row_buckets)
-            )
+            pool = gathered.setdefault(sample.length, LengthAccumulator(sample.length, recorder.windows, row_buckets))
             pool.add(loss, statistics)
             done += sample.length
             if progress is not None:
                 progress(done, total)
     by_length = {length: pool.result() for length, pool in sorted(gathered.items())}
-    return Profile(_header(model, model_name, signature, sink, seed, calibration, samples, by_length), by_length)
-
-
-def require_context(config: Any, length: int) -> None:
-    """Check that ``length`` tokens fit the model's context.
-
-    Raises:
-        ConfigError: They don't.
-    """
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise ConfigError(f"length {length} is over the model's context of {context} tokens")
+    header = _header(
+        model,
+        samples,
+        by_length,
+        calibration,
+        model=signature,
+        model_name=model_name,
+        sink=sink,
+        block=block,
+        seed=seed,
+    )
+    return Profile(header, by_length)
 
 
 def _backward(model: Any, sample: Sample) -> float:
@@ -153,24 +153,16 @@ def _checkpointed(model: Any, enabled: bool) -> Iterator[None]:
 
 
 def _header(
-    model: Any,
-    model_name: str,
-    signature: ModelSignature,
-    sink: int,
-    seed: int,
-    calibration: dict[str, Any] | None,
+    network: Any,
     samples: Sequence[Sample],
     by_length: dict[int, LengthProfile],
+    calibration: dict[str, Any] | None,
+    **fields: Any,
 ) -> ProfileHeader:
     import transformers
 
     return ProfileHeader(
-        model=signature,
-        model_name=model_name,
-        dtype=str(model.dtype).removeprefix("torch."),
-        sink=sink,
-        block=BLOCK_TOKENS,
-        seed=seed,
+        dtype=str(network.dtype).removeprefix("torch."),
         calibration={**(calibration or {}), "samples": len(samples), "hash": hash_samples(samples)},
         lengths=tuple(entry.header for entry in by_length.values()),
         versions={
@@ -178,4 +170,5 @@ def _header(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        **fields,
     )

@@ -56,7 +56,8 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0) -> Solution:
 def _cheapest_among_best(problem: Problem) -> npt.NDArray[np.int64]:
     """Per head, of its rules with the smallest loss the one with the smallest total cost."""
     ties = problem.losses <= problem.losses.min(1, keepdims=True)
-    return np.where(ties, problem.costs.sum(0)[None, :], np.iinfo(np.int64).max).argmin(1)
+    cost = np.where(ties, problem.costs.sum(0)[None, :], np.iinfo(np.int64).max)
+    return np.asarray(cost.argmin(1), dtype=np.int64)
 
 
 def _undominated(problem: Problem) -> npt.NDArray[np.bool_]:
@@ -75,7 +76,11 @@ def _undominated(problem: Problem) -> npt.NDArray[np.bool_]:
 
 
 def _model(
-    problem: Problem, head: npt.NDArray[np.int64], rule: npt.NDArray[np.int64], scale: float, time_limit_s: float
+    problem: Problem,
+    head: npt.NDArray[np.int64],
+    rule: npt.NDArray[np.int64],
+    scale: float,
+    time_limit_s: float,
 ) -> highspy.Highs:
     """Binary columns (head, rule); one row per budget, one per head that asks for exactly one rule."""
     budgets, heads, columns = len(problem.limits), len(problem.losses), len(head)

@@ -20,8 +20,8 @@ def rule_grid(lengths: Sequence[int], *, sink: int, block: int) -> list[SpanRule
 
     alpha runs over every block or two near zero, then four values per octave up to the longest length, and
     over a few negative values (heads that look far only in long contexts); beta over multiples of 1/32 and
-    coarser. Of rules that agree at every position, the one that grows most is kept: a head that needs
-    everything it was shown is dense beyond, too.
+    coarser. Of rules that agree at every position, the one that grows least is kept, but dense
+    comes first: a head that needs all that it was shown is taken to need all beyond, too.
 
     Args:
         lengths: Profiled and budgeted lengths in tokens.
@@ -40,9 +40,10 @@ def rule_grid(lengths: Sequence[int], *, sink: int, block: int) -> list[SpanRule
         size = octave[-1]
     constants = sorted(b * block for b in blocks if b * block < longest)
     negatives = [-block * 2**k for k in range(1, 32) if block * 2**k <= longest // 2]
-    candidates = {DENSE} | {SpanRule(a, b) for b in BETAS_256 for a in (*constants, *negatives)}
+    candidates = {DENSE, SpanRule(sink + block, 0)}
+    candidates |= {SpanRule(a, b) for b in BETAS_256 for a in (*constants, *negatives) if b or a > sink + block}
     n = np.arange(1, longest + 1, dtype=np.int64)
     distinct: dict[bytes, SpanRule] = {}
-    for rule in sorted(candidates, key=lambda r: (r.beta_256, -abs(r.alpha))):
+    for rule in sorted(candidates, key=lambda r: (r.is_dense, -r.beta_256, -abs(r.alpha))):
         distinct[span(n, rule, sink + block).tobytes()] = rule
     return sorted(distinct.values())

@@ -63,7 +63,8 @@ def search_profile(
     Args:
         profile: Influence statistics.
         densities: Largest share of the KV cache to keep: one for all lengths, or one for each.
-        budget_lengths: Lengths in tokens that the densities hold at; the profiled ones if None.
+        budget_lengths: Lengths in tokens that the densities hold at. If None, the profiled ones, and the last
+            density also at the model's full context, so that no plan explodes beyond what was profiled.
         criterion: One of `moa_search.search.losses.CRITERIA`.
         searcher: One of `SEARCHERS`.
         time_limit_s: Seconds for each solve.
@@ -77,9 +78,12 @@ def search_profile(
     """
     if searcher not in SEARCHERS:
         raise ConfigError(f"searcher {searcher!r} is unknown{nearest(searcher, SEARCHERS)}; choose from exact, uniform")
+    header = profile.header
     lengths = list(budget_lengths or profile.lengths)
     budgets = make_budgets(densities, lengths)
-    header = profile.header
+    context = header.model.config.get("max_position_embeddings")
+    if budget_lengths is None and isinstance(context, int) and context > max(lengths):
+        budgets.append(Budget(length=context, density=budgets[-1].density))
     rules = rule_grid([*profile.lengths, *lengths], sink=header.sink, block=header.block)
     losses = rule_losses(profile, rules, criterion)
     problem = Problem.build(losses[0].mean, rules, budgets, min_span=header.sink + header.block)

@@ -1,0 +1,303 @@
+"""What the commands do, as functions: every keyword argument is a flag and a YAML key of the same name.
+
+Heavy libraries are imported inside the functions, so that ``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moa_search.formats import Plan, Profile
+    from moa_search.search import Front
+
+__all__ = ["evaluate_model", "inspect_plan", "profile_model", "search_front", "search_plan"]
+
+Progress = Callable[[int, int], None]
+"""Called with the work done and the work in all."""
+
+Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def profile_model(
+    model: str | tuple[Any, Any],
+    *,
+    lengths: Sequence[int] = (1024, 2048),
+    samples: int = 16,
+    tasks: Sequence[str] = ("passkey", "copy"),
+    output: str | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    sink: int = 64,
+    block: int = 64,
+    row_buckets: int = 32,
+    checkpointing: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure what shortening each attention head's view would cost.
+
+    Args:
+        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
+        lengths: Tokens per calibration sample; one round of samples for each.
+        samples: Calibration samples per length.
+        tasks: Built-in calibration tasks that take turns: passkey, copy.
+        output: File to write the profile to (.safetensors).
+        dtype: Type of the weights; auto is the checkpoint's own on a GPU, and on a CPU bfloat16 where it is native.
+        device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
+        sink: First tokens that every head keeps.
+        block: Smallest window in tokens, and the granularity of the small ones.
+        row_buckets: Equal slices of a sample's rows that are told apart.
+        checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        seed: Of the calibration samples.
+        progress: Told the tokens done and in all.
+
+    Returns:
+        The profile.
+
+    Raises:
+        MoAError: The model, a length or an option can't be used; see `moa_search.errors`.
+    """
+    from moa_search.calibration import build_samples
+    from moa_search.errors import ConfigError
+    from moa_search.models import load_model, require_context
+    from moa_search.profiling import profile_samples
+
+    _require_positive(lengths=min(lengths, default=0), samples=samples, block=block, row_buckets=row_buckets)
+    if len(set(lengths)) != len(lengths):
+        raise ConfigError(f"lengths {list(lengths)} names a length twice")
+    if sink < 0:
+        raise ConfigError(f"sink is {sink}; it must be at least 0")
+    _require_writable(output)
+    name = model if isinstance(model, str) else ""
+    network, tokenizer = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    require_context(network.config, max(lengths))
+    drawn = [
+        sample
+        for length in lengths
+        for sample in build_samples(
+            tokenizer, length=length, count=samples, seed=seed, split="calibration", tasks=list(tasks)
+        )
+    ]
+    profile = profile_samples(
+        network,
+        drawn,
+        model_name=name,
+        sink=sink,
+        block=block,
+        row_buckets=row_buckets,
+        checkpointing=checkpointing,
+        seed=seed,
+        calibration={"source": "python standard library", "tasks": list(tasks)},
+        progress=progress,
+    )
+    if output is not None:
+        profile.save(output)
+    return profile
+
+
+def search_front(
+    profile: str | Profile,
+    *,
+    density: Sequence[float] = (0.25,),
+    budget_lengths: Sequence[int] | None = None,
+    criterion: Criterion = "squared",
+    searcher: Literal["exact", "uniform"] = "exact",
+    time_limit_s: float = 60.0,
+    front_steps: int = 6,
+    output: str | None = None,
+    progress: Progress | None = None,
+) -> Front:
+    """Find the best spans for a memory budget.
+
+    Args:
+        profile: Profile file; in Python also a Profile.
+        density: Largest share of the KV cache to keep: one for all lengths, or one for each.
+        budget_lengths: Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones
+            and, with the last density, the model's full context.
+        criterion: How effects on the loss are summed up; elementwise is MoA's own, recall needs no gradient.
+        searcher: exact chooses a rule per KV head; uniform gives every head the same one, as StreamingLLM does.
+        time_limit_s: Seconds for each solve; when they run out, the best plan found is kept with its gap.
+        front_steps: Steps of the lattice of weights over the profiled lengths.
+        output: Folder to write plan.json and front/ to.
+        progress: Told the solves done and in all.
+
+    Returns:
+        The front; its first plan is the chosen one.
+
+    Raises:
+        MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
+    """
+    from moa_search.formats import Profile
+    from moa_search.search import search_profile
+    from moa_search.search.output import write_front
+
+    _require_positive(time_limit_s=time_limit_s, front_steps=front_steps)
+    if budget_lengths is not None:
+        _require_positive(budget_lengths=min(budget_lengths, default=0))
+    statistics = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
+    front = search_profile(
+        statistics,
+        list(density),
+        budget_lengths=budget_lengths,
+        criterion=criterion,
+        searcher=searcher,
+        time_limit_s=time_limit_s,
+        front_steps=front_steps,
+        progress=progress,
+    )
+    if output is not None:
+        write_front(front, output)
+    return front
+
+
+def search_plan(profile: str | Profile, *, density: float = 0.25, **options: Any) -> Plan:
+    """The chosen plan of `search_front` for one density at every profiled length.
+
+    Args:
+        profile: Profile or its file.
+        density: Largest share of the KV cache to keep.
+        options: Further arguments of `search_front`.
+
+    Raises:
+        MoAError: As `search_front`.
+    """
+    return search_front(profile, density=[density], **options).chosen
+
+
+def evaluate_model(
+    model: str | tuple[Any, Any],
+    *,
+    plan: Sequence[str | Plan] = (),
+    baselines: Sequence[str] = ("dense", "uniform"),
+    tasks: Sequence[str] = ("passkey", "copy"),
+    lengths: Sequence[int] = (1024,),
+    samples: int = 10,
+    output: str | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Score the model dense, under plans and under uniform spans, on held-out items.
+
+    Args:
+        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
+        plan: Plan files; in Python also Plans.
+        baselines: dense, and uniform: one span for all heads with as much memory as the plan.
+        tasks: passkey (exact match) and copy (token accuracy); both also give the answer's NLL.
+        lengths: Tokens per item, answer included.
+        samples: Items per task and length.
+        output: CSV file for the scores of every item.
+        dtype: Type of the weights, as for moa-profile.
+        device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
+        seed: Of the items.
+        progress: Told the tokens done and in all.
+
+    Returns:
+        One row per variant and item; `moa_search.evaluation.summarise` gives means with intervals.
+
+    Raises:
+        MoAError: The model, a plan or an option can't be used; see `moa_search.errors`.
+    """
+    from moa_search.errors import ConfigError
+    from moa_search.evaluation import compare_variants, make_variants
+    from moa_search.evaluation.tasks import require_tasks
+    from moa_search.formats import ModelSignature, Plan
+    from moa_search.formats.files import atomic_write
+    from moa_search.models import load_model, require_context
+
+    _require_positive(lengths=min(lengths, default=0), samples=samples)
+    require_tasks(tasks)
+    _require_writable(output)
+    plans: dict[str, Plan] = {}
+    for index, entry in enumerate(plan):
+        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
+        plans[_plan_name(entry, loaded, index, plans)] = loaded
+    variants = make_variants(plans, baselines, lengths)
+    if not variants:
+        raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
+    network, tokenizer = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    signature = ModelSignature.of(network.config)
+    for name, loaded in plans.items():
+        loaded.model.require(signature, f"plan {name}")
+    require_context(network.config, max(lengths))
+    items = compare_variants(
+        network,
+        tokenizer,
+        variants,
+        tasks=tasks,
+        lengths=lengths,
+        count=samples,
+        seed=seed,
+        progress=progress,
+    )
+    if output is not None:
+        with atomic_write(output) as file:
+            file.write(items.to_csv(index=False).encode())
+    return items
+
+
+def inspect_plan(plan: str | Plan, *, lengths: Sequence[int] = (), output: str | None = None) -> Plan:
+    """Show a plan: spans per layer and KV head, densities and how it was found.
+
+    Args:
+        plan: Plan file; in Python also a Plan.
+        lengths: Context lengths in tokens to show spans for; by default those the plan was made for.
+        output: PNG file for a heat map of the spans.
+
+    Returns:
+        The plan.
+
+    Raises:
+        MoAError: The file is no valid plan.
+    """
+    from moa_search.formats import Plan
+    from moa_search.inspection import default_lengths, save_heat_map
+
+    if lengths:
+        _require_positive(lengths=min(lengths))
+    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if output is not None:
+        _require_writable(output)
+        save_heat_map(loaded, output, lengths=list(lengths) or default_lengths(loaded))
+    return loaded
+
+
+def _plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:
+    """The shortest name that tells a plan from those before: its file's, its folder's, else a number."""
+    candidates = [f"plan {index + 1}"]
+    if isinstance(entry, str | os.PathLike):
+        path = Path(entry)
+        candidates = [path.stem, f"{path.parent.name}/{path.stem}", str(path)]
+    elif plan.provenance is not None and plan.provenance.criterion:
+        candidates.insert(0, plan.provenance.criterion)
+    return next((name for name in candidates if name not in taken), f"plan {index + 1}")
+
+
+def _require_positive(**values: float) -> None:
+    from moa_search.errors import ConfigError
+
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{name}: {value:g} is out of range; it must be over 0")
+
+
+def _require_writable(output: str | None) -> None:
+    """Find out before hours of work, not after, that a result can't be written."""
+    from moa_search.errors import ConfigError
+
+    if output is None:
+        return
+    path = Path(output)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ConfigError(f"output: {output} is a folder; give a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output: {output} can't be written, {parent} is no writable folder")

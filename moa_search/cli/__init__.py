@@ -1,0 +1,1 @@
+"""The commands: thin shells around `moa_search.api`."""

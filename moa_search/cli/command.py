@@ -1,0 +1,211 @@
+"""A command made from an API function: its keyword arguments are the flags and the YAML keys.
+
+jsonargparse parses and types them; precedence is flag over ``--config file.yaml`` over default.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from moa_search.errors import ConfigError, MoAError
+from moa_search.formats.files import nearest
+from moa_search.version import __version__
+
+__all__ = ["build_parser", "parse", "run"]
+
+NOT_FLAGS = ("progress",)
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser(
+    program: str, function: Callable[..., Any], *, first: str, defaults: dict[str, Any] | None = None
+) -> ArgumentParser:
+    """The parser for ``function``.
+
+    Args:
+        program: Name of the command.
+        function: API function; its Google-style ``Args`` become the help texts.
+        first: Name of its first parameter, which is ``--model`` or a positional file.
+        defaults: Defaults that differ for the command.
+    """
+    helps = _argument_helps(function)
+    about = inspect.getdoc(function) or ""
+    parser = ArgumentParser(prog=program, description=about.split("\n")[0], exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in NOT_FLAGS:
+            continue
+        default = (defaults or {}).get(name, parameter.default)
+        options: dict[str, Any] = {
+            "help": helps[name].replace("%", "%%"),
+            **_typed(_annotation(function, parameter)),
+        }
+        if default is inspect.Parameter.empty:
+            options["help"] += " (required)"
+        else:
+            options["default"] = list(default) if isinstance(default, tuple) else default
+        if name == first and name != "model":
+            parser.add_argument(name, type=str, nargs="?", help=options["help"])
+        elif options.get("type") is bool:
+            flag = name.replace("_", "-")
+            parser.add_argument(
+                f"--{flag}", dest=name, type=bool, default=default, help=options["help"], metavar="true|false"
+            )
+        else:
+            parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> Namespace:
+    """Parsed options.
+
+    Raises:
+        ConfigError: A flag, a YAML key or a value is wrong; one line says which.
+    """
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error), parser)) from None
+
+
+def run(
+    program: str,
+    function: Callable[..., Any],
+    show: Callable[..., None],
+    *,
+    first: str,
+    task: str | None = None,
+    required: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
+    arguments: Sequence[str] | None = None,
+) -> NoReturn:
+    """Run a command to its exit status: 0, 2 for bad input (one line), 130 when interrupted.
+
+    Args:
+        program: Name of the command.
+        function: API function.
+        show: Prints its result, given the result and the options.
+        first: Name of the function's first parameter.
+        task: What a progress bar says, or None for no bar.
+        required: Options that must be given.
+        defaults: Defaults that differ for the command.
+        arguments: Command line; ``sys.argv`` if None.
+    """
+    debug = "--debug" in (sys.argv if arguments is None else arguments)
+    try:
+        options = vars(parse(build_parser(program, function, first=first, defaults=defaults), arguments))
+        for name in ("config", "debug"):
+            options.pop(name, None)
+        for name in (first, *required):
+            if not options.get(name):
+                given = name if name == first and name != "model" else f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{given} is required; see {program} --help")
+        result = _with_progress(function, task, options)
+        show(result, **options)
+    except MoAError as error:
+        if debug:
+            raise
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted, nothing was written", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)
+
+
+def _with_progress(function: Callable[..., Any], task: str | None, options: dict[str, Any]) -> Any:
+    if task is None:
+        return function(**options)
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    _quiet_transformers()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        row = bar.add_task(f"{task}: loading", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(row, description=task, completed=done, total=total)
+
+        return function(**options, progress=progress)
+
+
+def _quiet_transformers() -> None:
+    """Its bars for weights and shards would fight with ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _typed(hint: Any) -> dict[str, Any]:
+    """``type`` and ``nargs`` for a type hint; unions with Python-only types keep the part a flag can carry."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Sequence or origin is list:
+        return {"type": _typed(arguments[0])["type"], "nargs": "+"}
+    if origin is typing.Union or type(hint).__name__ == "UnionType":
+        plain = [a for a in arguments if a is not type(None)]
+        if str in plain:
+            return {"type": str}
+        return _typed(plain[0])
+    return {"type": hint}
+
+
+def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """A parameter's type; names imported for type checking only (Plan, Profile) can't come from a flag."""
+
+    class Names(dict[str, Any]):
+        def __missing__(self, name: str) -> Any:
+            return getattr(builtins, name, object)
+
+    return eval(parameter.annotation, {}, Names(function.__globals__))
+
+
+def _argument_helps(function: Callable[..., Any]) -> dict[str, str]:
+    """The ``Args`` section of a Google-style docstring."""
+    section = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _one_line(message: str, parser: ArgumentParser) -> str:
+    known = [action.dest for action in parser._actions]
+    message = " ".join(message.split())
+    unknown = re.search(r"Option '([^']+)' is not accepted", message)
+    if unknown:
+        return f"unknown key {unknown[1]!r} in the configuration file{nearest(unknown[1], known)}"
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w-]+)", message)
+    if unknown:
+        flag = nearest(unknown[1].replace("-", "_"), known).replace("_", "-")
+        return f"unknown option --{unknown[1]}{flag}"
+    choice = re.search(r'Parser key "(\w+)".*Literal\[(.*?)\]\. Got value: (.*)', message)
+    if choice:
+        allowed = re.findall(r"'([^']+)'", choice[2])
+        return f"{choice[1]}: {choice[3]!r} is unknown{nearest(choice[3], allowed)}; choose from {', '.join(allowed)}"
+    missing = re.search(r"--config.*?(?:Unable to load|does not exist|No such file|not accessible)", message)
+    return f"the configuration file can't be read: {message}" if missing else message

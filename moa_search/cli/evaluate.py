@@ -1,0 +1,28 @@
+"""``moa-eval``: score a model dense, under plans and under uniform spans, on held-out items."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from moa_search.api import evaluate_model
+from moa_search.cli.command import run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
+    """Print the table of means and where the items' scores are."""
+    from rich.console import Console
+
+    from moa_search.evaluation import summarise
+    from moa_search.inspection import score_table
+
+    Console().print(score_table(summarise(items)))
+    if output is not None:
+        print(f"scores of every item written to {output}")
+
+
+def main() -> NoReturn:
+    """Entry point."""
+    run("moa-eval", evaluate_model, show, first="model", task="evaluating")

@@ -1,0 +1,127 @@
+"""Score variants of one model (dense, plans, uniform spans) on the same held-out items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from moa_search.errors import ConfigError
+from moa_search.evaluation.scoring import score_answer
+from moa_search.evaluation.tasks import require_tasks
+from moa_search.formats.files import nearest
+from moa_search.formats.plan import Plan
+from moa_search.runtime import applied
+from moa_search.spans import SpanRule
+
+__all__ = ["BASELINES", "Variant", "compare_variants", "make_variants"]
+
+BASELINES = ("dense", "uniform")
+"""``dense`` is the untouched model; ``uniform`` gives every head, for each plan and length, one constant span that
+keeps as much of the cache as the plan does (StreamingLLM's sink and window)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model.
+
+    Attributes:
+        name: Shown in tables.
+        plan_at: The plan for a length in tokens, or None for dense attention.
+    """
+
+    name: str
+    plan_at: Callable[[int], Plan | None]
+
+
+def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Sequence[int]) -> list[Variant]:
+    """Baselines first, then the plans in order; plans that keep equally much share one uniform baseline.
+
+    Raises:
+        ConfigError: A baseline is unknown, or ``uniform`` is asked for without a plan to match.
+    """
+    for name in baselines:
+        if name not in BASELINES:
+            raise ConfigError(f"baseline {name!r} is unknown{nearest(name, BASELINES)}; choose from dense, uniform")
+    if "uniform" in baselines and not plans:
+        raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
+    variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
+    if "uniform" in baselines:
+        matched = {tuple(_kept(plan, length) for length in lengths): (name, plan) for name, plan in plans.items()}
+        for name, plan in matched.values():
+            label = "uniform" if len(matched) == 1 else f"uniform like {name}"
+            variants.append(Variant(label, partial(uniform_like, plan)))
+    return variants + [Variant(name, partial(_always, plan)) for name, plan in plans.items()]
+
+
+def uniform_like(plan: Plan, length: int) -> Plan:
+    """The plan with one constant span for all heads that keeps as many tokens as ``plan`` does at ``length``."""
+    return Plan.uniform(SpanRule(_kept(plan, length), 0), plan.model, sink=plan.sink, block=plan.block)
+
+
+def _kept(plan: Plan, length: int) -> int:
+    """Tokens that a head keeps on average."""
+    return round(plan.density(length) * length)
+
+
+def _always(plan: Plan, length: int) -> Plan:
+    return plan
+
+
+def compare_variants(
+    model: Any,
+    tokenizer: Any,
+    variants: Sequence[Variant],
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    count: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Score every variant on the same items.
+
+    Args:
+        model: A dense transformers model; left dense at the end.
+        tokenizer: Its tokenizer.
+        variants: What to compare.
+        tasks: Task names.
+        lengths: Tokens per item, answer included.
+        count: Items per task and length.
+        seed: Of the items.
+        progress: Told after each forward pass the tokens done and in all.
+
+    Returns:
+        One row per variant and item: ``task``, ``length``, ``variant``, ``density``, ``attention_density``,
+        ``metric``, ``item``, ``depth``, ``nll`` (nats per answer token), ``score`` (0 to 1).
+    """
+    rows = []
+    kinds = require_tasks(tasks)
+    total, done = sum(lengths) * len(kinds) * count * len(variants), 0
+    for length in lengths:
+        for task in kinds:
+            samples = task.build(tokenizer, length=length, count=count, seed=seed)
+            for variant in variants:
+                plan = variant.plan_at(length)
+                keys = {
+                    "task": task.name,
+                    "length": length,
+                    "variant": variant.name,
+                    "density": plan.density(length) if plan else 1.0,
+                    "attention_density": plan.attention_density(length) if plan else 1.0,
+                    "metric": task.metric,
+                }
+                scope: AbstractContextManager[Any] = applied(model, plan) if plan else nullcontext()
+                with scope:
+                    for item, sample in enumerate(samples):
+                        answer = score_answer(model, sample)
+                        score = task.score(answer.correct)
+                        rows.append({**keys, "item": item, "depth": sample.depth, "nll": answer.nll, "score": score})
+                        done += length
+                        if progress is not None:
+                            progress(done, total)
+    return pd.DataFrame(rows)

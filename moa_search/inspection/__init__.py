@@ -1,0 +1,24 @@
+"""Plans and results for people: terminal tables and pictures."""
+
+from moa_search.inspection.plots import plot_spans, save_heat_map
+from moa_search.inspection.tables import (
+    default_lengths,
+    density_table,
+    front_table,
+    origin_lines,
+    rule_table,
+    score_table,
+    span_table,
+)
+
+__all__ = [
+    "default_lengths",
+    "density_table",
+    "front_table",
+    "origin_lines",
+    "plot_spans",
+    "rule_table",
+    "save_heat_map",
+    "score_table",
+    "span_table",
+]

@@ -1,0 +1,141 @@
+"""Plans, fronts and scores as terminal tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from moa_search.formats import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moa_search.search import Front
+
+__all__ = [
+    "default_lengths",
+    "density_table",
+    "front_table",
+    "origin_lines",
+    "rule_table",
+    "score_table",
+    "span_table",
+]
+
+
+def default_lengths(plan: Plan) -> list[int]:
+    """The lengths a plan was made for, or a quarter, half and all of the model's context."""
+    if plan.predicted:
+        return [metrics.length for metrics in plan.predicted]
+    context = plan.model.config.get("max_position_embeddings")
+    longest = context if isinstance(context, int) else 4096
+    return [longest // 4, longest // 2, longest]
+
+
+def origin_lines(plan: Plan) -> list[str]:
+    """What the plan is for and how it was found, one fact per line."""
+    model = plan.model
+    lines = [
+        f"model     {model.architecture}: {model.num_hidden_layers} layers, {model.num_attention_heads} query heads, "
+        f"{model.num_key_value_heads} KV heads of {model.head_dim}",
+        f"spans     {plan.sink} sink tokens, at least {plan.min_span} tokens, anchored at the {plan.anchor}",
+    ]
+    origin = plan.provenance
+    if origin is not None:
+        how = f"{origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "")
+        budgets = ", ".join(f"{b.density:.4g} at {b.length}" for b in origin.budgets)
+        gap = "" if origin.gap is None else f"; proven within {origin.gap:.2%} of the optimum"
+        lines.append(f"found by  {how}; density at most {budgets}{gap}")
+    return lines
+
+
+def density_table(plan: Plan, lengths: Sequence[int]) -> Table:
+    """KV cache kept, prefill computed and predicted loss by length."""
+    predicted = {metrics.length: metrics for metrics in plan.predicted}
+    table = Table(title="What it keeps", title_justify="left")
+    for name in ("length", "KV cache kept", "KV MiB (16 bit)", "prefill computed", "predicted loss"):
+        table.add_column(name, justify="right")
+    for length in lengths:
+        metrics = predicted.get(length)
+        loss = "" if metrics is None or metrics.loss is None else f"{metrics.loss:.4g} ± {metrics.loss_error:.2g}"
+        table.add_row(
+            str(length),
+            f"{plan.density(length):.1%}",
+            f"{plan.kv_bytes(length) / 2**20:.1f}",
+            f"{plan.attention_density(length):.1%}",
+            loss,
+        )
+    return table
+
+
+def span_table(plan: Plan, length: int) -> Table:
+    """Span in tokens of every layer and KV head at one length."""
+    table = Table(title=f"Span in tokens at {length}", title_justify="left")
+    table.add_column("layer", justify="right")
+    for head in range(plan.model.num_key_value_heads):
+        table.add_column(f"KV head {head}", justify="right")
+    table.add_column("kept", justify="right")
+    for layer, spans in enumerate(plan.spans(length)):
+        cells = [f"[bold]{tokens}[/bold]" if tokens == length else str(tokens) for tokens in spans]
+        table.add_row(str(layer), *cells, f"{sum(spans) / len(spans) / length:.0%}")
+    return table
+
+
+def rule_table(plan: Plan, most: int = 8) -> Table:
+    """The commonest rules."""
+    counts = Counter(str(rule) for layer in plan.rules for rule in layer)
+    table = Table(title=f"Commonest of {len(counts)} rules, span(n) =", title_justify="left")
+    table.add_column("rule")
+    table.add_column("KV heads", justify="right")
+    for rule, count in counts.most_common(most):
+        table.add_row(rule, str(count))
+    return table
+
+
+def front_table(front: Front) -> Table:
+    """The plans of a front with density and predicted loss at every length."""
+    table = Table(title="Front", title_justify="left")
+    table.add_column("plan", justify="right")
+    for metrics in front.chosen.predicted:
+        table.add_column(f"density @{metrics.length}", justify="right")
+        table.add_column(f"loss @{metrics.length}", justify="right")
+    table.add_column("gap", justify="right")
+    for index, plan in enumerate(front.plans):
+        cells = [cell for m in plan.predicted for cell in (f"{m.density:.4f}", f"{m.loss:.4g} ± {m.loss_error:.2g}")]
+        gap = plan.provenance.gap if plan.provenance else None
+        table.add_row("plan.json" if index == 0 else f"{index:02d}", *cells, "" if gap is None else f"{gap:.2%}")
+    return table
+
+
+def score_table(summary: pd.DataFrame) -> Table:
+    """Means with 95 % intervals by task, length and variant."""
+    table = Table(title="Held-out scores, mean and 95 % bootstrap interval", title_justify="left")
+    for name, justify in (
+        ("task", "left"),
+        ("length", "right"),
+        ("variant", "left"),
+        ("KV kept", "right"),
+        ("n", "right"),
+        ("answer NLL", "right"),
+        ("score", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    last = None
+    for row in summary.to_dict("records"):
+        key = (row["task"], row["length"])
+        if last is not None and key != last:
+            table.add_section()
+        last = key
+        table.add_row(
+            f"{row['task']} ({row['metric']})",
+            str(row["length"]),
+            row["variant"],
+            f"{row['density']:.1%}",
+            str(row["n"]),
+            f"{row['nll']:.2f}  {row['nll_low']:.2f}-{row['nll_high']:.2f}",
+            f"{row['score']:.2f}  {row['score_low']:.2f}-{row['score_high']:.2f}",
+        )
+    return table

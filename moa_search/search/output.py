@@ -1,0 +1,59 @@
+"""Writing a front: the chosen plan, every plan, and a table of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from moa_search.errors import ConfigError
+from moa_search.formats.files import atomic_write
+from moa_search.search.searchers import Front
+
+__all__ = ["front_rows", "write_front"]
+
+
+def front_rows(front: Front) -> list[dict[str, Any]]:
+    """One row per plan: its file, and density, attention density and predicted loss at each length."""
+    rows = []
+    for index, plan in enumerate(front.plans):
+        row: dict[str, Any] = {"plan": _name(index)}
+        for metrics in plan.predicted:
+            row[f"density@{metrics.length}"] = metrics.density
+            row[f"attention_density@{metrics.length}"] = metrics.attention_density
+            row[f"loss@{metrics.length}"] = metrics.loss
+            row[f"loss_error@{metrics.length}"] = metrics.loss_error
+        row["gap"] = plan.provenance.gap if plan.provenance else None
+        rows.append(row)
+    return rows
+
+
+def write_front(front: Front, folder: str | os.PathLike[str]) -> None:
+    """Write ``plan.json``, ``front/plan-00.json`` ... and ``front/front.csv``; older plans of ``front/`` go.
+
+    Raises:
+        ConfigError: The folder can't be written.
+    """
+    root = Path(folder)
+    rows = front_rows(front)
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    try:
+        for index, plan in enumerate(front.plans):
+            plan.save(root / "front" / _name(index))
+        for stale in (root / "front").glob("plan-*.json"):
+            if stale.name not in {row["plan"] for row in rows}:
+                stale.unlink()
+        with atomic_write(root / "front" / "front.csv") as file:
+            file.write(text.getvalue().encode())
+        front.chosen.save(root / "plan.json")
+    except OSError as error:
+        raise ConfigError(f"output: {folder} can't be written ({error.strerror or error})") from None
+
+
+def _name(index: int) -> str:
+    return f"plan-{index:02d}.json"
