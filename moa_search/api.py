@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -34,8 +36,8 @@ def profile_model(
     output: str | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
-    sink: int = 64,
-    block: int = 64,
+    sink: int = SINK_TOKENS,
+    block: int = BLOCK_TOKENS,
     row_buckets: int = 32,
     checkpointing: bool = True,
     seed: int = 0,
@@ -276,6 +278,8 @@ def _plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> st
     if isinstance(entry, str | os.PathLike):
         path = Path(entry)
         candidates = [path.stem, f"{path.parent.name}/{path.stem}", str(path)]
+        if path.stem == "plan":  # moa-search names every chosen plan so; its folder says which
+            candidates.insert(0, path.absolute().parent.name)
     elif plan.provenance is not None and plan.provenance.criterion:
         candidates.insert(0, plan.provenance.criterion)
     return next((name for name in candidates if name not in taken), f"plan {index + 1}")

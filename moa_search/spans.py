@@ -15,10 +15,15 @@ import numpy as np
 
 from moa_search.errors import ConfigError
 
-__all__ = ["BETA_ONE", "BLOCK_TOKENS", "DENSE", "SpanRule", "attention_density", "density", "span"]
+__all__ = ["BETA_ONE", "BLOCK_TOKENS", "DENSE", "SINK_TOKENS", "SpanRule", "attention_density", "density", "span"]
 
-BLOCK_TOKENS = 64
-"""Granularity of windows and of cache growth, in tokens."""
+SINK_TOKENS = 16
+"""First tokens of a sequence that every head keeps, unless told otherwise.
+
+A plan file that names no sink or block means these numbers: changing them takes a new plan schema."""
+
+BLOCK_TOKENS = 32
+"""Smallest window, and the granularity of small windows and of cache growth, unless told otherwise."""
 
 BETA_ONE = 256
 """``beta_256`` of beta = 1. Multiples of 1/256 give every device the same integer."""

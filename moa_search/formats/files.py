@@ -76,9 +76,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: It isn't such a text; the message says what is wrong and where.
     """
     try:
-        return json.loads(
-            text, parse_constant=_no_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
-        )
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -20,7 +20,7 @@ from moa_search.formats.files import (
     sha256_of,
 )
 from moa_search.formats.signature import ModelSignature
-from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SpanRule
+from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SINK_TOKENS, SpanRule
 from moa_search.version import __version__
 
 __all__ = [
@@ -118,7 +118,7 @@ class Plan(_Strict):
     schema_: Literal["moa-plan/1"] = Field(default=PLAN_SCHEMA, alias="schema")
     library_version: str = __version__
     model: ModelSignature
-    sink: int = Field(default=BLOCK_TOKENS, ge=0, le=2**20)
+    sink: int = Field(default=SINK_TOKENS, ge=0, le=2**20)
     block: int = Field(default=BLOCK_TOKENS, ge=1, le=2**20)
     anchor: Literal["position", "prompt"] = "position"
     patterns: tuple[tuple[Pattern, ...], ...]
@@ -128,14 +128,11 @@ class Plan(_Strict):
     @model_validator(mode="after")
     def _shape_matches_model(self) -> Plan:
         if len(self.patterns) != self.model.num_hidden_layers:
-            raise ValueError(
-                f"patterns of {len(self.patterns)} layers, the model has {self.model.num_hidden_layers}"
-            )
+            raise ValueError(f"patterns of {len(self.patterns)} layers, the model has {self.model.num_hidden_layers}")
         for layer, heads in enumerate(self.patterns):
             if len(heads) != self.model.num_key_value_heads:
                 raise ValueError(
-                    f"layer {layer} has {len(heads)} patterns, "
-                    f"the model has {self.model.num_key_value_heads} KV heads"
+                    f"layer {layer} has {len(heads)} patterns, the model has {self.model.num_key_value_heads} KV heads"
                 )
         return self
 
@@ -221,9 +218,7 @@ class Plan(_Strict):
         try:
             content = parse_json(text)
         except ValueError as error:
-            raise PlanFormatError(
-                f"{source}: not a JSON file, or a truncated one ({one_line(error)})"
-            ) from None
+            raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
         schema = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(schema, str) or not schema.startswith("moa-plan/"):
             raise PlanFormatError(f'{source}: not a moa-search plan (no "schema": "{PLAN_SCHEMA}")')

@@ -83,9 +83,7 @@ class LengthHeader(BaseModel):
         if self.windows[0] < 1 or any(a >= b for a, b in itertools.pairwise(self.windows)):
             raise ValueError(f"the windows at length {self.length} don't increase from 1 on")
         if self.windows[-1] < self.length:
-            raise ValueError(
-                f"the last window at length {self.length} is {self.windows[-1]}, shorter than that"
-            )
+            raise ValueError(f"the last window at length {self.length} is {self.windows[-1]}, shorter than that")
         return self
 
 
@@ -102,9 +100,7 @@ class ProfileHeader(BaseModel):
     sink: int = Field(ge=0)
     block: int = Field(ge=1)
     seed: int
-    calibration: dict[str, JsonValue] = Field(
-        default_factory=dict, description="sources and hash of the samples"
-    )
+    calibration: dict[str, JsonValue] = Field(default_factory=dict, description="sources and hash of the samples")
     lengths: tuple[LengthHeader, ...] = Field(min_length=1)
     versions: dict[str, str] = Field(default_factory=dict)
 
@@ -209,8 +205,7 @@ class Profile:
             schema = content["schema"]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ProfileFormatError(
-                f"{path}: not a moa-search profile, or a truncated one "
-                f"({type(error).__name__}: {one_line(error)})"
+                f"{path}: not a moa-search profile, or a truncated one ({type(error).__name__}: {one_line(error)})"
             ) from None
         if not isinstance(schema, str) or not schema.startswith("moa-profile/"):
             raise ProfileFormatError(f'{path}: not a moa-search profile (no "schema": "{PROFILE_SCHEMA}")')

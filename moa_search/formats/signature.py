@@ -86,9 +86,7 @@ class ModelSignature(BaseModel):
             num_key_value_heads=kv_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             rope={key: _plain(getattr(text, key, None)) for key in ROPE_KEYS if getattr(text, key, None)},
-            config={
-                key: _plain(getattr(text, key)) for key in OTHER_KEYS if getattr(text, key, None) is not None
-            },
+            config={key: _plain(getattr(text, key)) for key in OTHER_KEYS if getattr(text, key, None) is not None},
         )
 
     def differences(self, other: ModelSignature) -> list[str]:
@@ -112,9 +110,7 @@ class ModelSignature(BaseModel):
 
     def _flat(self) -> dict[str, JsonValue]:
         fields = self.model_dump(mode="json")
-        nested = {
-            f"{part}.{key}": value for part in ("rope", "config") for key, value in fields.pop(part).items()
-        }
+        nested = {f"{part}.{key}": value for part in ("rope", "config") for key, value in fields.pop(part).items()}
         return fields | nested
 
 

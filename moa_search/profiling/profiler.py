@@ -20,7 +20,7 @@ from moa_search.models import require_causal, require_context
 from moa_search.profiling.accumulate import LengthAccumulator
 from moa_search.profiling.attention import Recorder, observed, record_into
 from moa_search.profiling.grid import ROW_BUCKETS, window_grid
-from moa_search.spans import BLOCK_TOKENS
+from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 
 __all__ = ["Progress", "profile_samples"]
 
@@ -33,7 +33,7 @@ def profile_samples(
     samples: Sequence[Sample],
     *,
     model_name: str = "",
-    sink: int = BLOCK_TOKENS,
+    sink: int = SINK_TOKENS,
     block: int = BLOCK_TOKENS,
     row_buckets: int = ROW_BUCKETS,
     checkpointing: bool = True,

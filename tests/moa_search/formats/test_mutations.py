@@ -33,11 +33,7 @@ def flip_a_bit_near_the_start(rng: random.Random, raw: bytes) -> bytes:
 
 def change_a_byte(rng: random.Random, raw: bytes) -> bytes:
     at = rng.randrange(len(raw))
-    return (
-        raw[:at]
-        + rng.choice([b'"', b"{", b"}", b",", b"0", b"-", b"\\", b"\n", b"\0", b"\xff"])
-        + raw[at + 1 :]
-    )
+    return raw[:at] + rng.choice([b'"', b"{", b"}", b",", b"0", b"-", b"\\", b"\n", b"\0", b"\xff"]) + raw[at + 1 :]
 
 
 def change_a_digit(rng: random.Random, raw: bytes) -> bytes:
@@ -238,9 +234,7 @@ def change_a_tensor(rng: random.Random, raw: bytes) -> bytes:
     tensors = load(raw)
     name = rng.choice(list(tensors))
     tensor = tensors.pop(name)
-    changed = rng.choice(
-        [tensor.astype(np.float64), tensor.astype(np.int8), tensor[..., :-1], tensor * np.nan]
-    )
+    changed = rng.choice([tensor.astype(np.float64), tensor.astype(np.int8), tensor[..., :-1], tensor * np.nan])
     tensors[rng.choice([name, name, f"{name}_", "1/loss"])] = np.ascontiguousarray(changed)
     return repack(tensors, raw)
 
@@ -254,9 +248,7 @@ PROFILE_FILE: list[Mutation] = [
 ]  # fmt: skip
 
 
-def check_mutations(
-    original: Path, load_file: Callable[[Path], object], mutations: list[Mutation]
-) -> tuple[int, int]:
+def check_mutations(original: Path, load_file: Callable[[Path], object], mutations: list[Mutation]) -> tuple[int, int]:
     """Numbers of mutated files that were refused and that loaded equal; anything else fails."""
     raw, expected = original.read_bytes(), load_file(original)
     mutated = original.with_name("mutated")

@@ -127,7 +127,7 @@ def test_a_plan_may_be_written_by_hand(tiny_plan: Plan) -> None:
     }
     plan = Plan.loads(json.dumps(content))
     assert plan.rules == [[DENSE, SpanRule(0, 64)]]
-    assert (plan.sink, plan.block, plan.anchor) == (64, 64, "position")
+    assert (plan.sink, plan.block, plan.anchor) == (16, 32, "position")
 
 
 def test_an_edit_is_noticed_unless_the_checksum_is_removed(tiny_plan: Plan) -> None:
@@ -173,9 +173,7 @@ def put(value: object, *where: str | int) -> Callable[[dict[str, Any]], None]:
         (lambda content: content.pop("schema"), 'not a moa-search plan (no "schema": "moa-plan/1")'),
     ],
 )  # fmt: skip
-def test_errors_say_what_and_where(
-    tiny_plan: Plan, change: Callable[[dict[str, Any]], None], message: str
-) -> None:
+def test_errors_say_what_and_where(tiny_plan: Plan, change: Callable[[dict[str, Any]], None], message: str) -> None:
     content = without_checksum(tiny_plan)
     change(content)
     assert error_of(content).startswith(message)

@@ -144,9 +144,7 @@ def test_equality_compares_values(tiny_profile: Profile, path: Path) -> None:
         (lambda c, t: c.update(schema="moa-plan/1"), "not a moa-search profile"),
     ],
 )
-def test_errors_say_what_and_where(
-    path: Path, change: Callable[[Content, Tensors], None], message: str
-) -> None:
+def test_errors_say_what_and_where(path: Path, change: Callable[[Content, Tensors], None], message: str) -> None:
     rewrite(path, change)
     assert error_of(path).startswith(message)
 

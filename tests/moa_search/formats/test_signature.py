@@ -9,9 +9,7 @@ from transformers import GPT2Config, LlamaConfig
 from moa_search.errors import ModelMismatchError, ModelUnsupportedError
 from moa_search.formats import ModelSignature
 
-LLAMA = LlamaConfig(
-    num_hidden_layers=3, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, rope_theta=1e5
-)
+LLAMA = LlamaConfig(num_hidden_layers=3, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, rope_theta=1e5)
 
 
 def test_of_a_transformers_configuration() -> None:
