@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -72,8 +73,7 @@ def tiny_profile(tiny_signature: ModelSignature) -> Profile:
     rng = np.random.default_rng(0)
     grids = {512: (64, 128, 192, 256, 384, 512), 1024: (64, 128, 192, 256, 384, 512, 768, 1024)}
     lengths = tuple(
-        LengthHeader(length=length, windows=windows, row_buckets=4, samples=3)
-        for length, windows in grids.items()
+        LengthHeader(length=length, windows=windows, row_buckets=4, samples=3) for length, windows in grids.items()
     )
     header = ProfileHeader(
         model=tiny_signature,
@@ -108,3 +108,33 @@ def _tiny_statistics(entry: LengthHeader, model: ModelSignature, rng: np.random.
         mean=mean,
         error={name: values * np.float32(0.1) for name, values in mean.items()},
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and a byte-level tokenizer, as ``load_model`` takes it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=2048,
+        )
+    )
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bytewise).save_pretrained(folder)
+    return folder

@@ -124,13 +124,12 @@ def influence_backward(
     grad_query = torch.empty_like(grouped)
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
     bucket_rows = -(-n // row_buckets)
-    rows = bucket_rows * max(1, ROWS // bucket_rows)
     totals = {
         name: grouped.new_zeros(kv_heads, row_buckets, len(windows))
         for name in ("squared", "signed", "absolute", "elementwise", "recall")
     }
-    for start in range(0, n, rows):
-        stop = min(start + rows, n)
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
         near = slice(n - stop, n)  # keys stop-1, stop-2, ..., 0
         query_rows, grad_rows = grouped[:, :, start:stop], grad_grouped[:, :, start:stop]
         attention, slope = _attention_rows(query_rows, keys, stop, scale, softcap, window)
@@ -146,10 +145,9 @@ def influence_backward(
         chunk = _window_statistics(
             attention, weighted, effect, row_gain, start=start, sink=sink, windows=windows, window=window
         )
-        first = start // bucket_rows
+        bucket = torch.arange(start, stop, device=query.device) // bucket_rows
         for name, by_row in chunk.items():
-            sums = _bucket_sums(by_row, bucket_rows)
-            totals[name][:, first : first + sums.shape[1]] += sums
+            totals[name].index_add_(1, bucket, by_row.sum(1))
     return InfluenceBackward(
         grad_query=grad_query.flatten(0, 1).to(query.dtype),
         grad_key=grad_keys.flip(1).to(key.dtype),
@@ -250,11 +248,3 @@ def _band_sums(matrix: Tensor, windows: Sequence[int]) -> Tensor:
             sums[..., rows - 1, band] += matrix[..., rows - 1, width - 1]
         near = far
     return sums
-
-
-def _bucket_sums(by_row: Tensor, bucket_rows: int) -> Tensor:
-    """Sum over the group and over the rows of each bucket: ``[kv_heads, bucket, window]``."""
-    per_row = by_row.sum(1)
-    short = -per_row.shape[1] % bucket_rows
-    padded = functional.pad(per_row, (0, 0, 0, short))
-    return padded.view(len(padded), -1, bucket_rows, padded.shape[2]).sum(2)

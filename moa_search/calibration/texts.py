@@ -9,14 +9,16 @@ import functools
 import sysconfig
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from moa_search.errors import CalibrationError
 
 __all__ = ["SPLITS", "Split", "TextSource", "documents"]
 
+Tokens = npt.NDArray[np.int64]
 Split = Literal["calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("calibration", "validation", "test")
 
@@ -59,43 +61,47 @@ def documents(split: Split) -> tuple[tuple[str, str], ...]:
 class TextSource:
     """Cuts stretches of an exact number of tokens out of the texts of one split.
 
+    A text is tokenised when it is first used.
+
     Args:
         tokenizer: A Hugging Face tokenizer.
         split: Which texts to use.
     """
 
-    def __init__(self, tokenizer: object, split: Split) -> None:
-        self._names = [name for name, _ in documents(split)]
-        encode = tokenizer(  # type: ignore[operator]
-            [text for _, text in documents(split)], add_special_tokens=False, verbose=False
-        )
-        self._tokens = [np.asarray(ids, dtype=np.int64) for ids in encode["input_ids"]]
+    def __init__(self, tokenizer: Any, split: Split) -> None:
         self.split = split
+        self._tokenizer = tokenizer
+        self._documents = documents(split)
+        sizes = np.array([len(text) for _, text in self._documents], dtype=float)
+        self._shares = sizes / sizes.sum()
+        self._tokens: dict[int, Tokens] = {}
 
-    def cut(self, length: int, rng: np.random.Generator) -> tuple[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-        """A stretch of ``length`` tokens, and the name of the text it starts in.
+    def cut(self, length: int, rng: np.random.Generator) -> tuple[str, Tokens]:
+        """A stretch of ``length`` tokens, ``[length]``, and the name of the text it starts in.
 
         Short texts are followed by the next ones, never beyond the split.
 
         Raises:
             CalibrationError: The split holds fewer tokens.
         """
-        weights = np.array([len(tokens) for tokens in self._tokens], dtype=float)
-        if length > weights.sum():
-            raise CalibrationError(
-                f"{length} tokens of text are needed; the standard library's {self.split} texts "
-                f"have {int(weights.sum())}"
-            )
-        first = int(rng.choice(len(weights), p=weights / weights.sum()))
-        here = self._tokens[first]
+        first = int(rng.choice(len(self._shares), p=self._shares))
+        here = self._encoded(first)
         start = int(rng.integers(0, max(1, len(here) - length + 1)))
-        parts, missing, index = (
-            [here[start : start + length]],
-            length - len(here[start : start + length]),
-            first,
-        )
-        while missing > 0:
-            index = (index + 1) % len(self._tokens)
-            parts.append(self._tokens[index][:missing])
+        parts = [here[start : start + length]]
+        missing = length - len(parts[0])
+        for step in range(1, len(self._documents)):
+            if missing <= 0:
+                break
+            parts.append(self._encoded((first + step) % len(self._documents))[:missing])
             missing -= len(parts[-1])
-        return self._names[first], np.concatenate(parts)
+        if missing > 0:
+            raise CalibrationError(
+                f"{length} tokens of text are needed; the standard library's {self.split} texts have {length - missing}"
+            )
+        return self._documents[first][0], np.concatenate(parts)
+
+    def _encoded(self, index: int) -> Tokens:
+        if index not in self._tokens:
+            encoded = self._tokenizer(self._documents[index][1], add_special_tokens=False, verbose=False)
+            self._tokens[index] = np.asarray(encoded["input_ids"], dtype=np.int64)
+        return self._tokens[index]

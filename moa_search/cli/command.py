@@ -34,7 +34,7 @@ def build_parser(
     Args:
         program: Name of the command.
         function: API function; its Google-style ``Args`` become the help texts.
-        first: Name of its first parameter, which is ``--model`` or a positional file.
+        first: Name of its first parameter.
         defaults: Defaults that differ for the command.
     """
     helps = _argument_helps(function)
@@ -56,8 +56,8 @@ def build_parser(
         else:
             options["default"] = list(default) if isinstance(default, tuple) else default
         if name == first and name != "model":
-            parser.add_argument(name, type=str, nargs="?", help=options["help"])
-        elif options.get("type") is bool:
+            options["help"] += "; also as the first argument, without the flag"
+        if options.get("type") is bool:
             flag = name.replace("_", "-")
             parser.add_argument(
                 f"--{flag}", dest=name, type=bool, default=default, help=options["help"], metavar="true|false"
@@ -67,16 +67,22 @@ def build_parser(
     return parser
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> Namespace:
-    """Parsed options.
+def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None, *, first: str) -> Namespace:
+    """Parsed options; a first argument without a flag is the one named ``first``.
 
     Raises:
         ConfigError: A flag, a YAML key or a value is wrong; one line says which.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and not given[0].startswith("-"):
+        given.insert(0, f"--{first}")
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(given)
     except ArgumentError as error:
-        raise ConfigError(_one_line(str(error), parser)) from None
+        message = _one_line(str(error), parser)
+    if "--config" in given[:-1] and message.startswith("Problems parsing config"):
+        message = f"{given[given.index('--config') + 1]}: {message}"
+    raise ConfigError(message)
 
 
 def run(
@@ -104,7 +110,7 @@ def run(
     """
     debug = "--debug" in (sys.argv if arguments is None else arguments)
     try:
-        options = vars(parse(build_parser(program, function, first=first, defaults=defaults), arguments))
+        options = vars(parse(build_parser(program, function, first=first, defaults=defaults), arguments, first=first))
         for name in ("config", "debug"):
             options.pop(name, None)
         for name in (first, *required):

@@ -1,0 +1,311 @@
+"""The four commands, run as a user runs them, on a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from moa_search import Plan, api
+from moa_search.cli import evaluate, inspect, profile, search
+from moa_search.cli.command import build_parser, parse
+
+COMMANDS = {
+    "moa-profile": (profile, api.profile_model, "model"),
+    "moa-search": (search, api.search_front, "profile"),
+    "moa-eval": (evaluate, api.evaluate_model, "model"),
+    "moa-inspect": (inspect, api.inspect_plan, "plan"),
+}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command; returns exit status, output and errors."""
+
+    def run(program, *arguments):
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            COMMANDS[program][0].main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory, tiny_model_dir):
+    """A profile of the tiny model, made once."""
+    path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    api.profile_model(str(tiny_model_dir), lengths=[300, 600], samples=2, output=str(path), dtype="float32")
+    return path
+
+
+def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
+    made = tmp_path / "profile.safetensors"
+    status, out, err = call(
+        "moa-profile", "--model", tiny_model_dir, "--lengths", 300, 600, "--samples", 2, "--output", made
+    )
+    assert status == 0, err
+    assert "300 tokens  2 samples  dense loss" in out
+    status, out, err = call("moa-search", made, "--density", 0.5, "--output", tmp_path / "half")
+    assert status == 0, err
+    assert (tmp_path / "half" / "front" / "front.csv").exists()
+    plan = Plan.load(tmp_path / "half" / "plan.json")
+    assert plan.density(300) <= 0.5
+    assert plan.density(600) <= 0.5
+    scores = tmp_path / "scores.csv"
+    status, out, err = call(
+        "moa-eval", "--model", tiny_model_dir, "--plan", tmp_path / "half" / "plan.json", "--lengths", 300,
+        "--samples", 2, "--output", scores,
+    )  # fmt: skip
+    assert status == 0, err
+    assert set(pd.read_csv(scores)["variant"]) == {"dense", "uniform", "half"}
+    assert "passkey (exact match)" in out
+    picture = tmp_path / "spans.png"
+    status, out, err = call("moa-inspect", tmp_path / "half" / "plan.json", "--output", picture)
+    assert status == 0, err
+    assert "exact search on squared" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_search_twice_is_byte_identical(call, profiled, tmp_path):
+    for name in ("one", "two"):
+        assert call("moa-search", profiled, "--density", 0.5, "--output", tmp_path / name)[0] == 0
+    one, two = ((tmp_path / name / "plan.json").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+class TestOptions:
+    @pytest.mark.parametrize("program", COMMANDS)
+    def test_help_is_quick_to_import_and_names_every_argument(self, program):
+        """No torch, transformers or pandas is imported for ``--help``."""
+        module = COMMANDS[program][0].__name__
+        code = (
+            f"import sys; sys.argv = ['{program}', '--help']\n"
+            f"from {module} import main\n"
+            "try: main()\n"
+            "except SystemExit: pass\n"
+            "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib', 'highspy'} & set(sys.modules)))"
+        )
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.splitlines()[-1] == "[]"
+        for name in build_parser(program, *COMMANDS[program][1:2], first=COMMANDS[program][2])._actions:
+            assert name.dest in out or name.dest.replace("_", "-") in out
+
+    def test_flag_yaml_key_and_keyword_are_one(self, tmp_path):
+        """Each argument of each function can be given as a flag and as a YAML key, with the same result."""
+        values = {
+            "model": "demo", "lengths": [512, 777], "samples": 3, "tasks": ["copy"], "output": "x", "dtype": "float16",
+            "device": "cpu", "sink": 5, "block": 7, "row_buckets": 9, "checkpointing": False, "seed": 11,
+            "density": [0.3, 0.4], "budget_lengths": [99, 100], "criterion": "signed", "searcher": "uniform",
+            "time_limit_s": 1.5, "front_steps": 2, "plan": ["a", "b"], "baselines": ["dense"],
+            "profile": "p",
+        }  # fmt: skip
+        import inspect as introspect
+
+        for program, (_, function, first) in COMMANDS.items():
+            parser = build_parser(program, function, first=first)
+            names = [n for n in introspect.signature(function).parameters if n != "progress"]
+            wanted = {n: "a" if (program, n) == ("moa-inspect", "plan") else values[n] for n in names}
+            flags = []
+            for name, value in wanted.items():
+                parts = [str(v) for v in (value if isinstance(value, list) else [value])]
+                flags += [f"--{name.replace('_', '-')}", *parts]
+            config = tmp_path / f"{program}.yaml"
+            config.write_text(yaml.safe_dump(wanted))
+            by_flag, by_yaml = (
+                parse(parser, arguments, first=first) for arguments in (flags, ["--config", str(config)])
+            )
+            for name, value in wanted.items():
+                assert by_flag[name] == by_yaml[name] == value, (program, name)
+
+    def test_flag_beats_yaml_beats_default(self, tmp_path):
+        config = tmp_path / "profile.yaml"
+        config.write_text("samples: 5\nseed: 6\n")
+        parser = build_parser("moa-profile", api.profile_model, first="model")
+        options = parse(parser, ["--config", str(config), "--seed", "7"], first="model")
+        assert (options.samples, options.seed, options.row_buckets) == (5, 7, 32)
+
+    @pytest.mark.parametrize("folder", ["profile", "search", "eval"])
+    def test_shipped_configurations_parse(self, folder):
+        from pathlib import Path
+
+        program = f"moa-{folder}"
+        parser = build_parser(program, COMMANDS[program][1], first=COMMANDS[program][2])
+        files = sorted((Path(__file__).parents[3] / "configs" / folder).glob("*.yaml"))
+        assert files
+        for file in files:
+            parse(parser, ["--config", str(file)], first=COMMANDS[program][2])
+
+
+class TestBadInput:
+    """One clear line, exit status 2, nothing written."""
+
+    @pytest.fixture
+    def refused(self, call, tmp_path):
+        def check(program, *arguments, says):
+            before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+            status, _, err = call(program, *arguments)
+            lines = [line for line in err.splitlines() if line.startswith(program)]
+            assert status == 2
+            assert len(lines) == 1
+            for words in says:
+                assert words in lines[0], lines[0]
+            assert "Traceback" not in err
+            assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+        return check
+
+    @pytest.mark.parametrize("name", ["no/such-model", "./missing", "missing.gguf", "a/b/c"])
+    def test_unknown_model(self, refused, tmp_path, name):
+        refused("moa-profile", "--model", name, "--output", tmp_path / "p.safetensors", says=[name])
+
+    def test_model_that_is_not_causal(self, refused, tmp_path):
+        from transformers import BertConfig, BertModel
+
+        BertModel(
+            BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=99)
+        ).save_pretrained(tmp_path / "bert")
+        refused(
+            "moa-profile", "--model", tmp_path / "bert", "--output", tmp_path / "p.safetensors",
+            says=["bert", "not a causal language model"],
+        )  # fmt: skip
+
+    def test_model_that_ignores_the_attention_interface(self, refused, tmp_path, tiny_model_dir):
+        import shutil
+
+        from transformers import FalconConfig, FalconForCausalLM
+
+        folder = tmp_path / "falcon"
+        shutil.copytree(tiny_model_dir, folder)
+        FalconForCausalLM(
+            FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=256)
+        ).save_pretrained(folder)
+        refused(
+            "moa-profile", "--model", folder, "--lengths", 300, "--samples", 1, "--output", tmp_path / "p.safetensors",
+            says=["Falcon", "AttentionInterface"],
+        )  # fmt: skip
+
+    def test_plan_of_another_model(self, refused, tmp_path, tiny_model_dir, tiny_plan):
+        tiny_plan.save(tmp_path / "plan.json")
+        refused(
+            "moa-eval", "--model", tiny_model_dir, "--plan", tmp_path / "plan.json", "--lengths", 300,
+            says=["another model", "num_hidden_layers: 3 != 2"],
+        )  # fmt: skip
+
+    def test_truncated_profile(self, refused, profiled, tmp_path):
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(profiled.read_bytes()[:-100])
+        refused("moa-search", broken, "--output", tmp_path / "out", says=["broken.safetensors", "truncated"])
+
+    def test_foreign_file(self, refused, tmp_path):
+        (tmp_path / "plan.json").write_text(json.dumps({"alphas": [[1]], "betas": [[0.5]]}))
+        refused("moa-inspect", tmp_path / "plan.json", says=["plan.json", "not a moa-search plan"])
+
+    def test_missing_file(self, refused, tmp_path):
+        refused("moa-search", tmp_path / "nowhere", "--output", tmp_path / "out", says=["nowhere", "No such file"])
+
+    def test_unknown_yaml_key_suggests_the_nearest(self, refused, tmp_path):
+        (tmp_path / "c.yaml").write_text("lenghts: [1024]\n")
+        refused("moa-profile", "--config", tmp_path / "c.yaml", says=["'lenghts'", "did you mean 'lengths'"])
+
+    def test_broken_yaml(self, refused, tmp_path):
+        (tmp_path / "c.yaml").write_text("lengths: [1024\n  samples: }")
+        refused("moa-profile", "--config", tmp_path / "c.yaml", says=["c.yaml"])
+
+    def test_missing_config_file(self, refused, tmp_path):
+        refused("moa-profile", "--config", tmp_path / "none.yaml", says=["none.yaml"])
+
+    def test_unknown_option(self, refused):
+        refused("moa-profile", "--lenghts", 5, says=["--lenghts", "lengths"])
+
+    def test_unknown_choice(self, refused, profiled, tmp_path):
+        refused(
+            "moa-search", profiled, "--criterion", "squard", "--output", tmp_path / "out",
+            says=["criterion", "did you mean 'squared'"],
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("density", ["0", "1.5", "-0.1", "nan"])
+    def test_density_out_of_range(self, refused, profiled, tmp_path, density):
+        refused("moa-search", profiled, f"--density={density}", "--output", tmp_path / "out", says=["density", density])
+
+    def test_infeasible_budget_is_named(self, refused, profiled, tmp_path):
+        refused(
+            "moa-search", profiled, "--density", 0.05, "--output", tmp_path / "out",
+            says=["density of 0.05 at 300 tokens can't be met", "48 tokens"],
+        )  # fmt: skip
+
+    def test_length_over_the_context(self, refused, tiny_model_dir, tmp_path):
+        refused(
+            "moa-profile", "--model", tiny_model_dir, "--lengths", 4000, "--output", tmp_path / "p.safetensors",
+            says=["4000", "context of 2048"],
+        )  # fmt: skip
+
+    def test_length_too_short_for_the_task(self, refused, tiny_model_dir, tmp_path):
+        refused(
+            "moa-profile", "--model", tiny_model_dir, "--lengths", 20, "--output", tmp_path / "p.safetensors",
+            says=["20 tokens"],
+        )  # fmt: skip
+
+    def test_loss_that_is_not_finite(self, refused, tiny_model_dir, tmp_path):
+        import shutil
+
+        from safetensors.torch import load_file, save_file
+
+        folder = tmp_path / "nan"
+        shutil.copytree(tiny_model_dir, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"][:] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        refused(
+            "moa-profile", "--model", folder, "--lengths", 300, "--samples", 1, "--output", tmp_path / "p.safetensors",
+            says=["loss of sample 0", "nan"],
+        )  # fmt: skip
+
+    def test_required_options(self, refused):
+        refused("moa-profile", "--model", "demo", says=["--output is required"])
+        refused("moa-search", "--output", "x", says=["profile is required"])
+        refused("moa-inspect", says=["plan is required"])
+
+    def test_output_that_cannot_be_written(self, refused, tmp_path):
+        (tmp_path / "file").write_text("")
+        target = tmp_path / "file" / "p.safetensors"
+        refused("moa-profile", "--model", "demo", "--output", target, says=["can't be written"])
+
+
+def test_interrupt_leaves_the_old_file(call, monkeypatch, tiny_model_dir, tmp_path):
+    target = tmp_path / "p.safetensors"
+    target.write_bytes(b"old")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moa_search.profiling.profiler._backward", interrupt)
+    status, _, err = call("moa-profile", "--model", tiny_model_dir, "--lengths", 300, "--output", target)
+    assert status == 130
+    assert "nothing was written" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+    assert target.read_bytes() == b"old"
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["moa-inspect", str(tmp_path / "none.json"), "--debug"])
+    with pytest.raises(Exception, match="No such file"):
+        inspect.main()
+
+
+def test_progress_reports_all_tokens(tiny_model_dir):
+    seen = []
+    api.profile_model(str(tiny_model_dir), lengths=[300], samples=2, progress=lambda *p: seen.append(p))
+    assert seen == [(300, 600), (600, 600)]
+
+
+def test_python_and_command_agree(profiled, tmp_path):
+    front = api.search_front(str(profiled), density=[0.5])
+    plan = api.search_plan(str(profiled), density=0.5)
+    assert plan == front.chosen
+    assert np.isfinite([m.loss for m in plan.predicted]).all()

@@ -1,0 +1,189 @@
+"""The profiler on tiny random models: what it records, what it leaves behind, what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from moa_kernels.influence import influence_backward
+from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, LlamaConfig, Qwen2Config, T5Config
+
+from moa_search.calibration import Sample
+from moa_search.errors import ConfigError, ModelUnsupportedError, ProfilingError
+from moa_search.formats import Profile
+from moa_search.profiling import profile_samples
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+
+
+def make_model(kind=LlamaConfig, **changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**{**SMALL, **changes}), dtype=torch.float32).eval()
+
+
+def make_samples(length=150, count=3, answer=5):
+    rng = np.random.default_rng(length)
+    return [Sample(rng.integers(0, 64, length), answer, "passkey", 0.5, "random") for _ in range(count)]
+
+
+def test_statistics_are_those_of_each_layers_own_tensors():
+    """Hooks catch Q, K, V and the output's gradient of one layer; the profile holds their influence."""
+    model, samples = make_model().double(), make_samples(count=1)
+    profile = profile_samples(model, samples, sink=4, block=16, row_buckets=5)
+    entry = profile.by_length[150]
+    for layer in (0, 1):
+        caught = catch_attention(model, layer, samples[0])
+        expected = influence_backward(*caught, windows=entry.header.windows, row_buckets=5, sink=4, scale=8**-0.5)
+        for name in ("squared", "signed"):
+            recorded = torch.from_numpy(entry.per_sample[name][0, layer]).double()
+            torch.testing.assert_close(recorded, expected.statistics[name], rtol=1e-5, atol=1e-12)
+        for name in ("absolute", "elementwise", "recall"):
+            recorded = torch.from_numpy(entry.mean[name][layer]).double()
+            torch.testing.assert_close(recorded, expected.statistics[name], rtol=1e-5, atol=1e-12)
+
+
+def catch_attention(model, layer, sample):
+    """Q, K, V of a layer and the gradient of its attention output, from transformers' own eager attention."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    caught = {}
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if module.layer_idx == layer:
+            out.retain_grad()
+            caught.update(qkv=(query[0].detach(), key[0].detach(), value[0].detach()), out=out)
+        return out, weights
+
+    ALL_ATTENTION_FUNCTIONS.register("spy", spy)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("spy")
+    embedded = model.get_input_embeddings()(torch.from_numpy(sample.ids)[None]).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits[0, -sample.answer_tokens - 1 : -1]
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(sample.answer)).backward()
+    model.set_attn_implementation(before)
+    return *caught["qkv"], caught["out"].grad[0].transpose(0, 1)
+
+
+def test_loss_is_that_of_the_answer_alone():
+    model, samples = make_model(), make_samples(count=2)
+    profile = profile_samples(model, samples)
+    for sample, loss in zip(samples, profile.by_length[150].loss, strict=True):
+        ids = torch.from_numpy(sample.ids)
+        logits = model(ids[None]).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits[-6:-1], ids[-5:])
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_checkpointing_changes_memory_and_not_results():
+    model, samples = make_model(attention_dropout=0.5), make_samples()
+    plain, saved = (profile_samples(model, samples, checkpointing=flag) for flag in (False, True))
+    for name in ("squared", "signed"):
+        np.testing.assert_allclose(
+            plain.by_length[150].per_sample[name], saved.by_length[150].per_sample[name], rtol=1e-4, atol=1e-12
+        )
+
+
+def test_checkpointing_really_recomputes_layers():
+    model, calls = make_model(), []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *args: calls.append(1))
+    profile_samples(model, make_samples(count=1), checkpointing=False)
+    assert len(calls) == 1
+    profile_samples(model, make_samples(count=1), checkpointing=True)
+    assert len(calls) == 3
+
+
+def test_model_is_left_as_it_was():
+    model = make_model()
+    ids = torch.arange(40)[None]
+    before, names = model(ids).logits, {name: set(vars(module)) for name, module in model.named_modules()}
+    profile_samples(model, make_samples())
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(ids).logits, before)
+    assert not any(module.training for module in model.modules())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == names
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def test_lengths_are_pooled_apart_and_the_file_round_trips(tmp_path):
+    profile = profile_samples(make_model(), [*make_samples(100), *make_samples(150, 2)], model_name="tiny", seed=3)
+    profile.save(tmp_path / "profile.safetensors")
+    loaded = Profile.load(tmp_path / "profile.safetensors")
+    assert loaded.lengths == [100, 150]
+    assert [entry.samples for entry in loaded.header.lengths] == [3, 2]
+    assert loaded.header.calibration["samples"] == 5
+    assert (loaded.header.model_name, loaded.header.seed) == ("tiny", 3)
+
+
+def test_same_samples_give_the_same_profile():
+    first, second = (profile_samples(make_model(), make_samples()) for _ in range(2))
+    assert first.checksum == second.checksum
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: make_model(Qwen2Config),
+        lambda: make_model(Gemma2Config, query_pre_attn_scalar=8, sliding_window=40),
+    ],
+    ids=["qwen2", "gemma2"],
+)
+def test_other_architectures(model):
+    entry = profile_samples(model(), make_samples(), sink=4, block=16).by_length[150]
+    assert (entry.per_sample["squared"][..., -1] == 0).all()
+    assert (entry.per_sample["squared"][..., 0].sum((-1, -2)) > 0).all()
+
+
+def test_native_sliding_layers_count_only_what_they_see():
+    """A window beyond the model's own one keeps all that the layer ever attends."""
+    model = make_model(Gemma2Config, query_pre_attn_scalar=8, sliding_window=40)
+    entry = profile_samples(model, make_samples(), sink=0, block=16).by_length[150]
+    wide = [index for index, window in enumerate(entry.header.windows) if window >= 40]
+    assert model.config.layer_types[0] == "sliding_attention"
+    assert (entry.mean["absolute"][0][..., wide] == 0).all()
+    assert (entry.mean["absolute"][1][..., wide[0]].sum(-1) > 0).all()
+
+
+class TestRefusals:
+    def test_loss_that_is_not_finite(self):
+        model = make_model()
+        model.lm_head.weight.data[:] = float("nan")
+        with pytest.raises(ProfilingError, match=r"loss of sample 0 .* is nan"):
+            profile_samples(model, make_samples())
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_length_over_the_context(self):
+        with pytest.raises(ConfigError, match=r"600 is over the model's context of 512"):
+            profile_samples(make_model(), make_samples(600))
+
+    def test_no_samples(self):
+        with pytest.raises(ConfigError, match="no calibration samples"):
+            profile_samples(make_model(), [])
+
+    def test_bert(self):
+        tiny = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        with pytest.raises(ModelUnsupportedError, match="not a causal language model"):
+            profile_samples(AutoModelForCausalLM.from_config(tiny), make_samples())
+
+    def test_encoder_decoder(self):
+        from transformers import AutoModelForSeq2SeqLM
+
+        tiny = T5Config(d_model=32, num_layers=1, num_heads=2, d_ff=32, d_kv=16, vocab_size=64)
+        with pytest.raises(ModelUnsupportedError, match="encoder-decoder"):
+            profile_samples(AutoModelForSeq2SeqLM.from_config(tiny), make_samples())
+
+    def test_model_that_ignores_the_attention_interface(self):
+        from transformers import FalconConfig
+
+        tiny = FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+        model = AutoModelForCausalLM.from_config(tiny)
+        with pytest.raises(ModelUnsupportedError, match="AttentionInterface"):
+            profile_samples(model, make_samples())
