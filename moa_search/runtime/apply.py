@@ -8,6 +8,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import GenerationMode
 
 from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
 from moa_search.runtime.attention import NAME, RULES_ATTRIBUTE, register
@@ -186,7 +187,7 @@ def _prepare_cache_for_generation(
             "leave it unset under a plan"
         )
     model_kwargs["past_key_values"] = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
-    if getattr(generation_config, "is_assistant", False):
+    if getattr(generation_config, "is_assistant", False) or GenerationMode.ASSISTED_GENERATION in args:
         model_kwargs["past_key_values"].activate_past_recording()
     return result
 

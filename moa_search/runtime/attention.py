@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from moa_kernels import span_attention
@@ -10,8 +10,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from moa_search.errors import UnsupportedInputError
-from moa_search.runtime.cache import MoACacheLayer, Staged
 from moa_search.runtime.rules import LayerRules
+from moa_search.runtime.staged import Staged
+
+if TYPE_CHECKING:
+    from moa_search.runtime.cache import MoACacheLayer
 
 __all__ = ["NAME", "RULES_ATTRIBUTE", "moa_attention", "moa_mask", "register"]
 

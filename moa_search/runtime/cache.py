@@ -11,62 +11,26 @@ Only `crop` steps back in n, so it checks.
 
 from __future__ import annotations
 
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from moa_search.errors import UnsupportedInputError
+from moa_search.runtime.layout import EMPTY, Layout
 from moa_search.runtime.rules import LayerRules, layer_rules
+from moa_search.runtime.staged import Staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moa_search.formats import Plan
 
-__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACache", "MoACacheLayer", "Staged"]
-
-EMPTY = 2**31 - 1
-"""Position of a slot that holds no key: later than any query, so that causality hides it."""
+__all__ = ["ROLLBACK_TOKENS", "MoACache", "MoACacheLayer"]
 
 ROLLBACK_TOKENS = 256
 """Tokens that can be rolled back while past states are recorded (assisted decoding)."""
-
-
-class Staged:
-    """New keys and values on their way to the attention function, in place of tensors.
-
-    Not a tensor on purpose: storing the new tokens before attention has read the ring would overwrite keys
-    that this very chunk needs, and any other attention function fails on it instead of attending only a part
-    of the past.
-
-    Attributes:
-        layer: The cache layer that they belong to.
-    """
-
-    def __init__(self, layer: MoACacheLayer, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.layer = layer
-        self._states: tuple[torch.Tensor, torch.Tensor] | None = (key, value)
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[batch, kv_heads, new tokens, head_dim]``; only once.
-
-        Raises:
-            UnsupportedInputError: They were taken before.
-        """
-        if self._states is None:
-            raise UnsupportedInputError("one layer's keys and values are attended by two layers; a plan can't run that")
-        states, self._states = self._states, None
-        return states
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise UnsupportedInputError(
-            "a MoACache works only with the plan's own attention; call apply_plan(model, plan) first"
-        )
 
 
 class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -111,7 +75,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.keys = key_states.new_empty(batch, 0, key_states.shape[-1])
         self.values = value_states.new_empty(batch, 0, value_states.shape[-1])
         self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self._layout = _Layout(self.rules, [0] * len(self.rules.rules), self.device)
+        self._layout = Layout(self.rules, [0] * len(self.rules.rules), self.device)
         self._floor = self.lens.new_full((batch, len(self.rules.rules)), self.rules.sink)
         self.is_initialized = True
 
@@ -191,7 +155,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """No bound."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name in transformers before 5.13
+    get_max_cache_shape = get_max_length  # its name in older versions of transformers
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask that the plan's attention wants: of the new tokens only."""
@@ -205,20 +169,28 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """Forget the newest tokens.
 
         Args:
-            tokens_to_remove: Minus the number of tokens.
+            tokens_to_remove: Minus the number of tokens to forget; a positive number is the length to keep, as
+                older versions of transformers ask for.
 
         Raises:
-            UnsupportedInputError: The number is positive, some of the tokens are padding, or keys that the
-                tokens to come would need have been overwritten.
+            UnsupportedInputError: Some of the tokens are padding, or keys that the tokens to come would need
+                have been overwritten.
         """
-        if tokens_to_remove > 0:
-            raise UnsupportedInputError(f"crop({tokens_to_remove}): pass minus the number of tokens to remove")
-        removed = -tokens_to_remove
-        if removed == 0 or self.cumulative_length == 0:
-            return
-        if removed >= self.cumulative_length:
+        removed = self.check_crop(tokens_to_remove)
+        if removed == self.cumulative_length:
             self.reset()
             return
+        self.lens = self.lens - removed
+        self._longest -= removed
+        self._unpadded -= removed
+        self.cumulative_length -= removed
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """The number of tokens that `crop` would forget; raises what `crop` raises and changes nothing."""
+        asked = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        removed = -asked if asked <= 0 else max(self.cumulative_length - asked, 0)
+        if removed >= self.cumulative_length:
+            return self.cumulative_length
         if removed > self._unpadded:
             raise UnsupportedInputError(f"crop(-{removed}): some of the last {removed} tokens are padding")
         lens = self.lens - removed
@@ -229,10 +201,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
                     f"crop(-{removed}): keys that the next tokens need are overwritten; to roll back up to "
                     f"{ROLLBACK_TOKENS} tokens, call activate_past_recording() on the cache beforehand"
                 )
-        self.lens = lens
-        self._longest -= removed
-        self._unpadded -= removed
-        self.cumulative_length -= removed
+        return removed
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
@@ -276,55 +245,12 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         capacities = self.rules.capacities(reserved, slack)
         if capacities == self._layout.capacities:
             return
-        layout = _Layout(self.rules, capacities, self.device)
+        layout = Layout(self.rules, capacities, self.device)
         self._floor = self._floor.maximum(self.lens[:, None] - layout.ring)
         position = layout.positions(self.lens, self._floor)
         source = self._layout.slot(layout.head, position).where(position != EMPTY, 0)
         self.keys, self.values = _gather(self.keys, source), _gather(self.values, source)
         self._layout = layout
-
-
-class _Layout:
-    """Which slot of the flat buffer holds which position of which head.
-
-    Attributes:
-        capacities: Slots per head.
-        offsets: First slot of each head.
-        ring: ``[kv_heads]``, slots per head besides the sink; at least 1.
-        head: ``[slots]``, the head of each slot.
-    """
-
-    def __init__(self, rules: LayerRules, capacities: list[int], device: torch.device) -> None:
-        self.sink = rules.sink
-        self.capacities = capacities
-        self.offsets = [0, *accumulate(capacities)][:-1]
-        counts = torch.tensor(capacities, device=device)
-        # A layout shorter than the sink has no ring and stores no position that asks for it.
-        self.ring = (counts - rules.sink).clamp(min=1)
-        self.head = torch.arange(len(capacities), device=device).repeat_interleave(counts)
-        self._offset = torch.tensor(self.offsets, device=device)
-        self._index = torch.arange(len(self.head), device=device) - self._offset[self.head]
-
-    def slot(self, head: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Slots of positions of heads; the two broadcast."""
-        ringed = self.sink + (position - self.sink) % self.ring[head]
-        return self._offset[head] + position.where(position < self.sink, ringed)
-
-    def positions(self, lens: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-        """Position that each slot holds, or `EMPTY`.
-
-        Args:
-            lens: ``[batch]``, tokens stored.
-            floor: ``[batch, kv_heads]``, the oldest position that each ring may still hold.
-
-        Returns:
-            int64 ``[batch, slots]``.
-        """
-        last = lens[:, None] - 1
-        sunk = self._index < self.sink
-        position = self._index.where(sunk, last - (last - self._index) % self.ring[self.head])
-        held = (position <= last) & (sunk | (position >= floor[:, self.head]))
-        return position.where(held, EMPTY)
 
 
 def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -356,6 +282,19 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
             for rules, layer in zip(layer_rules(plan, config, stock), stock, strict=True)
         ]
         super().__init__(layers=layers)
+
+    def activate_past_recording(self) -> None:
+        """Keep room for rollbacks of up to `ROLLBACK_TOKENS` tokens from now on."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens in every layer, or, where one refuses, in none; see `MoACacheLayer.crop`."""
+        for layer in self.layers:
+            if isinstance(layer, MoACacheLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     chunked_causal_mask_function,
-    packed_sequence_compatibility_function,
+    packed_sequence_mask_function,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
@@ -165,7 +166,7 @@ def test_gradients_flow(llama, plan, reference, with_cache):
         bidirectional_mask_function,
         sliding_window_bidirectional_mask_function(8),
         chunked_causal_mask_function(8, torch.zeros(1)),
-        packed_sequence_compatibility_function(causal_mask_function, torch.zeros(1, 4), torch.zeros(1, 4)),
+        and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 4))),
         lambda *args: True,
     ],
 )

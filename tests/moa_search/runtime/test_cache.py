@@ -9,7 +9,8 @@ import torch
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.runtime import MoACache, applied, apply_plan
-from moa_search.runtime.cache import EMPTY, ROLLBACK_TOKENS, MoACacheLayer
+from moa_search.runtime.cache import ROLLBACK_TOKENS, MoACacheLayer
+from moa_search.runtime.layout import EMPTY
 from moa_search.runtime.rules import LayerRules
 from moa_search.spans import BLOCK_TOKENS, SpanRule
 
@@ -113,6 +114,23 @@ def test_padding_inside_later_chunks_is_not_stored(llama):
     assert cache.layers[0].lens.tolist() == [65, 71]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_scattered_padding_in_many_chunks_equals_each_sample_alone(llama, reference, seed):
+    sizes = [3, 200, 1, 40, 1, 1, 30]
+    sequence = tokens(3, sum(sizes), seed)
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.rand(3, len(sizes), generator=generator).repeat_interleave(torch.tensor(sizes), dim=1)
+    real = (torch.rand(sequence.shape, generator=generator) < shares + 0.3).long()
+    real[0, 1:3] = 0
+    real[1, 203:245] = 0
+    cache = MoACache(llama.config, llama._moa_applied.plan)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parts = zip(sequence.split(sizes, 1), ends, strict=True)
+    found = torch.cat([run(llama, cache, part, real[:, :end]) for part, end in parts], 1)
+    for sample, mask, mine in zip(sequence, real.bool(), found, strict=True):
+        torch.testing.assert_close(mine[mask], logits(reference, sample[mask][None])[0])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_prefill_in_any_chunks_equals_one_go(llama, reference, seed):
     generator = random.Random(seed)
@@ -199,6 +217,7 @@ def test_crop_is_exact_or_refused(llama, reference, length, recording):
         run(llama, cache, sequence[:, : length // 2])
         run(llama, cache, sequence[:, length // 2 :])
         if not cropped(cache, removed):
+            assert [layer.get_seq_length() for layer in cache.layers] == [length] * 3
             break
         allowed = removed
         assert cache.get_seq_length() == length - removed
@@ -234,19 +253,19 @@ def test_crop_refuses_exactly_when_a_needed_key_is_gone():
                     layer.crop(-removed)
 
 
-def test_crop_refuses_positive_counts_and_padding(llama):
+def test_crop_takes_a_length_to_keep_and_refuses_padding(llama):
     cache = MoACache(llama.config, llama._moa_applied.plan)
     cache.activate_past_recording()
     real = torch.ones(2, 20, dtype=torch.int64)
     real[1, 15:] = 0
     run(llama, cache, tokens(2, 20), real)
-    with pytest.raises(UnsupportedInputError, match="minus the number"):
-        cache.crop(10)
     with pytest.raises(UnsupportedInputError, match="padding"):
         cache.crop(-1)
     cache.crop(0)
+    cache.crop(25)
     run(llama, cache, tokens(2, 3), torch.nn.functional.pad(real, (0, 3), value=1))
-    cache.crop(-3)
+    cache.crop(torch.tensor(-1))
+    cache.crop(20)
     assert cache.layers[0].lens.tolist() == [20, 15]
     cache.crop(-20)
     assert cache.get_seq_length() == 0
@@ -352,7 +371,7 @@ def test_native_sliding_windows_bound_the_cache():
     assert max(slots.stop - slots.start for slots in cache.layers[1].slots(only_sink=False)) == 4 + 24
 
 
-def test_one_layer_holds_no_gradient(llama):
+def test_the_cache_holds_no_gradient(llama):
     cache = MoACache(llama.config, llama._moa_applied.plan)
     loss = llama(tokens(1, 40), past_key_values=cache).logits.sum()
     assert loss.requires_grad
