@@ -69,9 +69,7 @@ def test_keeps_the_shape() -> None:
 
 
 @given(rule=RULES, start=LENGTHS, sink=st.integers(0, 100), block=st.integers(1, 100))
-def test_grows_by_at_most_one_so_evicted_keys_stay_evicted(
-    rule: SpanRule, start: int, sink: int, block: int
-) -> None:
+def test_grows_by_at_most_one_so_evicted_keys_stay_evicted(rule: SpanRule, start: int, sink: int, block: int) -> None:
     n = np.arange(start, start + 1000, dtype=np.int64)
     spans = span(n, rule, sink + block)
     window_start = n - (spans - sink)
