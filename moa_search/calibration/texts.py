@@ -40,13 +40,29 @@ _FIFTHS: dict[Split, tuple[int, ...]] = {"calibration": (0, 2), "validation": (3
 """A text's name alone decides its split, so that it never changes sides between Python versions."""
 
 
+REPEATED_CHARACTERS = 100
+"""Length from which a paragraph found in two splits counts as shared text; help topics quote each other."""
+
+
 @functools.cache
 def documents(split: Split) -> tuple[tuple[str, str], ...]:
     """``(name, text)`` of the texts of one split, in a fixed order.
 
-    Modules that this Python version lacks are left out, so the texts can differ between versions; profiles
-    record a hash of the tokens they were made from.
+    A text that repeats a paragraph of an earlier split (in the order of `SPLITS`) is left out. So are modules
+    that this Python version lacks, so the texts can differ between versions; profiles record a hash of the
+    tokens they were made from.
     """
+    earlier = SPLITS[: SPLITS.index(split)]
+    taken = {paragraph for other in earlier for _, text in documents(other) for paragraph in _paragraphs(text)}
+    return tuple(
+        (name, text)
+        for name, text in _library()
+        if zlib.crc32(name.encode()) % 5 in _FIFTHS[split] and taken.isdisjoint(_paragraphs(text))
+    )
+
+
+def _library() -> list[tuple[str, str]]:
+    """``(name, text)`` of every text in this Python installation, whatever its split."""
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_path("stdlib"))
@@ -55,7 +71,12 @@ def documents(split: Split) -> tuple[tuple[str, str], ...]:
         path = library / f"{module}.py"
         if path.is_file():
             found.append((f"module:{module}", path.read_text(encoding="utf-8", errors="replace")))
-    return tuple((name, text) for name, text in found if zlib.crc32(name.encode()) % 5 in _FIFTHS[split])
+    return found
+
+
+def _paragraphs(text: str) -> set[str]:
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return {paragraph for paragraph in paragraphs if len(paragraph) >= REPEATED_CHARACTERS}
 
 
 class TextSource:
