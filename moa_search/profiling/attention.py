@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moa_search.errors import ModelUnsupportedError
+from moa_search.models import require_attention_interface
 
 __all__ = ["Recorder", "observed"]
 
@@ -151,10 +152,7 @@ def observed(model: Any) -> Iterator[list[Any]]:
     AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
     text = model.config.get_text_config(decoder=True)
     before = text._attn_implementation
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ModelUnsupportedError(
-            f"{type(model).__name__} doesn't go through transformers' AttentionInterface, so it can't be observed"
-        )
+    require_attention_interface(model)
     model.set_attn_implementation(IMPLEMENTATION)
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     try:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
+from moa_search.models import require_attention_interface
 from moa_search.runtime.attention import NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.cache import MoACache
 from moa_search.runtime.rules import LayerRules, layer_rules
@@ -135,10 +136,7 @@ def _attention_modules(
 ) -> list[tuple[torch.nn.Module, LayerRules]]:
     """The text decoder's modules that know their layer, with its rules."""
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ModelUnsupportedError(f"{name}: not a transformers model")
-    if not model._can_set_attn_implementation():
-        raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
+    require_attention_interface(model)
     decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
     found = {
         id(module): (module, rules[module.layer_idx])
