@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import highspy
 import numpy as np
@@ -18,42 +19,62 @@ RELATIVE_GAP = 1e-6
 """Relative gap at which a solution counts as optimal."""
 
 OBJECTIVE_SCALE = 1000.0
-"""The sum of the heads' largest losses after scaling: with losses of 1e-9 HiGHS's absolute gap of 1e-6 would
+"""The sum of the heads' largest losses after scaling."""
+
+ABSOLUTE_TOLERANCE = 1e-6
+"""HiGHS takes scaled objectives this close for equal, whatever gap it is told: with losses of 1e-9 it would
 accept any plan as optimal."""
+
+Doubles = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 
 
 def solve_exact(problem: Problem, *, time_limit_s: float = 60.0) -> Solution:
     """The best choice of one rule per head, with its dual bound.
 
     Rules that another beats in loss and in every cost are left out first; HiGHS solves the rest; the result
-    is checked in exact integers. When time runs out, the best choice found is returned with its gap.
+    is checked in exact integers. Where losses differ so much that the optimum is lost in HiGHS's tolerances,
+    it solves again without the rules that alone lose more than the plan found. When time runs out, the best
+    choice found is returned with its gap.
 
     Args:
         problem: A feasible problem.
         time_limit_s: Seconds for HiGHS.
 
     Raises:
-        SolverError: HiGHS found no feasible choice in time, or returned one that fails the check.
+        SolverError: HiGHS found no choice in time, or returned one that fails the check.
     """
-    lossless = problem.losses.argmin(1)
+    floor = float(problem.losses.min(1).sum())
     best_first = _cheapest_among_best(problem)
     if problem.is_feasible(best_first):
-        return Solution(best_first, problem.loss(best_first), problem.loss(lossless))
-    head, rule = np.nonzero(_undominated(problem))
-    scale = OBJECTIVE_SCALE / problem.losses.max(1).sum()
-    solver = _model(problem, head, rule, scale, time_limit_s)
-    solver.run()
-    info, status = solver.getInfo(), solver.getModelStatus()
-    if info.primal_solution_status != highspy.kSolutionStatusFeasible:
-        raise SolverError(f"HiGHS found no plan within {time_limit_s:g} s ({solver.modelStatusToString(status)})")
-    choice = _rounded(np.asarray(solver.getSolution().col_value), head, rule, len(problem.losses))
-    if not problem.is_feasible(choice):
-        raise SolverError("HiGHS returned a plan that breaks a budget when checked in integers")
-    objective = problem.loss(choice)
-    return Solution(choice, objective, min(objective, info.mip_dual_bound / scale))
+        return Solution(best_first, problem.loss(best_first), floor)
+    deadline = time.monotonic() + time_limit_s
+    excess = problem.losses - problem.losses.min(1, keepdims=True)
+    kept = _undominated(problem)
+    best: Solution | None = None
+    while True:
+        worst = float(np.where(kept, excess, 0).max(1).sum())
+        scale = OBJECTIVE_SCALE / worst if worst > 0 else 1.0
+        found = _solve(problem, excess * scale, kept, max(deadline - time.monotonic(), 0.0))
+        if found is None:
+            break
+        choice, bound = found
+        objective = problem.loss(choice)
+        bound = floor + max(bound - ABSOLUTE_TOLERANCE, 0.0) / scale
+        if best is None or objective <= best.objective:
+            best = Solution(choice, objective, min(objective, bound))
+        # A better plan has no rule that loses more than this one in all.
+        lost = float(excess[np.arange(len(choice)), best.choice].sum())
+        promising = kept & (excess <= lost)
+        if lost * scale * RELATIVE_GAP >= 2 * ABSOLUTE_TOLERANCE or (promising == kept).all():
+            break
+        kept = promising
+    if best is None:
+        raise SolverError(f"HiGHS found no plan within {time_limit_s:g} s; give it more time")
+    return best
 
 
-def _cheapest_among_best(problem: Problem) -> npt.NDArray[np.int64]:
+def _cheapest_among_best(problem: Problem) -> Integers:
     """Per head, of its rules with the smallest loss the one with the smallest total cost."""
     ties = problem.losses <= problem.losses.min(1, keepdims=True)
     cost = np.where(ties, problem.costs.sum(0)[None, :], np.iinfo(np.int64).max)
@@ -75,22 +96,42 @@ def _undominated(problem: Problem) -> npt.NDArray[np.bool_]:
     return kept
 
 
+def _solve(
+    problem: Problem, losses: Doubles, kept: npt.NDArray[np.bool_], time_limit_s: float
+) -> tuple[Integers, float] | None:
+    """The best choice among the rules ``kept``, ``[head, rule]``, and its bound; None if time runs out before any.
+
+    Raises:
+        SolverError: HiGHS returned a choice that breaks a budget.
+    """
+    head, rule = np.nonzero(kept)
+    solver = _model(problem, losses, head, rule, time_limit_s)
+    solver.run()
+    info = solver.getInfo()
+    if info.primal_solution_status != highspy.kSolutionStatusFeasible:
+        return None
+    choice = _rounded(np.asarray(solver.getSolution().col_value), head, rule, len(losses))
+    if not problem.is_feasible(choice):
+        raise SolverError("HiGHS returned a plan that breaks a budget when checked in integers")
+    return choice, float(info.mip_dual_bound)
+
+
 def _model(
     problem: Problem,
-    head: npt.NDArray[np.int64],
-    rule: npt.NDArray[np.int64],
-    scale: float,
+    losses: Doubles,
+    head: Integers,
+    rule: Integers,
     time_limit_s: float,
 ) -> highspy.Highs:
     """Binary columns (head, rule); one row per budget, one per head that asks for exactly one rule."""
-    budgets, heads, columns = len(problem.limits), len(problem.losses), len(head)
+    budgets, heads, columns = len(problem.limits), len(losses), len(head)
     index = np.empty((columns, budgets + 1), dtype=np.int32)
     index[:, :budgets], index[:, budgets] = np.arange(budgets), budgets + head
     value = np.ones((columns, budgets + 1))
     value[:, :budgets] = problem.costs[:, rule].T
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = columns, budgets + heads
-    lp.col_cost_ = problem.losses[head, rule] * scale
+    lp.col_cost_ = losses[head, rule]
     lp.col_lower_, lp.col_upper_ = np.zeros(columns), np.ones(columns)
     lp.row_lower_ = np.concatenate([np.full(budgets, -highspy.kHighsInf), np.ones(heads)])
     lp.row_upper_ = np.concatenate([problem.limits.astype(float), np.ones(heads)])
@@ -104,7 +145,7 @@ def _model(
         "threads": 1,
         "random_seed": 0,
         "time_limit": float(time_limit_s),
-        "mip_rel_gap": RELATIVE_GAP,
+        "mip_rel_gap": RELATIVE_GAP / 2,
         "mip_abs_gap": 0.0,
     }
     for name, setting in options.items():
@@ -126,9 +167,7 @@ def _quiet_solver() -> highspy.Highs:
         os.close(saved)
 
 
-def _rounded(
-    values: npt.NDArray[np.float64], head: npt.NDArray[np.int64], rule: npt.NDArray[np.int64], heads: int
-) -> npt.NDArray[np.int64]:
+def _rounded(values: npt.NDArray[np.float64], head: Integers, rule: Integers, heads: int) -> Integers:
     """Per head the rule with the largest value."""
     choice = np.zeros(heads, dtype=np.int64)
     order = np.argsort(values, kind="stable")
