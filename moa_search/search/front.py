@@ -22,9 +22,9 @@ class FrontPoint:
     """One plan of a front.
 
     Attributes:
-        weights: Weight of each length's normalised loss.
+        weights: Weight of each length's loss in the objective; they add up to 1.
         losses: Loss at each length.
-        solution: The choice with its bound, in the weighted objective.
+        solution: The choice with its bound; the objective is the weighted sum of ``losses``.
     """
 
     weights: tuple[float, ...]
@@ -33,15 +33,13 @@ class FrontPoint:
 
 
 def lattice(lengths: int, steps: int) -> list[tuple[float, ...]]:
-    """Weight vectors over ``lengths`` losses in ``steps`` equal steps; equal weights first, extremes always in."""
-    if lengths == 1:
-        return [(1.0,)]
+    """Distinct weight vectors over ``lengths`` losses in ``steps`` steps; equal weights first, extremes always in."""
     points = [
         tuple(part / steps for part in parts)
         for parts in itertools.product(range(steps + 1), repeat=lengths)
         if sum(parts) == steps
     ]
-    return [tuple([1 / lengths] * lengths), *points]
+    return list(dict.fromkeys([tuple([1 / lengths] * lengths), *points]))
 
 
 def trade_off(
@@ -52,10 +50,11 @@ def trade_off(
     steps: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FrontPoint]:
-    """The front over lengths by weighted sums; the first point has equal weights.
+    """The front over lengths by weighted sums; the first point weighs all lengths equally.
 
-    Losses are normalised by what the cheapest choice loses, so that weights mean the same at every length.
-    Plans found twice and plans that another beats at every length are dropped.
+    The weights apply to losses in units of what the worst choice loses at their length, so that they mean the
+    same at every length. A plan found for one weighting serves another where it does better there (solutions
+    have a tolerance, and a time limit). Plans found twice and plans that another beats are dropped.
 
     Args:
         losses: One ``[head, rule]`` per length.
@@ -64,25 +63,45 @@ def trade_off(
         steps: Steps of the weight lattice.
         progress: Told the solves done and in all.
     """
-    scales = [max(float(loss.max(1).sum()), np.finfo(float).tiny) for loss in losses]
+    worst = [float(loss.max(1).sum()) for loss in losses]
+    worst = [total or max(worst) or 1.0 for total in worst]  # a length where nothing is lost has no unit
     heads = np.arange(len(problem.losses))
-    points: list[FrontPoint] = []
+    solved: list[FrontPoint] = []
     vectors = lattice(len(losses), steps)
-    for done, weights in enumerate(vectors, 1):
-        soft = [w * (1 - EXTREME) + EXTREME / len(losses) for w in weights]
-        weighted = sum(w / s * loss for w, s, loss in zip(soft, scales, losses, strict=True))
+    for done, vector in enumerate(vectors, 1):
+        weights = _weights(vector, worst)
+        weighted = sum(w * loss for w, loss in zip(weights, losses, strict=True))
         solution = solve(Problem(np.asarray(weighted), problem.costs, problem.limits))
         values = tuple(float(loss[heads, solution.choice].sum()) for loss in losses)
-        points.append(FrontPoint(weights, values, solution))
+        solved.append(FrontPoint(weights, values, solution))
         if progress is not None:
             progress(done, len(vectors))
-    return _undominated(points)
+    return _undominated([_best_for(point, solved) for point in solved])
+
+
+def _weights(vector: tuple[float, ...], worst: list[float]) -> tuple[float, ...]:
+    """Weights of losses, from weights of losses in units of the worst; every length keeps a little."""
+    smallest = min(worst)
+    weights = [(w * (1 - EXTREME) + EXTREME / len(vector)) * (smallest / x) for w, x in zip(vector, worst, strict=True)]
+    return tuple(w / sum(weights) for w in weights)
+
+
+def _best_for(point: FrontPoint, solved: list[FrontPoint]) -> FrontPoint:
+    """The point with the best choice found for its weights."""
+
+    def objective(other: FrontPoint) -> float:
+        return sum(w * loss for w, loss in zip(point.weights, other.losses, strict=True))
+
+    best = min([point, *solved], key=lambda other: (objective(other), other.losses))
+    value = objective(best)
+    solution = Solution(best.solution.choice, value, min(point.solution.bound, value))
+    return FrontPoint(point.weights, best.losses, solution)
 
 
 def _undominated(points: list[FrontPoint]) -> list[FrontPoint]:
     kept: list[FrontPoint] = []
     for index, point in enumerate(points):
-        twin = any(np.array_equal(point.solution.choice, other.solution.choice) for other in points[:index])
+        twin = any(other.losses == point.losses for other in points[:index])
         beaten = any(_dominates(other.losses, point.losses) for other in points)
         if not twin and not beaten:
             kept.append(point)
