@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -34,7 +35,7 @@ def write_front(front: Front, folder: str | os.PathLike[str]) -> None:
     """Write ``plan.json``, ``front/plan-00.json`` ... and ``front/front.csv``; older plans of ``front/`` go.
 
     Raises:
-        ConfigError: The folder can't be written.
+        ConfigError: The folder can't be written; older files stay as they were.
     """
     root = Path(folder)
     rows = front_rows(front)
@@ -42,17 +43,19 @@ def write_front(front: Front, folder: str | os.PathLike[str]) -> None:
     table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
+    contents = {root / "front" / row["plan"]: plan.dumps() for row, plan in zip(rows, front.plans, strict=True)}
+    contents |= {root / "front" / "front.csv": text.getvalue(), root / "plan.json": front.chosen.dumps()}
+    with contextlib.ExitStack() as all_or_none:
+        for path, content in contents.items():
+            file = all_or_none.enter_context(atomic_write(path))
+            file.write(content.encode())
+            file.flush()  # a full disk shows before the first file is replaced
     try:
-        for index, plan in enumerate(front.plans):
-            plan.save(root / "front" / _name(index))
-        for stale in (root / "front").glob("plan-*.json"):
-            if stale.name not in {row["plan"] for row in rows}:
-                stale.unlink()
-        with atomic_write(root / "front" / "front.csv") as file:
-            file.write(text.getvalue().encode())
-        front.chosen.save(root / "plan.json")
+        for path in (root / "front").glob("plan-*.json"):
+            if path not in contents:
+                path.unlink()
     except OSError as error:
-        raise ConfigError(f"output: {folder} can't be written ({error.strerror or error})") from None
+        raise ConfigError(f"{folder}: its older plans can't be removed ({error.strerror or error})") from None
 
 
 def _name(index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ def rule_grid(lengths: Sequence[int], *, sink: int, block: int) -> list[SpanRule
     candidates = {DENSE, SpanRule(sink + block, 0)}
     candidates |= {SpanRule(a, b) for b in BETAS_256 for a in (*constants, *negatives) if b or a > sink + block}
     n = np.arange(1, longest + 1, dtype=np.int64)
-    distinct: dict[bytes, SpanRule] = {}
+    distinct: dict[bytes, SpanRule] = {}  # by a digest of the spans: the spans themselves would take gigabytes
     for rule in sorted(candidates, key=lambda r: (r.is_dense, -r.beta_256, -abs(r.alpha))):
-        distinct[span(n, rule, sink + block).tobytes()] = rule
+        distinct[hashlib.sha256(span(n, rule, sink + block).tobytes()).digest()] = rule
     return sorted(distinct.values())

@@ -82,7 +82,7 @@ def search_profile(
     lengths = list(budget_lengths or profile.lengths)
     budgets = make_budgets(densities, lengths)
     context = header.model.config.get("max_position_embeddings")
-    if budget_lengths is None and isinstance(context, int) and context > max(lengths):
+    if not budget_lengths and isinstance(context, int) and context > max(lengths):
         budgets.append(Budget(length=context, density=budgets[-1].density))
     rules = rule_grid([*profile.lengths, *lengths], sink=header.sink, block=header.block)
     losses = rule_losses(profile, rules, criterion)
