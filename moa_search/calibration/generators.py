@@ -15,6 +15,7 @@ import numpy.typing as npt
 from moa_search.calibration.samples import Sample
 from moa_search.calibration.texts import Split, TextSource
 from moa_search.errors import CalibrationError, ConfigError
+from moa_search.formats.files import nearest
 
 __all__ = ["GENERATORS", "CopyGenerator", "Generator", "PasskeyGenerator", "build_samples"]
 
@@ -93,7 +94,7 @@ class CopyGenerator(Generator):
             passage = filler[at : at + passage_tokens]
             if _occurrences(filler, passage[: self.cue_tokens]) == 1:
                 ids = np.concatenate([self._start, filler, separator, passage])
-                return Sample(ids, self.answer_tokens, self.name, at / last, document)
+                return Sample(ids, self.answer_tokens, self.name, at / max(last, 1), document)
             depth = float(np.clip(depth + rng.normal(0, 0.02), 0, 1))
         raise CalibrationError(f"no passage of {document} near depth {depth:.2f} starts with a unique cue")
 
@@ -116,12 +117,18 @@ def build_samples(
     The same arguments give the same samples.
 
     Raises:
-        ConfigError: A task is unknown.
+        ConfigError: A task is unknown, there is none, or the seed is negative.
         CalibrationError: ``length`` is too short or too long for the texts.
     """
+    if not tasks:
+        raise ConfigError(f"no task is named; choose from {', '.join(GENERATORS)}")
     for task in tasks:
         if task not in GENERATORS:
-            raise ConfigError(f"task {task!r} is unknown; choose from {', '.join(GENERATORS)}")
+            raise ConfigError(
+                f"task {task!r} is unknown{nearest(task, GENERATORS)}; choose from {', '.join(GENERATORS)}"
+            )
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it must be at least 0")
     source = TextSource(tokenizer, split)
     rng = np.random.default_rng([seed, length])
     turns = [tasks[i % len(tasks)] for i in range(count)]

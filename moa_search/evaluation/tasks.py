@@ -72,12 +72,14 @@ TASKS: dict[str, Task] = {task.name: task for task in (PasskeyTask(), CopyTask()
 
 
 def require_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks of these names.
+    """The tasks of these names, each once.
 
     Raises:
-        ConfigError: One is unknown.
+        ConfigError: One is unknown, or there is none.
     """
+    if not names:
+        raise ConfigError(f"no task is named; choose from {', '.join(TASKS)}")
     for name in names:
         if name not in TASKS:
             raise ConfigError(f"task {name!r} is unknown{nearest(name, TASKS)}; choose from {', '.join(TASKS)}")
-    return [TASKS[name] for name in names]
+    return [TASKS[name] for name in dict.fromkeys(names)]
