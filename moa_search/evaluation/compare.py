@@ -41,6 +41,8 @@ class Variant:
 def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Sequence[int]) -> list[Variant]:
     """Baselines first, then the plans in order; plans that keep equally much share one uniform baseline.
 
+    A plan that has the name of a baseline is called ``plan`` and that name.
+
     Raises:
         ConfigError: A baseline is unknown, or ``uniform`` is asked for without a plan to match.
     """
@@ -51,11 +53,16 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
         raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
     variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
     if "uniform" in baselines:
-        matched = {tuple(_kept(plan, length) for length in lengths): (name, plan) for name, plan in plans.items()}
+        matched: dict[tuple[int, ...], tuple[str, Plan]] = {}
+        for name, plan in plans.items():
+            matched.setdefault(tuple(_kept(plan, length) for length in lengths), (name, plan))
         for name, plan in matched.values():
             label = "uniform" if len(matched) == 1 else f"uniform like {name}"
             variants.append(Variant(label, partial(uniform_like, plan)))
-    return variants + [Variant(name, partial(_always, plan)) for name, plan in plans.items()]
+    taken = {variant.name for variant in variants}
+    for name, plan in plans.items():
+        variants.append(Variant(f"plan {name}" if name in taken else name, partial(_always, plan)))
+    return variants
 
 
 def uniform_like(plan: Plan, length: int) -> Plan:
@@ -100,7 +107,7 @@ def compare_variants(
         ``metric``, ``item``, ``depth``, ``nll`` (nats per answer token), ``score`` (0 to 1).
     """
     rows = []
-    kinds = require_tasks(tasks)
+    kinds, lengths = require_tasks(tasks), list(dict.fromkeys(lengths))  # an item scored twice is no second item
     total, done = sum(lengths) * len(kinds) * count * len(variants), 0
     for length in lengths:
         for task in kinds:

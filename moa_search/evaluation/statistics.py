@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, per variant and paired against a reference."""
+"""Means with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def summarise(items: pd.DataFrame) -> pd.DataFrame:
     """One row per variant, task and length, from one row per item.
 
     Args:
-        items: Columns ``variant``, ``task``, ``length``, ``density``, ``attention_density``, ``nll``, ``score``.
+        items: Columns ``variant``, ``task``, ``length``, ``density``, ``attention_density``, ``metric``, ``nll``,
+            ``score``.
 
     Returns:
         Those keys with ``n``, and mean, low and high of ``nll`` and ``score``, in the order of appearance.
