@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from moa_search.formats import Plan
+from moa_search.formats.plan import LengthMetrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,13 +28,17 @@ __all__ = [
 ]
 
 
+HEADS_PER_LINE = 8
+"""KV heads in one line of a table: as many as a terminal shows."""
+
+
 def default_lengths(plan: Plan) -> list[int]:
     """The lengths a plan was made for, or a quarter, half and all of the model's context."""
     if plan.predicted:
         return [metrics.length for metrics in plan.predicted]
     context = plan.model.config.get("max_position_embeddings")
     longest = context if isinstance(context, int) else 4096
-    return [longest // 4, longest // 2, longest]
+    return sorted({max(1, longest // 4), max(1, longest // 2), longest})
 
 
 def origin_lines(plan: Plan) -> list[str]:
@@ -47,8 +53,9 @@ def origin_lines(plan: Plan) -> list[str]:
     if origin is not None:
         how = f"{origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "")
         budgets = ", ".join(f"{b.density:.4g} at {b.length}" for b in origin.budgets)
+        bound = f"; density at most {budgets}" if budgets else ""
         gap = "" if origin.gap is None else f"; proven within {origin.gap:.2%} of the optimum"
-        lines.append(f"found by  {how}; density at most {budgets}{gap}")
+        lines.append(f"found by  {how}{bound}{gap}")
     return lines
 
 
@@ -59,36 +66,42 @@ def density_table(plan: Plan, lengths: Sequence[int]) -> Table:
     for name in ("length", "KV cache kept", "KV MiB (16 bit)", "prefill computed", "predicted loss"):
         table.add_column(name, justify="right")
     for length in lengths:
-        metrics = predicted.get(length)
-        loss = "" if metrics is None or metrics.loss is None else f"{metrics.loss:.4g} ± {metrics.loss_error:.2g}"
         table.add_row(
             str(length),
             f"{plan.density(length):.1%}",
             f"{plan.kv_bytes(length) / 2**20:.1f}",
             f"{plan.attention_density(length):.1%}",
-            loss,
+            _loss(predicted[length]) if length in predicted else "",
         )
     return table
 
 
 def span_table(plan: Plan, length: int) -> Table:
-    """Span in tokens of every layer and KV head at one length."""
+    """Span in tokens of every layer and KV head at one length; dense ones bold, many heads on several lines."""
+    heads = plan.model.num_key_value_heads
+    several_lines = heads > HEADS_PER_LINE
     table = Table(title=f"Span in tokens at {length}", title_justify="left")
     table.add_column("layer", justify="right")
-    for head in range(plan.model.num_key_value_heads):
-        table.add_column(f"KV head {head}", justify="right")
+    if several_lines:
+        table.add_column("KV head", justify="right")
+    for head in range(min(heads, HEADS_PER_LINE)):
+        table.add_column(f"+{head}" if several_lines else f"KV head {head}", justify="right")
     table.add_column("kept", justify="right")
     for layer, spans in enumerate(plan.spans(length)):
         cells = [f"[bold]{tokens}[/bold]" if tokens == length else str(tokens) for tokens in spans]
-        table.add_row(str(layer), *cells, f"{sum(spans) / len(spans) / length:.0%}")
+        for first in range(0, heads, HEADS_PER_LINE):
+            line = cells[first : first + HEADS_PER_LINE]
+            line += [""] * (min(heads, HEADS_PER_LINE) - len(line))
+            kept = "" if first else f"{sum(spans) / heads / length:.0%}"
+            table.add_row("" if first else str(layer), *([str(first)] if several_lines else []), *line, kept)
     return table
 
 
 def rule_table(plan: Plan, most: int = 8) -> Table:
     """The commonest rules."""
     counts = Counter(str(rule) for layer in plan.rules for rule in layer)
-    table = Table(title=f"Commonest of {len(counts)} rules, span(n) =", title_justify="left")
-    table.add_column("rule")
+    table = Table(title=f"Commonest of {len(counts)} rules", title_justify="left")
+    table.add_column("span(n)")
     table.add_column("KV heads", justify="right")
     for rule, count in counts.most_common(most):
         table.add_row(rule, str(count))
@@ -104,7 +117,7 @@ def front_table(front: Front) -> Table:
         table.add_column(f"loss @{metrics.length}", justify="right")
     table.add_column("gap", justify="right")
     for index, plan in enumerate(front.plans):
-        cells = [cell for m in plan.predicted for cell in (f"{m.density:.4f}", f"{m.loss:.4g} ± {m.loss_error:.2g}")]
+        cells = [cell for m in plan.predicted for cell in (f"{m.density:.4f}", _loss(m))]
         gap = plan.provenance.gap if plan.provenance else None
         table.add_row("plan.json" if index == 0 else f"{index:02d}", *cells, "" if gap is None else f"{gap:.2%}")
     return table
@@ -132,10 +145,17 @@ def score_table(summary: pd.DataFrame) -> Table:
         table.add_row(
             f"{row['task']} ({row['metric']})",
             str(row["length"]),
-            row["variant"],
+            escape(row["variant"]),
             f"{row['density']:.1%}",
             str(row["n"]),
             f"{row['nll']:.2f}  {row['nll_low']:.2f}-{row['nll_high']:.2f}",
             f"{row['score']:.2f}  {row['score_low']:.2f}-{row['score_high']:.2f}",
         )
     return table
+
+
+def _loss(metrics: LengthMetrics) -> str:
+    """A predicted loss with its standard error, as far as they are known."""
+    if metrics.loss is None:
+        return ""
+    return f"{metrics.loss:.4g}" + ("" if metrics.loss_error is None else f" ± {metrics.loss_error:.2g}")
