@@ -1,0 +1,96 @@
+"""Writing a front."""
+
+import contextlib
+import csv
+
+import pytest
+
+from moa_search.errors import ConfigError
+from moa_search.formats import Plan
+from moa_search.formats.files import atomic_write
+from moa_search.search import Front, search_profile
+from moa_search.search.output import front_rows, write_front
+
+
+@pytest.fixture
+def front(tiny_profile):
+    return search_profile(tiny_profile, [0.4], criterion="squared", front_steps=3)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_plan_can_be_read_back(front, tmp_path):
+    write_front(front, tmp_path / "new" / "folder")
+    written = tmp_path / "new" / "folder"
+    assert Plan.load(written / "plan.json") == front.chosen
+    assert len(front.plans) > 1
+    for index, plan in enumerate(front.plans):
+        assert Plan.load(written / "front" / f"plan-{index:02d}.json") == plan
+    assert len(files(written)) == len(front.plans) + 2
+
+
+def test_table_has_the_numbers_of_every_plan(front, tmp_path):
+    write_front(front, tmp_path)
+    with open(tmp_path / "front" / "front.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["plan"] for row in rows] == [f"plan-{i:02d}.json" for i in range(len(front.plans))]
+    for row, plan in zip(rows, front.plans, strict=True):
+        for metrics in plan.predicted:
+            assert float(row[f"density@{metrics.length}"]) == metrics.density
+            assert float(row[f"attention_density@{metrics.length}"]) == metrics.attention_density
+            assert float(row[f"loss@{metrics.length}"]) == metrics.loss
+            assert float(row[f"loss_error@{metrics.length}"]) == metrics.loss_error
+        assert float(row["gap"]) == plan.provenance.gap
+
+
+def test_a_plan_without_origin_has_an_empty_gap(tiny_plan):
+    bare = tiny_plan.model_copy(update={"provenance": None})
+    (row,) = front_rows(Front([bare], []))
+    assert row["gap"] is None
+    assert row["loss@1024"] == 0.125
+
+
+def test_a_smaller_front_takes_the_place_of_a_larger_one(front, tmp_path):
+    write_front(front, tmp_path)
+    (tmp_path / "front" / "notes.txt").write_text("mine")
+    smaller = Front(front.plans[1:2], front.budgets)
+    write_front(smaller, tmp_path)
+    assert set(files(tmp_path)) == {"plan.json", "front/plan-00.json", "front/front.csv", "front/notes.txt"}
+    assert Plan.load(tmp_path / "plan.json") == Plan.load(tmp_path / "front" / "plan-00.json") == smaller.chosen
+
+
+class FullDisk:
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("blocked", ["plan.json", "front.csv", "plan-01.json"])
+def test_an_error_leaves_the_old_files_alone(front, tmp_path, monkeypatch, blocked):
+    @contextlib.contextmanager
+    def until_full(path):
+        with atomic_write(path) as file:
+            yield FullDisk() if path.name == blocked else file
+
+    write_front(Front(front.plans[::-1], front.budgets), tmp_path)
+    before = files(tmp_path)
+    monkeypatch.setattr("moa_search.search.output.atomic_write", until_full)
+    with pytest.raises(ConfigError, match=rf"{blocked}: can't be written \(No space left"):
+        write_front(front, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written(front, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can't be written"):
+        write_front(front, tmp_path / "file" / "folder")
+
+
+def test_a_folder_in_the_place_of_the_plan(front, tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "plan-99.json").write_text("older")
+    with pytest.raises(ConfigError, match=r"plan\.json: can't be written"):
+        write_front(front, tmp_path)
+    assert files(tmp_path) == {"front/plan-99.json": b"older"}
