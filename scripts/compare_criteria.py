@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformers.utils import logging
 
-from moa_search import Profile, load_model, search_plan
+from moa_search import Plan, Profile, load_model, search_plan
 from moa_search.evaluation import compare_variants, summarise
 from moa_search.evaluation.compare import Variant, uniform_like
 
@@ -25,10 +25,17 @@ DENSITIES = (0.25, 0.125, 0.5)
 TASKS = ("passkey", "copy")
 
 
-def make_variants(profile: Profile) -> list[Variant]:
+def make_plan(profile: Profile, criterion: str, density: float, folder: Path) -> Plan:
+    path = folder / "plans" / f"{criterion}-{density:g}.json"
+    if not path.exists():
+        search_plan(profile, density=density, criterion=criterion).save(path)
+    return Plan.load(path)
+
+
+def make_variants(profile: Profile, folder: Path) -> list[Variant]:
     variants = [Variant("dense", lambda length: None)]
     for density in DENSITIES:
-        plans = {name: search_plan(profile, density=density, criterion=name) for name in CRITERIA}
+        plans = {name: make_plan(profile, name, density, folder) for name in CRITERIA}
         like = plans["squared"]
         variants.append(Variant(f"uniform @ {density:g}", lambda length, like=like: uniform_like(like, length)))
         variants += [Variant(f"{name} @ {density:g}", lambda length, p=plan: p) for name, plan in plans.items()]
@@ -41,7 +48,7 @@ def run(profile_path: str, folder: Path, samples: int, shard: tuple[int, int]) -
     torch.set_num_threads(max(1, torch.get_num_threads() // shard[1]))
     profile = Profile.load(profile_path)
     model, tokenizer = load_model("demo")
-    cells = list(itertools.product(profile.lengths, TASKS, make_variants(profile)))
+    cells = list(itertools.product(profile.lengths, TASKS, make_variants(profile, folder)))
     for length, task, variant in cells[shard[0] :: shard[1]]:
         target = folder / f"{length}-{task}-{variant.name.replace(' @ ', '-')}.csv"
         if target.exists():
