@@ -1,0 +1,178 @@
+"""Variants of one model on the same items."""
+
+import numpy as np
+import pytest
+import torch
+
+from moa_search.errors import ConfigError
+from moa_search.evaluation import TASKS, compare_variants, make_variants
+from moa_search.evaluation.compare import Variant, uniform_like
+from moa_search.formats import ModelSignature, Plan
+from moa_search.spans import DENSE, SpanRule
+
+LENGTHS = [300, 500]
+
+
+@pytest.fixture
+def signature(tiny_model):
+    return ModelSignature.of(tiny_model[0].config)
+
+
+@pytest.fixture
+def short(signature):
+    """Keeps few tokens, each head differently."""
+    return Plan.from_rules([[SpanRule(60, 0), SpanRule(0, 64)], [SpanRule(90, 0), SpanRule(48, 0)]], signature)
+
+
+def names(variants):
+    return [variant.name for variant in variants]
+
+
+class TestVariants:
+    def test_baselines_first_then_the_plans(self, short, signature):
+        longer = Plan.uniform(SpanRule(200, 0), signature)
+        variants = make_variants({"a": short, "b": longer}, ["uniform", "dense"], LENGTHS)
+        assert names(variants) == ["dense", "uniform like a", "uniform like b", "a", "b"]
+        assert variants[0].plan_at(300) is None
+        assert variants[3].plan_at(300) is short
+        assert variants[4].plan_at(500) is longer
+
+    def test_one_plan_has_one_baseline_of_its_memory(self, short):
+        _, uniform, _ = make_variants({"a": short}, ["dense", "uniform"], LENGTHS)
+        assert uniform.name == "uniform"
+        assert uniform.plan_at(300) == uniform_like(short, 300)
+        assert uniform.plan_at(500) == uniform_like(short, 500)
+
+    def test_plans_that_keep_equally_much_share_a_baseline(self, short, signature):
+        swapped = Plan.from_rules([layer[::-1] for layer in short.rules], signature)
+        longer = Plan.uniform(SpanRule(200, 0), signature)
+        assert names(make_variants({"a": short, "b": swapped}, ["uniform"], LENGTHS)) == ["uniform", "a", "b"]
+        several = make_variants({"a": short, "b": swapped, "c": longer}, ["uniform"], LENGTHS)
+        assert names(several) == ["uniform like a", "uniform like c", "a", "b", "c"]
+
+    def test_a_plan_named_like_a_baseline_stays_apart(self, short):
+        variants = make_variants({"uniform": short, "dense": short}, ["dense", "uniform"], LENGTHS)
+        assert names(variants) == ["dense", "uniform", "plan uniform", "plan dense"]
+        assert names(make_variants({"uniform": short}, ["dense"], LENGTHS)) == ["dense", "uniform"]
+
+    def test_nothing_asked_for(self):
+        assert make_variants({}, [], LENGTHS) == []
+
+    def test_unknown_baseline_suggests_the_nearest(self, short):
+        with pytest.raises(ConfigError, match=r"'dens' is unknown \(did you mean 'dense'\?\)"):
+            make_variants({"a": short}, ["dens"], LENGTHS)
+
+    def test_uniform_needs_a_plan_to_match(self):
+        with pytest.raises(ConfigError, match="give --plan"):
+            make_variants({}, ["dense", "uniform"], LENGTHS)
+
+
+@pytest.mark.parametrize("length", [1, 50, 300, 500, 2000])
+def test_uniform_keeps_what_the_plan_keeps_to_a_token_per_head(short, length):
+    uniform = uniform_like(short, length)
+    kept = [sum(map(sum, plan.spans(length))) for plan in (short, uniform)]
+    assert abs(kept[0] - kept[1]) <= 4 * 0.5
+    assert len({rule for layer in uniform.rules for rule in layer}) == 1
+    assert (uniform.sink, uniform.block, uniform.model) == (short.sink, short.block, short.model)
+
+
+def compare(tiny_model, variants, **changes):
+    model, tokenizer = tiny_model
+    options = {"tasks": ["passkey", "copy"], "lengths": [300], "count": 2, "seed": 0, **changes}
+    return compare_variants(model, tokenizer, variants, **options)
+
+
+DENSE_MODEL = Variant("dense", lambda length: None)
+
+
+def always(name, plan):
+    return Variant(name, lambda length: plan)
+
+
+def test_dense_scores_are_those_of_a_plain_forward_pass(tiny_model):
+    model, tokenizer = tiny_model
+    rows = compare(tiny_model, [DENSE_MODEL])
+    assert len(rows) == 4
+    for task in ("passkey", "copy"):
+        samples = TASKS[task].build(tokenizer, length=300, count=2, seed=0)
+        mine = rows[rows["task"] == task]
+        assert mine["depth"].tolist() == [sample.depth for sample in samples]
+        for sample, (_, row) in zip(samples, mine.iterrows(), strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.from_numpy(sample.ids)[None]).logits[0]
+            wanted = torch.from_numpy(sample.answer)
+            predicted = logits[-len(wanted) - 1 : -1]
+            assert row["nll"] == pytest.approx(torch.nn.functional.cross_entropy(predicted, wanted).item(), rel=1e-5)
+            hits = (predicted.argmax(-1) == wanted).numpy()
+            assert row["score"] == (float(hits.all()) if task == "passkey" else hits.mean())
+
+
+def test_a_plan_that_keeps_everything_scores_as_dense(tiny_model, signature):
+    rows = compare(tiny_model, [DENSE_MODEL, always("all", Plan.uniform(DENSE, signature))])
+    dense, everything = (rows[rows["variant"] == name] for name in ("dense", "all"))
+    np.testing.assert_allclose(everything["nll"].to_numpy(), dense["nll"].to_numpy(), rtol=1e-5)
+    assert everything["score"].tolist() == dense["score"].tolist()
+
+
+def test_a_plan_takes_effect_on_its_own_rows_only(tiny_model, short):
+    rows = compare(tiny_model, [DENSE_MODEL, always("short", short), Variant("again", lambda length: None)])
+    nll = {name: rows[rows["variant"] == name]["nll"].to_numpy() for name in ("dense", "short", "again")}
+    assert (nll["again"] == nll["dense"]).all()
+    assert (abs(nll["short"] - nll["dense"]) > 1e-5).all()
+
+
+def test_rows_say_what_was_run(tiny_model, short):
+    rows = compare(tiny_model, [DENSE_MODEL, always("short", short)], lengths=[300, 500], count=1)
+    assert rows[["length", "task", "variant"]].to_numpy().tolist() == [
+        [length, task, variant]
+        for length in (300, 500)
+        for task in ("passkey", "copy")
+        for variant in ("dense", "short")
+    ]
+    for _, row in rows.iterrows():
+        of_plan = row["variant"] == "short"
+        assert row["density"] == (short.density(row["length"]) if of_plan else 1)
+        assert row["attention_density"] == (short.attention_density(row["length"]) if of_plan else 1)
+        assert row["metric"] == TASKS[row["task"]].metric
+        assert row["item"] == 0
+
+
+def test_items_count_once_though_named_twice(tiny_model):
+    rows = compare(tiny_model, [DENSE_MODEL], tasks=["copy", "copy"], lengths=[300, 300])
+    assert rows["item"].tolist() == [0, 1]
+
+
+def test_progress_counts_tokens(tiny_model, short):
+    seen = []
+    compare(
+        tiny_model,
+        [DENSE_MODEL, always("short", short)],
+        tasks=["copy"],
+        lengths=[300, 500],
+        count=1,
+        progress=lambda *done: seen.append(done),
+    )
+    assert seen == [(300, 1600), (600, 1600), (1100, 1600), (1600, 1600)]
+
+
+def test_unknown_task_is_found_before_any_work(tiny_model):
+    with pytest.raises(ConfigError, match="'paskey' is unknown"):
+        compare(tiny_model, [Variant("never", lambda length: 1 / 0)], tasks=["copy", "paskey"])
+
+
+def test_the_model_is_dense_again_even_after_an_error(tiny_model, short, monkeypatch):
+    model, _ = tiny_model
+    ids = torch.arange(200)[None]
+    with torch.no_grad():
+        before, attention = model(input_ids=ids).logits, model.config._attn_implementation
+
+    def fail(model, sample):
+        assert model.config._attn_implementation != attention
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("moa_search.evaluation.compare.score_answer", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compare(tiny_model, [always("short", short)])
+    assert model.config._attn_implementation == attention
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
