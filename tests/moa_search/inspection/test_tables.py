@@ -1,0 +1,159 @@
+"""What a user reads in a terminal of 120 columns."""
+
+import io
+import re
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from moa_search.evaluation import summarise
+from moa_search.formats import ModelSignature, Plan
+from moa_search.formats.plan import LengthMetrics
+from moa_search.inspection import (
+    default_lengths,
+    density_table,
+    front_table,
+    origin_lines,
+    rule_table,
+    score_table,
+    span_table,
+)
+from moa_search.search import search_profile
+from moa_search.spans import DENSE, SpanRule
+
+
+def render(table):
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def cells(text):
+    """The rows of a rendered table, stripped."""
+    rows = [re.split(r"[│┃]", line)[1:-1] for line in text.splitlines() if line.startswith(("│", "┃"))]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+class TestDefaultLengths:
+    def test_those_of_the_prediction(self, tiny_plan):
+        assert default_lengths(tiny_plan) == [1024]
+
+    def test_parts_of_the_models_context(self, sized_plan):
+        assert default_lengths(sized_plan) == [2048, 4096, 8192]
+
+    @pytest.mark.parametrize(
+        ("config", "lengths"),
+        [({}, [1024, 2048, 4096]), ({"max_position_embeddings": 3}, [1, 3]), ({"max_position_embeddings": 1}, [1])],
+    )
+    def test_other_contexts(self, tiny_signature, config, lengths):
+        model = ModelSignature(**{**tiny_signature.model_dump(), "config": config})
+        assert default_lengths(Plan.uniform(DENSE, model)) == lengths
+
+
+class TestOrigin:
+    def test_model_spans_and_search(self, tiny_plan):
+        model, spans, found = origin_lines(tiny_plan)
+        assert "llama: 3 layers, 4 query heads, 2 KV heads of 8" in model
+        assert "4 sink tokens, at least 36 tokens, anchored at the position" in spans
+        assert "exact search on squared; density at most 0.5 at 1024; proven within 0.80% of the optimum" in found
+
+    def test_a_plan_made_by_hand(self, tiny_plan):
+        assert len(origin_lines(tiny_plan.model_copy(update={"provenance": None}))) == 2
+
+    def test_what_is_unknown_is_left_out(self, tiny_plan):
+        origin = tiny_plan.provenance.model_copy(update={"criterion": None, "budgets": (), "gap": None})
+        assert origin_lines(tiny_plan.model_copy(update={"provenance": origin}))[2] == "found by  exact search"
+
+
+class TestDensities:
+    def test_what_is_kept_computed_and_lost(self, tiny_plan):
+        predicted = LengthMetrics(length=1024, density=0.5, attention_density=0.75, loss=0.125, loss_error=0.03)
+        plan = tiny_plan.model_copy(update={"predicted": (predicted,)})
+        _, profiled, other = cells(render(density_table(plan, [1024, 2048])))
+        mebibytes = 2 * sum(map(sum, plan.spans(1024))) * 8 * 2 / 2**20
+        kept, computed = f"{plan.density(1024):.1%}", f"{plan.attention_density(1024):.1%}"
+        assert profiled == ["1024", kept, f"{mebibytes:.1f}", computed, "0.125 ± 0.03"]
+        assert other[0] == "2048"
+        assert other[4] == ""
+
+    @pytest.mark.parametrize(("loss", "shown"), [(0.125, "0.125"), (None, "")])
+    def test_a_loss_without_error_or_none(self, tiny_plan, loss, shown):
+        metrics = tiny_plan.predicted[0].model_copy(update={"loss": loss})
+        plan = tiny_plan.model_copy(update={"predicted": (metrics,)})
+        assert cells(render(density_table(plan, [1024])))[1][4] == shown
+
+
+class TestSpans:
+    def test_every_span_can_be_read(self, sized_plan):
+        text = render(span_table(sized_plan, 2048))
+        assert "Span in tokens at 2048" in text
+        assert "…" not in text
+        shown = [int(word) for word in re.findall(r"\b\d{4}\b", text.split("\n", 1)[1])]
+        assert shown == [span for layer in sized_plan.spans(2048) for span in layer]
+
+    def test_layer_and_share(self, tiny_plan):
+        rows = cells(render(span_table(tiny_plan, 1024)))
+        assert rows[0] == ["layer", "KV head 0", "KV head 1", "kept"]
+        spans = tiny_plan.spans(1024)
+        assert rows[2] == ["1", str(spans[1][0]), "1024", f"{sum(spans[1]) / 2048:.0%}"]
+
+    def test_many_heads_stand_on_several_lines(self, uneven_plan):
+        header, first, second, *_ = cells(render(span_table(uneven_plan, 2048)))
+        assert header == ["layer", "KV head", *(f"+{i}" for i in range(8)), "kept"]
+        assert first[:3] == ["0", "0", "1000"]
+        assert second == ["", "8", "1008", "1009", "1010", "2048", "", "", "", "", ""]
+
+    def test_dense_spans_stand_out(self, tiny_plan):
+        console = Console(force_terminal=True, width=120, file=io.StringIO())
+        console.print(span_table(tiny_plan, 1024))
+        text = console.file.getvalue()
+        assert "\x1b[1m1024\x1b[0m" in text
+        assert f"\x1b[1m{tiny_plan.spans(1024)[0][0]}\x1b[0m" not in text
+
+
+def test_commonest_rules_first(tiny_signature):
+    rules = [[SpanRule(64, 0), DENSE], [SpanRule(-96, 128), DENSE], [SpanRule(64, 0), DENSE]]
+    text = render(rule_table(Plan.from_rules(rules, tiny_signature)))
+    assert "Commonest of 3 rules" in text
+    assert cells(text)[1:] == [["dense", "3"], ["64", "2"], ["0.5n-96", "1"]]
+    assert cells(render(rule_table(Plan.from_rules(rules, tiny_signature), most=1)))[1:] == [["dense", "3"]]
+
+
+class TestFront:
+    def test_every_plan_with_density_and_loss_at_every_length(self, tiny_profile):
+        front = search_profile(tiny_profile, [0.4], criterion="squared", front_steps=3)
+        header, *rows = cells(render(front_table(front)))
+        assert header == ["plan", "density @512", "loss @512", "density @1024", "loss @1024", "gap"]
+        assert [row[0] for row in rows] == ["plan.json", *(f"{i:02d}" for i in range(1, len(front.plans)))]
+        for row, plan in zip(rows, front.plans, strict=True):
+            for at, metrics in zip((1, 3), plan.predicted, strict=True):
+                assert row[at] == f"{metrics.density:.4f}"
+                assert row[at + 1] == f"{metrics.loss:.4g} ± {metrics.loss_error:.2g}"
+            assert row[-1] == "0.00%"
+
+    def test_a_uniform_plan_has_no_gap(self, tiny_profile):
+        front = search_profile(tiny_profile, [0.4], criterion="squared", searcher="uniform")
+        assert cells(render(front_table(front)))[1][-1] == ""
+
+
+def scores(variants):
+    rows = [
+        {"task": task, "length": 1024, "variant": variant, "density": 0.25, "attention_density": 0.4,
+         "metric": "exact match", "item": item, "nll": 1.5, "score": 0.75}
+        for task in ("passkey", "copy") for variant in variants for item in range(3)
+    ]  # fmt: skip
+    return render(score_table(summarise(pd.DataFrame(rows))))
+
+
+def test_scores_with_intervals():
+    text = scores(["dense", "uniform"])
+    row = ["passkey (exact match)", "1024", "dense", "25.0%", "3", "1.50  1.50-1.50", "0.75  0.75-0.75"]
+    assert row in cells(text)
+    assert len(cells(text)) == 5
+    assert text.count("├") == 1  # a line between the tasks
+
+
+@pytest.mark.parametrize("name", ["[bold]", "plan[/]", "a [red]b"])
+def test_a_plans_name_is_no_markup(name):
+    assert name in scores([name])
