@@ -109,7 +109,7 @@ def search_front(
     *,
     density: Sequence[float] = (0.25,),
     budget_lengths: Sequence[int] | None = None,
-    criterion: Criterion = "squared",
+    criterion: Criterion = "signed",
     searcher: Literal["exact", "uniform"] = "exact",
     time_limit_s: float = 60.0,
     front_steps: int = 6,
@@ -123,7 +123,8 @@ def search_front(
         density: Largest share of the KV cache to keep: one for all lengths, or one for each.
         budget_lengths: Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones
             and, with the last density, the model's full context.
-        criterion: How effects on the loss are summed up; elementwise is MoA's own, recall needs no gradient.
+        criterion: How effects on the loss are summed up; signed did best on held-out data (docs/results.md),
+            elementwise is MoA's own, recall needs no gradient.
         searcher: exact chooses a rule per KV head; uniform gives every head the same one, as StreamingLLM does.
         time_limit_s: Seconds for each solve; when they run out, the best plan found is kept with its gap.
         front_steps: Steps of the lattice of weights over the profiled lengths.

@@ -48,7 +48,14 @@ def run(profile_path: str, folder: Path, samples: int, shard: tuple[int, int]) -
     torch.set_num_threads(max(1, torch.get_num_threads() // shard[1]))
     profile = Profile.load(profile_path)
     model, tokenizer = load_model("demo")
-    cells = list(itertools.product(profile.lengths, TASKS, make_variants(profile, folder)))
+    size = len(CRITERIA) + 1  # uniform and the criteria at one density; the first group also has dense
+    variants = make_variants(profile, folder)
+    groups = [variants[: size + 1], variants[size + 1 : 2 * size + 1], variants[2 * size + 1 :]]
+    cells = [
+        (length, task, variant)
+        for group in groups  # what tells most comes first
+        for length, task, variant in itertools.product(profile.lengths, TASKS, group)
+    ]
     for length, task, variant in cells[shard[0] :: shard[1]]:
         target = folder / f"{length}-{task}-{variant.name.replace(' @ ', '-')}.csv"
         if target.exists():

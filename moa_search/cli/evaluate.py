@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moa_search.api import evaluate_model
 from moa_search.cli.command import run
 
+__all__ = ["main", "show"]
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -16,9 +18,9 @@ def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
     from rich.console import Console
 
     from moa_search.evaluation import summarise
-    from moa_search.inspection import score_table
+    from moa_search.inspection import score_tables
 
-    Console().print(score_table(summarise(items)))
+    Console().print(*score_tables(summarise(items)))
     if output is not None:
         print(f"scores of every item written to {output}")
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moa_search.api import inspect_plan
 from moa_search.cli.command import run
 
+__all__ = ["main", "show"]
+
 if TYPE_CHECKING:
     from moa_search.formats import Plan
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moa_search.api import profile_model
 from moa_search.cli.command import run
 
+__all__ = ["main", "show"]
+
 if TYPE_CHECKING:
     from moa_search.formats import Profile
 

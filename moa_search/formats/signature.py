@@ -11,7 +11,9 @@ from moa_search.errors import ModelMismatchError, ModelUnsupportedError
 
 __all__ = ["ModelSignature"]
 
-ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+ROPE_KEYS = ("rope_parameters", "partial_rotary_factor")
+"""``rope_scaling`` and ``rope_theta`` are older names for parts of ``rope_parameters``, not in every version."""
+
 OTHER_KEYS = (
     "hidden_size",
     "intermediate_size",

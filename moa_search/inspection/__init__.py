@@ -7,7 +7,7 @@ from moa_search.inspection.tables import (
     front_table,
     origin_lines,
     rule_table,
-    score_table,
+    score_tables,
     span_table,
 )
 
@@ -19,6 +19,6 @@ __all__ = [
     "plot_spans",
     "rule_table",
     "save_heat_map",
-    "score_table",
+    "score_tables",
     "span_table",
 ]

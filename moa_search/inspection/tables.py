@@ -23,7 +23,7 @@ __all__ = [
     "front_table",
     "origin_lines",
     "rule_table",
-    "score_table",
+    "score_tables",
     "span_table",
 ]
 
@@ -113,49 +113,39 @@ def front_table(front: Front) -> Table:
     table = Table(title="Front", title_justify="left")
     table.add_column("plan", justify="right")
     for metrics in front.chosen.predicted:
-        table.add_column(f"density @{metrics.length}", justify="right")
-        table.add_column(f"loss @{metrics.length}", justify="right")
+        table.add_column(f"kept\n@{metrics.length}", justify="right")
+        table.add_column(f"predicted loss\n@{metrics.length}", justify="right", no_wrap=True)
     table.add_column("gap", justify="right")
     for index, plan in enumerate(front.plans):
-        cells = [cell for m in plan.predicted for cell in (f"{m.density:.4f}", _loss(m))]
+        cells = [cell for m in plan.predicted for cell in (f"{m.density:.2%}", _loss(m))]
         gap = plan.provenance.gap if plan.provenance else None
         table.add_row("plan.json" if index == 0 else f"{index:02d}", *cells, "" if gap is None else f"{gap:.2%}")
     return table
 
 
-def score_table(summary: pd.DataFrame) -> Table:
-    """Means with 95 % intervals by task, length and variant."""
-    table = Table(title="Held-out scores, mean and 95 % bootstrap interval", title_justify="left")
-    for name, justify in (
-        ("task", "left"),
-        ("length", "right"),
-        ("variant", "left"),
-        ("KV kept", "right"),
-        ("n", "right"),
-        ("answer NLL", "right"),
-        ("score", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    last = None
-    for row in summary.to_dict("records"):
-        key = (row["task"], row["length"])
-        if last is not None and key != last:
-            table.add_section()
-        last = key
-        table.add_row(
-            f"{row['task']} ({row['metric']})",
-            str(row["length"]),
-            escape(row["variant"]),
-            f"{row['density']:.1%}",
-            str(row["n"]),
-            f"{row['nll']:.2f}  {row['nll_low']:.2f}-{row['nll_high']:.2f}",
-            f"{row['score']:.2f}  {row['score_low']:.2f}-{row['score_high']:.2f}",
-        )
-    return table
+def score_tables(summary: pd.DataFrame) -> list[Table]:
+    """One table per task and length: means with 95 % bootstrap intervals for every variant."""
+    tables = []
+    for (task, length), group in summary.groupby(["task", "length"], sort=False):
+        rows = group.to_dict("records")
+        title = f"{task} at {length} tokens: mean of {rows[0]['n']} items, 95 % interval"
+        table = Table(title=title, title_justify="left")
+        table.add_column("variant")
+        for name in ("KV kept", "answer NLL", rows[0]["metric"]):
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(
+                escape(row["variant"]),
+                f"{row['density']:.1%}",
+                f"{row['nll']:.2f}  {row['nll_low']:.2f}-{row['nll_high']:.2f}",
+                f"{row['score']:.2f}  {row['score_low']:.2f}-{row['score_high']:.2f}",
+            )
+        tables.append(table)
+    return tables
 
 
 def _loss(metrics: LengthMetrics) -> str:
     """A predicted loss with its standard error, as far as they are known."""
     if metrics.loss is None:
         return ""
-    return f"{metrics.loss:.4g}" + ("" if metrics.loss_error is None else f" ± {metrics.loss_error:.2g}")
+    return f"{metrics.loss:.4g}" + ("" if metrics.loss_error is None else f" ± {metrics.loss_error:.1g}")

@@ -13,7 +13,7 @@ from moa_search.formats.files import nearest
 from moa_search.formats.profile import LengthProfile, Profile
 from moa_search.spans import SpanRule, span
 
-__all__ = ["CRITERIA", "DEFAULT_CRITERION", "RuleLosses", "require_criterion", "rule_losses"]
+__all__ = ["CRITERIA", "RuleLosses", "require_criterion", "rule_losses"]
 
 CRITERIA = ("squared", "root_squared", "signed", "absolute", "elementwise", "recall")
 """How a rule's effect on a head is summed up.
@@ -24,8 +24,6 @@ CRITERIA = ("squared", "root_squared", "signed", "absolute", "elementwise", "rec
 * ``elementwise``: MoA's criterion, the sum over masked entries of each one's absolute effect.
 * ``recall``: attention mass that is lost; needs no gradient.
 """
-
-DEFAULT_CRITERION = "squared"
 
 Doubles = npt.NDArray[np.float64]
 

@@ -26,7 +26,6 @@ def call(monkeypatch, capsys):
     """Run a command; returns exit status, output and errors."""
 
     def run(program, *arguments):
-        monkeypatch.setenv("COLUMNS", "160")
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             COMMANDS[program][0].main()
@@ -64,11 +63,11 @@ def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     assert set(pd.read_csv(scores)["variant"]) == {"dense", "uniform", "half"}
-    assert "passkey (exact match)" in out
+    assert "passkey at 300 tokens: mean of 2 items" in out
     picture = tmp_path / "spans.png"
     status, out, err = call("moa-inspect", tmp_path / "half" / "plan.json", "--output", picture)
     assert status == 0, err
-    assert "exact search on squared" in out
+    assert "exact search on signed" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -40,11 +40,11 @@ def test_infinities_in_a_configuration_survive_json() -> None:
         num_hidden_layers=1,
         num_attention_heads=2,
         hidden_size=8,
-        rope_scaling={"limits": (0.0, float("inf"))},
+        rope_parameters={"limits": (0.0, float("inf"))},
     )
     config = SimpleNamespace(model_type="odd", get_text_config=lambda decoder: text)
     signature = ModelSignature.of(config)
-    assert signature.rope == {"rope_scaling": {"limits": [0.0, "inf"]}}
+    assert signature.rope == {"rope_parameters": {"limits": [0.0, "inf"]}}
     assert ModelSignature.model_validate_json(signature.model_dump_json()) == signature
 
 
