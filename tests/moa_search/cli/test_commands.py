@@ -145,7 +145,7 @@ class TestBadInput:
     """One clear line, exit status 2, nothing written."""
 
     @pytest.fixture
-    def refused(self, call, tmp_path):
+    def check_refused(self, call, tmp_path):
         def check(program, *arguments, says):
             before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
             status, _, err = call(program, *arguments)
@@ -160,21 +160,21 @@ class TestBadInput:
         return check
 
     @pytest.mark.parametrize("name", ["no/such-model", "./missing", "missing.gguf", "a/b/c"])
-    def test_unknown_model(self, refused, tmp_path, name):
-        refused("moa-profile", "--model", name, "--output", tmp_path / "p.safetensors", says=[name])
+    def test_unknown_model(self, check_refused, tmp_path, name):
+        check_refused("moa-profile", "--model", name, "--output", tmp_path / "p.safetensors", says=[name])
 
-    def test_model_that_is_not_causal(self, refused, tmp_path):
+    def test_model_that_is_not_causal(self, check_refused, tmp_path):
         from transformers import BertConfig, BertModel
 
         BertModel(
             BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=99)
         ).save_pretrained(tmp_path / "bert")
-        refused(
+        check_refused(
             "moa-profile", "--model", tmp_path / "bert", "--output", tmp_path / "p.safetensors",
             says=["bert", "not a causal language model"],
         )  # fmt: skip
 
-    def test_model_that_ignores_the_attention_interface(self, refused, tmp_path, tiny_model_dir):
+    def test_model_that_ignores_the_attention_interface(self, check_refused, tmp_path, tiny_model_dir):
         import shutil
 
         from transformers import FalconConfig, FalconForCausalLM
@@ -184,73 +184,77 @@ class TestBadInput:
         FalconForCausalLM(
             FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=256)
         ).save_pretrained(folder)
-        refused(
+        check_refused(
             "moa-profile", "--model", folder, "--lengths", 300, "--samples", 1, "--output", tmp_path / "p.safetensors",
             says=["Falcon", "AttentionInterface"],
         )  # fmt: skip
 
-    def test_plan_of_another_model(self, refused, tmp_path, tiny_model_dir, tiny_plan):
+    def test_plan_of_another_model(self, check_refused, tmp_path, tiny_model_dir, tiny_plan):
         tiny_plan.save(tmp_path / "plan.json")
-        refused(
+        check_refused(
             "moa-eval", "--model", tiny_model_dir, "--plan", tmp_path / "plan.json", "--lengths", 300,
             says=["another model", "num_hidden_layers: 3 != 2"],
         )  # fmt: skip
 
-    def test_truncated_profile(self, refused, profiled, tmp_path):
+    def test_truncated_profile(self, check_refused, profiled, tmp_path):
         broken = tmp_path / "broken.safetensors"
         broken.write_bytes(profiled.read_bytes()[:-100])
-        refused("moa-search", broken, "--output", tmp_path / "out", says=["broken.safetensors", "truncated"])
+        check_refused("moa-search", broken, "--output", tmp_path / "out", says=["broken.safetensors", "truncated"])
 
-    def test_foreign_file(self, refused, tmp_path):
+    def test_foreign_file(self, check_refused, tmp_path):
         (tmp_path / "plan.json").write_text(json.dumps({"alphas": [[1]], "betas": [[0.5]]}))
-        refused("moa-inspect", tmp_path / "plan.json", says=["plan.json", "not a moa-search plan"])
+        check_refused("moa-inspect", tmp_path / "plan.json", says=["plan.json", "not a moa-search plan"])
 
-    def test_missing_file(self, refused, tmp_path):
-        refused("moa-search", tmp_path / "nowhere", "--output", tmp_path / "out", says=["nowhere", "No such file"])
+    def test_missing_file(self, check_refused, tmp_path):
+        check_refused(
+            "moa-search", tmp_path / "nowhere", "--output", tmp_path / "out", says=["nowhere", "No such file"]
+        )
 
-    def test_unknown_yaml_key_suggests_the_nearest(self, refused, tmp_path):
+    def test_unknown_yaml_key_suggests_the_nearest(self, check_refused, tmp_path):
         (tmp_path / "c.yaml").write_text("lenghts: [1024]\n")
-        refused("moa-profile", "--config", tmp_path / "c.yaml", says=["'lenghts'", "did you mean 'lengths'"])
+        check_refused("moa-profile", "--config", tmp_path / "c.yaml", says=["'lenghts'", "did you mean 'lengths'"])
 
-    def test_broken_yaml(self, refused, tmp_path):
+    def test_broken_yaml(self, check_refused, tmp_path):
         (tmp_path / "c.yaml").write_text("lengths: [1024\n  samples: }")
-        refused("moa-profile", "--config", tmp_path / "c.yaml", says=["c.yaml"])
+        check_refused("moa-profile", "--config", tmp_path / "c.yaml", says=["c.yaml"])
 
-    def test_missing_config_file(self, refused, tmp_path):
-        refused("moa-profile", "--config", tmp_path / "none.yaml", says=["none.yaml"])
+    def test_missing_config_file(self, check_refused, tmp_path):
+        check_refused("moa-profile", "--config", tmp_path / "none.yaml", says=["none.yaml"])
 
-    def test_unknown_option(self, refused):
-        refused("moa-profile", "--lenghts", 5, says=["--lenghts", "lengths"])
+    def test_unknown_option(self, check_refused):
+        check_refused("moa-profile", "--lenghts", 5, says=["--lenghts", "lengths"])
 
-    def test_unknown_choice(self, refused, profiled, tmp_path):
-        refused(
+    def test_unknown_choice(self, check_refused, profiled, tmp_path):
+        check_refused(
             "moa-search", profiled, "--criterion", "squard", "--output", tmp_path / "out",
             says=["criterion", "did you mean 'squared'"],
         )  # fmt: skip
 
     @pytest.mark.parametrize("density", ["0", "1.5", "-0.1", "nan"])
-    def test_density_out_of_range(self, refused, profiled, tmp_path, density):
-        refused("moa-search", profiled, f"--density={density}", "--output", tmp_path / "out", says=["density", density])
+    def test_density_out_of_range(self, check_refused, profiled, tmp_path, density):
+        check_refused(
+            "moa-search", profiled, f"--density={density}", "--output", tmp_path / "out", says=["density", density]
+        )
 
-    def test_infeasible_budget_is_named(self, refused, profiled, tmp_path):
-        refused(
+    def test_infeasible_budget_is_named(self, check_refused, profiled, tmp_path):
+        check_refused(
             "moa-search", profiled, "--density", 0.05, "--output", tmp_path / "out",
             says=["density of 0.05 at 300 tokens can't be met", "48 tokens"],
         )  # fmt: skip
 
-    def test_length_over_the_context(self, refused, tiny_model_dir, tmp_path):
-        refused(
+    def test_length_over_the_context(self, check_refused, tiny_model_dir, tmp_path):
+        check_refused(
             "moa-profile", "--model", tiny_model_dir, "--lengths", 4000, "--output", tmp_path / "p.safetensors",
             says=["4000", "context of 2048"],
         )  # fmt: skip
 
-    def test_length_too_short_for_the_task(self, refused, tiny_model_dir, tmp_path):
-        refused(
+    def test_length_too_short_for_the_task(self, check_refused, tiny_model_dir, tmp_path):
+        check_refused(
             "moa-profile", "--model", tiny_model_dir, "--lengths", 20, "--output", tmp_path / "p.safetensors",
             says=["20 tokens"],
         )  # fmt: skip
 
-    def test_loss_that_is_not_finite(self, refused, tiny_model_dir, tmp_path):
+    def test_loss_that_is_not_finite(self, check_refused, tiny_model_dir, tmp_path):
         import shutil
 
         from safetensors.torch import load_file, save_file
@@ -260,20 +264,20 @@ class TestBadInput:
         weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"][:] = float("nan")
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        refused(
+        check_refused(
             "moa-profile", "--model", folder, "--lengths", 300, "--samples", 1, "--output", tmp_path / "p.safetensors",
             says=["loss of sample 0", "nan"],
         )  # fmt: skip
 
-    def test_required_options(self, refused):
-        refused("moa-profile", "--model", "demo", says=["--output is required"])
-        refused("moa-search", "--output", "x", says=["profile is required"])
-        refused("moa-inspect", says=["plan is required"])
+    def test_required_options(self, check_refused):
+        check_refused("moa-profile", "--model", "demo", says=["--output is required"])
+        check_refused("moa-search", "--output", "x", says=["profile is required"])
+        check_refused("moa-inspect", says=["plan is required"])
 
-    def test_output_that_cannot_be_written(self, refused, tmp_path):
+    def test_output_that_cannot_be_written(self, check_refused, tmp_path):
         (tmp_path / "file").write_text("")
         target = tmp_path / "file" / "p.safetensors"
-        refused("moa-profile", "--model", "demo", "--output", target, says=["can't be written"])
+        check_refused("moa-profile", "--model", "demo", "--output", target, says=["can't be written"])
 
 
 def test_interrupt_leaves_the_old_file(call, monkeypatch, tiny_model_dir, tmp_path):
