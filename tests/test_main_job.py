@@ -102,11 +102,11 @@ def explicit_logits(model, plan, ids):
         model.set_attn_implementation(before)
 
 
-def test_per_head_spans_beat_a_uniform_window_at_equal_memory(demo, profile):
+def test_per_head_spans_beat_a_uniform_window_at_equal_memory(profile):
     """The point of it all, on eight held-out items; docs/results.md has the table over forty."""
     plan = search_plan(profile, density=0.25)
     items = compare_variants(
-        *demo, make_variants({"plan": plan}, ["dense", "uniform"], [1024]),
+        *load_model("demo"), make_variants({"plan": plan}, ["dense", "uniform"], [1024]),
         tasks=["passkey", "copy"], lengths=[1024], count=4, seed=1,
     )  # fmt: skip
     nll = items.groupby(["task", "variant"])["nll"].mean().unstack()
