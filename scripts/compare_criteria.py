@@ -76,7 +76,7 @@ def table(folder: Path) -> None:
         print(f"| plan | KV kept | answer NLL | left of gap | {metric} |\n|---|---|---|---|---|")
         here = summary.loc[task, length]
         names = ["dense"] + [f"{n} @ {d:g}" for d in sorted(DENSITIES, reverse=True) for n in ("uniform", *CRITERIA)]
-        for name in names:
+        for name in (name for name in names if name in here.index):  # a run may have been stopped midway
             row, dense = here.loc[name], here.loc["dense"]
             left = ""
             if name != "dense":
