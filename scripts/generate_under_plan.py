@@ -14,7 +14,7 @@ from moa_search.calibration import build_samples
 
 def main() -> None:
     plan = Plan.load(sys.argv[1])
-    length = int(sys.argv[2]) if len(sys.argv) > 2 else 2048
+    length = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
     logging.disable_progress_bar()
     model, tokenizer = load_model("demo")
     sample = build_samples(tokenizer, length=length, count=1, seed=7, split="test", tasks=["passkey"])[0]
