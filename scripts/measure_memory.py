@@ -25,7 +25,7 @@ def measure(length: int, checkpointing: bool) -> None:
     from moa_search.profiling import profile_samples
 
     logging.disable_progress_bar()
-    model, tokenizer = load_model("demo", dtype="float32")
+    model, tokenizer = load_model("demo", dtype="bfloat16")
     samples = build_samples(tokenizer, length=length, count=1, seed=0, split="calibration")
     before = peak_mib()
     profile_samples(model, samples, checkpointing=checkpointing)
