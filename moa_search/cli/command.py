@@ -26,16 +26,13 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-def build_parser(
-    program: str, function: Callable[..., Any], *, first: str, defaults: dict[str, Any] | None = None
-) -> ArgumentParser:
+def build_parser(program: str, function: Callable[..., Any], *, first: str) -> ArgumentParser:
     """The parser for ``function``.
 
     Args:
         program: Name of the command.
         function: API function; its Google-style ``Args`` become the help texts.
         first: Name of its first parameter.
-        defaults: Defaults that differ for the command.
     """
     helps = _argument_helps(function)
     about = inspect.getdoc(function) or ""
@@ -46,7 +43,7 @@ def build_parser(
     for name, parameter in inspect.signature(function).parameters.items():
         if name in NOT_FLAGS:
             continue
-        default = (defaults or {}).get(name, parameter.default)
+        default = parameter.default
         options: dict[str, Any] = {
             "help": helps[name].replace("%", "%%"),
             **_typed(_annotation(function, parameter)),
@@ -93,7 +90,6 @@ def run(
     first: str,
     task: str | None = None,
     required: Sequence[str] = (),
-    defaults: dict[str, Any] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> NoReturn:
     """Run a command to its exit status: 0, 2 for bad input (one line), 130 when interrupted.
@@ -105,12 +101,11 @@ def run(
         first: Name of the function's first parameter.
         task: What a progress bar says, or None for no bar.
         required: Options that must be given.
-        defaults: Defaults that differ for the command.
         arguments: Command line; ``sys.argv`` if None.
     """
     debug = "--debug" in (sys.argv if arguments is None else arguments)
     try:
-        options = vars(parse(build_parser(program, function, first=first, defaults=defaults), arguments, first=first))
+        options = vars(parse(build_parser(program, function, first=first), arguments, first=first))
         for name in ("config", "debug"):
             options.pop(name, None)
         for name in (first, *required):
