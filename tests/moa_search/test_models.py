@@ -7,7 +7,7 @@ from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from moa_search import load_model
 from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
-from moa_search.models import cache_dir, require_causal, require_context, resolve_dtype
+from moa_search.models import cache_dir, require_causal, require_context, resolve_dtype, weights_hash
 
 
 def test_folder(tiny_model_dir):
@@ -118,3 +118,16 @@ def test_cache_dir_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.delenv("MOA_SEARCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir() == tmp_path / "moa-search"
+
+
+class TestWeightsHash:
+    def test_tells_checkpoints_apart_and_not_runs(self, tiny_model_dir):
+        (first, _), (second, _) = (load_model(str(tiny_model_dir), dtype="float32") for _ in range(2))
+        assert weights_hash(first) == weights_hash(second)
+        with torch.no_grad():
+            second.model.layers[1].mlp.up_proj.weight[:] += 1e-3
+        assert weights_hash(first) != weights_hash(second)
+
+    def test_tells_types_apart(self, tiny_model_dir):
+        single, half = (load_model(str(tiny_model_dir), dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+        assert weights_hash(single) != weights_hash(half)
