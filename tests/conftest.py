@@ -89,6 +89,30 @@ def tiny_profile(tiny_signature: ModelSignature) -> Profile:
     return Profile(header, {entry.length: _tiny_statistics(entry, tiny_signature, rng) for entry in lengths})
 
 
+@pytest.fixture
+def windowed_signature(tiny_signature: ModelSignature) -> ModelSignature:
+    """The same model with a sliding window of its own in some layers."""
+    return tiny_signature.model_copy(update={"config": {**tiny_signature.config, "sliding_window": 128}})
+
+
+@pytest.fixture
+def native_plan(windowed_signature: ModelSignature) -> Plan:
+    """A plan whose middle layer keeps its own window of 128 tokens."""
+    rules = [[SpanRule(300, 0), DENSE], [DENSE, DENSE], [SpanRule(0, 64), SpanRule(500, 0)]]
+    return Plan.from_rules(rules, windowed_signature, native_layers=(1,), sink=4, block=64)
+
+
+@pytest.fixture
+def native_profile(tiny_profile: Profile, windowed_signature: ModelSignature) -> Profile:
+    """The made-up profile with nothing measured in its middle layer, which has a window of its own."""
+    header = tiny_profile.header.model_copy(update={"model": windowed_signature, "native_layers": (1,)})
+    for entry in tiny_profile.by_length.values():
+        for statistics in (entry.per_sample, entry.mean, entry.error):
+            for values in statistics.values():
+                values[..., 1, :, :, :] = 0
+    return Profile(header, tiny_profile.by_length)
+
+
 def _tiny_statistics(entry: LengthHeader, model: ModelSignature, rng: np.random.Generator) -> LengthProfile:
     rows = entry.length / entry.row_buckets
     last_row = rows * np.arange(1, entry.row_buckets + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -28,9 +29,11 @@ __all__ = [
     "Budget",
     "DensePattern",
     "LengthMetrics",
+    "NativePattern",
     "Plan",
     "Provenance",
     "SpanPattern",
+    "own_window",
     "plan_json_schema",
 ]
 
@@ -65,7 +68,18 @@ class DensePattern(_Strict):
         return DENSE
 
 
-Pattern = Annotated[SpanPattern | DensePattern, Field(discriminator="kind")]
+class NativePattern(_Strict):
+    """The layer's own sliding window (``sliding_window`` in the model's configuration) is kept, and no rule applies."""
+
+    kind: Literal["native"] = "native"
+
+    @property
+    def rule(self) -> SpanRule:
+        """Dense: nothing is dropped beyond what the model's own window hides."""
+        return DENSE
+
+
+Pattern = Annotated[SpanPattern | DensePattern | NativePattern, Field(discriminator="kind")]
 
 
 class Budget(_Strict):
@@ -93,14 +107,17 @@ class LengthMetrics(_Strict):
     """What a plan costs at one length."""
 
     length: int = Field(ge=1, description="tokens")
-    density: float = Field(description="share of the dense KV cache kept")
-    attention_density: float = Field(description="share of causal pairs computed in a prefill")
+    density: float = Field(description="share of the dense KV cache kept, native layers aside")
+    attention_density: float = Field(description="share of causal pairs computed in a prefill, native layers aside")
     loss: float | None = Field(default=None, description="predicted loss, in the criterion's unit")
     loss_error: float | None = Field(default=None, description="standard error of that loss")
 
 
 class Plan(_Strict):
     """For every layer and KV head, a span rule, with the model it was made for.
+
+    Layers whose attention has a sliding window of its own may be native: they stay as the model made them, and
+    densities don't count them. A layer is native as a whole, and some layer isn't.
 
     Attributes:
         schema_: Schema of the file, ``moa-plan/1``.
@@ -136,28 +153,55 @@ class Plan(_Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _native_layers_make_sense(self) -> Plan:
+        for layer, heads in enumerate(self.patterns):
+            if len({pattern.kind == "native" for pattern in heads}) > 1:
+                raise ValueError(f"layer {layer} is native in some KV heads only; a layer is native as a whole")
+        native = self.native_layers
+        if native and own_window(self.model) is None:
+            raise ValueError(f"layer {native[0]} is native, but model.config names no sliding_window")
+        if len(native) == len(self.patterns):
+            raise ValueError("every layer is native, so there is no head that a plan could shorten")
+        return self
+
     @classmethod
-    def from_rules(cls, rules: list[list[SpanRule]], model: ModelSignature, **fields: Any) -> Plan:
-        """A plan from rules ``[layer][kv_head]``; ``fields`` are the remaining attributes."""
-        patterns = tuple(
-            tuple(
-                DensePattern() if rule.is_dense else SpanPattern(alpha=rule.alpha, beta_256=rule.beta_256)
-                for rule in layer
-            )
-            for layer in rules
-        )
-        return cls(model=model, patterns=patterns, **fields)
+    def from_rules(
+        cls, rules: list[list[SpanRule]], model: ModelSignature, *, native_layers: Collection[int] = (), **fields: Any
+    ) -> Plan:
+        """A plan from rules ``[layer][kv_head]``.
+
+        Args:
+            rules: The rules; those of native layers don't matter.
+            model: Signature of the model.
+            native_layers: Layers that keep their own sliding window.
+            **fields: The remaining attributes.
+        """
+        patterns = [tuple(_pattern(rule) for rule in heads) for heads in rules]
+        for layer in native_layers:
+            patterns[layer] = tuple(NativePattern() for _ in patterns[layer])
+        return cls(model=model, patterns=tuple(patterns), **fields)
 
     @classmethod
     def uniform(cls, rule: SpanRule, model: ModelSignature, **fields: Any) -> Plan:
-        """A plan that gives every head the same rule."""
+        """A plan that gives every head the same rule; ``fields`` as for `from_rules`."""
         rules = [[rule] * model.num_key_value_heads for _ in range(model.num_hidden_layers)]
         return cls.from_rules(rules, model, **fields)
 
     @property
     def rules(self) -> list[list[SpanRule]]:
-        """Rules ``[layer][kv_head]``."""
+        """Rules ``[layer][kv_head]``; dense in native layers, whose own window hides keys on top of that."""
         return [[pattern.rule for pattern in layer] for layer in self.patterns]
+
+    @property
+    def native_layers(self) -> tuple[int, ...]:
+        """Layers that keep their own sliding window, increasing."""
+        return tuple(layer for layer, heads in enumerate(self.patterns) if heads[0].kind == "native")
+
+    @property
+    def native_window(self) -> int | None:
+        """Tokens that a query of a native layer attends at most, itself included; None without such layers."""
+        return own_window(self.model) if self.native_layers else None
 
     @property
     def min_span(self) -> int:
@@ -165,27 +209,34 @@ class Plan(_Strict):
         return self.sink + self.block
 
     def spans(self, length: int) -> list[list[int]]:
-        """Keys kept per ``[layer][kv_head]`` at a context of ``length`` tokens."""
-        return [[spans.span(length, rule, self.min_span) for rule in layer] for layer in self.rules]
+        """Keys kept per ``[layer][kv_head]`` at a context of ``length`` tokens; of native layers, their own window."""
+        native, window = self.native_layers, self.native_window
+        return [
+            [
+                min(length, window) if window and layer in native else spans.span(length, rule, self.min_span)
+                for rule in heads
+            ]
+            for layer, heads in enumerate(self.rules)
+        ]
 
     def density(self, length: int) -> float:
-        """Share of the dense KV cache that is kept at ``length`` tokens."""
-        return spans.density(self._flat_rules(), length, self.min_span)
+        """Share of the dense KV cache that is kept at ``length`` tokens, over all heads but those of native layers."""
+        return spans.density(self._searchable_rules(), length, self.min_span)
 
     def attention_density(self, length: int) -> float:
-        """Share of causal query-key pairs computed in a prefill of ``length`` tokens."""
+        """Share of causal query-key pairs computed in a prefill of ``length`` tokens, over the heads of `density`."""
         plan = self.anchored_at(length) if self.anchor == "prompt" else self
-        return spans.attention_density(plan._flat_rules(), length, self.min_span)
+        return spans.attention_density(plan._searchable_rules(), length, self.min_span)
 
     def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
-        """Bytes of keys and values kept at ``length`` tokens, cache granularity aside."""
+        """Bytes of keys and values kept at ``length`` tokens, native layers' too, cache granularity aside."""
         tokens = sum(map(sum, self.spans(length)))
         return 2 * tokens * self.model.head_dim * bytes_per_element * batch
 
     def anchored_at(self, length: int) -> Plan:
         """The same plan with every rule fixed at its span for ``length`` tokens, anchored at positions."""
         fixed = [[SpanRule(tokens, 0) for tokens in layer] for layer in self.spans(length)]
-        patterns = Plan.from_rules(fixed, self.model).patterns
+        patterns = Plan.from_rules(fixed, self.model, native_layers=self.native_layers).patterns
         return self.model_copy(update={"anchor": "position", "patterns": patterns, "predicted": ()})
 
     @property
@@ -254,8 +305,9 @@ class Plan(_Strict):
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}") from None
 
-    def _flat_rules(self) -> list[SpanRule]:
-        return [rule for layer in self.rules for rule in layer]
+    def _searchable_rules(self) -> list[SpanRule]:
+        native = self.native_layers
+        return [rule for layer, heads in enumerate(self.rules) if layer not in native for rule in heads]
 
     def _content(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
@@ -264,7 +316,8 @@ class Plan(_Strict):
 def plan_json_schema() -> dict[str, Any]:
     """The JSON Schema of a plan file, for editors and other languages (``docs/plan.schema.json``).
 
-    It can't say that ``patterns`` is as large as ``model`` demands, nor what ``checksum`` must be.
+    It can't say that ``patterns`` is as large as ``model`` demands, which layers may be native, nor what
+    ``checksum`` must be.
     """
     schema = Plan.model_json_schema(by_alias=True)
     del schema["properties"]["library_version"]["default"]
@@ -275,10 +328,20 @@ def plan_json_schema() -> dict[str, Any]:
         "default": None,
     }
     schema["required"] = ["schema", *schema["required"]]
-    for kind in (SpanPattern, DensePattern):
+    for kind in (SpanPattern, DensePattern, NativePattern):
         definition = schema["$defs"][kind.__name__]
         definition["required"] = ["kind", *definition.get("required", [])]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def own_window(model: ModelSignature) -> int | None:
+    """The sliding window in tokens that the model's configuration names, or None."""
+    window = model.config.get("sliding_window")
+    return window if type(window) is int and window > 0 else None
+
+
+def _pattern(rule: SpanRule) -> Pattern:
+    return DensePattern() if rule.is_dense else SpanPattern(alpha=rule.alpha, beta_256=rule.beta_256)
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ from moa_search.formats.files import (
     parse_json,
     sha256_of,
 )
+from moa_search.formats.plan import own_window
 from moa_search.formats.signature import ModelSignature
 from moa_search.version import __version__
 
@@ -49,6 +50,7 @@ __all__ = [
     "LengthProfile",
     "Profile",
     "ProfileHeader",
+    "RunSummary",
 ]
 
 PROFILE_SCHEMA: Final = "moa-profile/1"
@@ -88,7 +90,12 @@ class LengthHeader(BaseModel):
 
 
 class ProfileHeader(BaseModel):
-    """Everything about a profile but its numbers."""
+    """Everything about a profile but its numbers.
+
+    Attributes:
+        native_layers: Layers whose attention has a sliding window of its own, increasing. They weren't measured
+            (their statistics are zero), a search leaves them alone, and a file without any doesn't name them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -103,12 +110,31 @@ class ProfileHeader(BaseModel):
     calibration: dict[str, JsonValue] = Field(default_factory=dict, description="sources and hash of the samples")
     lengths: tuple[LengthHeader, ...] = Field(min_length=1)
     versions: dict[str, str] = Field(default_factory=dict)
+    native_layers: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _lengths_increase(self) -> ProfileHeader:
         if any(a.length >= b.length for a, b in itertools.pairwise(self.lengths)):
             raise ValueError("the lengths don't increase")
         return self
+
+    @model_validator(mode="after")
+    def _native_layers_make_sense(self) -> ProfileHeader:
+        native, layers = self.native_layers, self.model.num_hidden_layers
+        if not native:
+            return self
+        if native[0] < 0 or native[-1] >= layers or any(a >= b for a, b in itertools.pairwise(native)):
+            raise ValueError(f"the native layers don't increase within 0..{layers - 1}")
+        if len(native) == layers:
+            raise ValueError("every layer is native, so there is no head that a plan could shorten")
+        if own_window(self.model) is None:
+            raise ValueError(f"layer {native[0]} is native, but model.config names no sliding_window")
+        return self
+
+    @property
+    def searchable_layers(self) -> list[int]:
+        """Layers that aren't native, increasing: those that a plan can shorten."""
+        return [layer for layer in range(self.model.num_hidden_layers) if layer not in self.native_layers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,16 +173,37 @@ class LengthProfile:
 
 
 @dataclass(frozen=True)
+class RunSummary:
+    """How the run that made a profile went. Not stored: the same samples give the same file on any machine.
+
+    Attributes:
+        measured: Samples measured in this run.
+        resumed: Samples taken over from an earlier one that was stopped.
+        seconds_per_sample: Median time of one measured sample, by length in tokens.
+        peak_memory_bytes: Most memory held by the first process.
+        on_gpu: Whether that is GPU memory.
+    """
+
+    measured: int
+    resumed: int
+    seconds_per_sample: dict[int, float]
+    peak_memory_bytes: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
 class Profile:
     """Influence statistics of one model at one or more lengths.
 
     Attributes:
         header: Model, calibration, settings.
         by_length: Statistics by length in tokens.
+        run: How it was made, in the process that made it.
     """
 
     header: ProfileHeader
     by_length: dict[int, LengthProfile]
+    run: RunSummary | None = field(default=None, compare=False, repr=False)
 
     @property
     def lengths(self) -> list[int]:
@@ -225,7 +272,10 @@ class Profile:
             raise ProfileFormatError(f"{path}: {one_line(error)}") from None
 
     def _header_json(self) -> dict[str, Any]:
-        return self.header.model_dump(mode="json", by_alias=True)
+        content = self.header.model_dump(mode="json", by_alias=True)
+        if not content["native_layers"]:
+            del content["native_layers"]  # as in files from before it: equal profiles give equal bytes
+        return content
 
     def _tensors(self) -> dict[str, npt.NDArray[Any]]:
         """Every array as it is stored; `_unpack` names what isn't finite in that precision."""
@@ -265,7 +315,8 @@ def _unpack(header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]) -> dict
     """The arrays that ``header`` announces.
 
     Raises:
-        ValueError: A tensor is missing, unexpected, of another shape or type, or not finite.
+        ValueError: A tensor is missing, unexpected, of another shape or type, or not finite, or says something of
+            a native layer.
     """
     left = dict(tensors)
     layers_heads = (header.model.num_hidden_layers, header.model.num_key_value_heads)
@@ -284,6 +335,7 @@ def _unpack(header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]) -> dict
             mean={name: _take(left, f"{entry.length}/{name}", grid) for name in MEAN_STATISTICS},
             error={name: _take(left, f"{entry.length}/{name}_error", grid) for name in MEAN_STATISTICS},
         )
+        _require_zeros(by_length[entry.length], header.native_layers)
     if left:
         raise ValueError(f"tensor {min(left)} belongs to no length in the header")
     return by_length
@@ -302,6 +354,14 @@ def _take(
     if not np.isfinite(tensor).all():
         raise ValueError(f"tensor {name} holds values that aren't finite")
     return tensor
+
+
+def _require_zeros(entry: LengthProfile, native_layers: tuple[int, ...]) -> None:
+    for statistics in (entry.per_sample, entry.mean, entry.error):
+        for name, values in statistics.items():
+            for layer in native_layers:
+                if values[..., layer, :, :, :].any():
+                    raise ValueError(f"{name} at length {entry.header.length} isn't zero in native layer {layer}")
 
 
 def _keys() -> set[str]:

@@ -54,6 +54,15 @@ PLAN_1 = Plan.from_rules(
 )
 
 
+NATIVE_PLAN_1 = Plan.from_rules(
+    [[DENSE, DENSE], [SpanRule(64, 160), DENSE]],
+    MODEL.model_copy(update={"config": {**MODEL.config, "sliding_window": 512}}),
+    native_layers=(0,),
+    library_version="0.1.0",
+    predicted=(LengthMetrics(length=1024, density=0.84375, attention_density=0.875, loss=0.5),),
+)
+
+
 def profile_1() -> Profile:
     """Every array counts up in eighths from a start of its own."""
     lengths = (
@@ -94,6 +103,17 @@ def profile_1() -> Profile:
     return Profile(header, by_length)
 
 
+def native_profile_1() -> Profile:
+    """The same with nothing measured in the first layer."""
+    profile = profile_1()
+    for entry in profile.by_length.values():
+        for statistics in (entry.per_sample, entry.mean, entry.error):
+            for values in statistics.values():
+                values[..., 0, :, :, :] = 0
+    header = profile.header.model_copy(update={"model": NATIVE_PLAN_1.model, "native_layers": (0,)})
+    return Profile(header, profile.by_length)
+
+
 def test_plan_1(tmp_path: Path) -> None:
     golden = GOLDEN / "moa-plan-1.json"
     loaded = Plan.load(golden)
@@ -102,9 +122,25 @@ def test_plan_1(tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == golden.read_bytes()
 
 
+def test_plan_1_with_native_layers(tmp_path: Path) -> None:
+    golden = GOLDEN / "moa-plan-1-native.json"
+    loaded = Plan.load(golden)
+    assert loaded == NATIVE_PLAN_1
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == golden.read_bytes()
+
+
 def test_profile_1(tmp_path: Path) -> None:
     golden = GOLDEN / "moa-profile-1.safetensors"
     loaded = Profile.load(golden)
     assert loaded == profile_1()
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
+
+
+def test_profile_1_with_native_layers(tmp_path: Path) -> None:
+    golden = GOLDEN / "moa-profile-1-native.safetensors"
+    loaded = Profile.load(golden)
+    assert loaded == native_profile_1()
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()

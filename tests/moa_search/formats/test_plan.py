@@ -242,6 +242,65 @@ def test_anchored_at_fixes_every_span(tiny_plan: Plan) -> None:
     assert Plan.loads(fixed.dumps()) == fixed
 
 
+class TestNativeLayers:
+    def test_round_trip(self, native_plan: Plan) -> None:
+        text = native_plan.dumps()
+        assert '    [{"kind": "native"}, {"kind": "native"}],' in text.splitlines()
+        loaded = Plan.loads(text)
+        assert loaded == native_plan
+        assert loaded.native_layers == (1,)
+        assert loaded.native_window == 128
+        jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).validate(json.loads(text))
+
+    def test_no_rule_applies_to_them(self, native_plan: Plan) -> None:
+        assert native_plan.rules[1] == [DENSE, DENSE]
+        uniform = Plan.uniform(SpanRule(90, 0), native_plan.model, native_layers=(0, 2))
+        assert uniform.rules == [[DENSE] * 2, [SpanRule(90, 0)] * 2, [DENSE] * 2]
+        assert uniform.native_layers == (0, 2)
+
+    def test_there_are_none_unless_named(self, tiny_plan: Plan) -> None:
+        assert tiny_plan.native_layers == ()
+        assert tiny_plan.native_window is None
+
+    @pytest.mark.parametrize("anchor", ["position", "prompt"])
+    @pytest.mark.parametrize("length", [1, 100, 128, 129, 1000])
+    def test_densities_are_those_of_the_other_layers(self, native_plan: Plan, length: int, anchor: str) -> None:
+        plan = native_plan.model_copy(update={"anchor": anchor})
+        smaller = plan.model.model_copy(update={"num_hidden_layers": 2})
+        others = Plan(model=smaller, patterns=(plan.patterns[0], plan.patterns[2]), sink=4, block=64, anchor=anchor)
+        assert plan.density(length) == others.density(length)
+        assert plan.attention_density(length) == others.attention_density(length)
+
+    @pytest.mark.parametrize("length", [1, 100, 128, 129, 1000])
+    def test_spans_and_bytes_count_their_window(self, native_plan: Plan, length: int) -> None:
+        own = min(length, 128)
+        assert native_plan.spans(length)[1] == [own, own]
+        other_tokens = native_plan.density(length) * 4 * length
+        assert native_plan.kv_bytes(length) == pytest.approx((other_tokens + 2 * own) * 2 * 8 * 2)
+
+    def test_they_stay_native_when_spans_are_fixed(self, native_plan: Plan) -> None:
+        fixed = native_plan.anchored_at(600)
+        assert fixed.native_layers == (1,)
+        assert fixed.spans(600) == native_plan.spans(600)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (put({"kind": "dense"}, "patterns", 1, 1), "layer 1 is native in some KV heads only"),
+            (put([[{"kind": "native"}] * 2] * 3, "patterns"), "every layer is native, so there is no head"),
+            (put({}, "model", "config"), "layer 1 is native, but model.config names no sliding_window"),
+            (put(True, "model", "config", "sliding_window"), "layer 1 is native, but model.config names no"),
+            (put(3, "patterns", 1, 0, "alpha"), "patterns.1.0.native.alpha: unknown key"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(
+        self, native_plan: Plan, change: Callable[[dict[str, Any]], None], message: str
+    ) -> None:
+        content = without_checksum(native_plan)
+        change(content)
+        assert error_of(content).removeprefix("top level: ").startswith(message)
+
+
 def test_a_prompt_anchored_plan_computes_what_its_fixed_spans_do(tiny_plan: Plan) -> None:
     by_prompt = tiny_plan.model_copy(update={"anchor": "prompt"})
     assert by_prompt.density(1000) == tiny_plan.density(1000)

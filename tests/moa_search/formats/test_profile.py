@@ -184,6 +184,51 @@ def test_nothing_is_written_that_could_not_be_read(tiny_profile: Profile, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+class TestNativeLayers:
+    def test_round_trip(self, native_profile: Profile, tmp_path: Path) -> None:
+        native_profile.save(tmp_path / "one")
+        loaded = Profile.load(tmp_path / "one")
+        assert loaded.header == native_profile.header
+        assert loaded.header.native_layers == (1,)
+        assert loaded.header.searchable_layers == [0, 2]
+        loaded.save(tmp_path / "two")
+        assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
+
+    def test_a_file_without_any_does_not_name_them(self, path: Path) -> None:
+        assert b"native_layers" not in path.read_bytes()
+        assert Profile.load(path).header.native_layers == ()
+        assert Profile.load(path).header.searchable_layers == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        ("native_layers", "message"),
+        [
+            ([1, 0], r"the native layers don't increase within 0\.\.2"),
+            ([1, 1], "the native layers don't increase"),
+            ([-1], "the native layers don't increase"),
+            ([3], "the native layers don't increase"),
+            ([0, 1, 2], "every layer is native, so there is no head that a plan could shorten"),
+            (["1"], "native_layers.0: Input should be a valid integer"),
+        ],
+    )
+    def test_they_are_some_of_the_layers(
+        self, native_profile: Profile, tmp_path: Path, native_layers: list[Any], message: str
+    ) -> None:
+        native_profile.save(tmp_path / "profile")
+        rewrite(tmp_path / "profile", lambda content, tensors: content.update(native_layers=native_layers))
+        with pytest.raises(ProfileFormatError, match=message):
+            Profile.load(tmp_path / "profile")
+
+    def test_the_models_window_must_be_known(self, path: Path) -> None:
+        rewrite(path, lambda content, tensors: content.update(native_layers=[1]))
+        assert error_of(path) == "top level: layer 1 is native, but model.config names no sliding_window"
+
+    @pytest.mark.parametrize("group", ["per_sample", "mean", "error"])
+    def test_nothing_is_measured_there(self, native_profile: Profile, tmp_path: Path, group: str) -> None:
+        next(iter(getattr(native_profile.by_length[1024], group).values()))[..., 1, 0, 2, 3] = 0.5
+        with pytest.raises(ProfileFormatError, match="at length 1024 isn't zero in native layer 1"):
+            native_profile.save(tmp_path / "never")
+
+
 @pytest.mark.parametrize("windows", [(0, 64), (-1, 64), (64, 32, 64), (32,)])
 def test_windows_form_a_grid(windows: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="window"):
