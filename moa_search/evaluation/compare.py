@@ -53,9 +53,10 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
         raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
     variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
     if "uniform" in baselines:
-        matched: dict[tuple[int, ...], tuple[str, Plan]] = {}
+        matched: dict[tuple[tuple[int, ...], ...], tuple[str, Plan]] = {}
         for name, plan in plans.items():
-            matched.setdefault(tuple(_kept(plan, length) for length in lengths), (name, plan))
+            kept = tuple(_kept(plan, length) for length in lengths)
+            matched.setdefault((plan.native_layers, kept), (name, plan))
         for name, plan in matched.values():
             label = "uniform" if len(matched) == 1 else f"uniform like {name}"
             variants.append(Variant(label, partial(uniform_like, plan)))
@@ -66,12 +67,16 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
 
 
 def uniform_like(plan: Plan, length: int) -> Plan:
-    """The plan with one constant span for all heads that keeps as many tokens as ``plan`` does at ``length``."""
-    return Plan.uniform(SpanRule(_kept(plan, length), 0), plan.model, sink=plan.sink, block=plan.block)
+    """The plan with one constant span for all heads that keeps as many tokens as ``plan`` does at ``length``.
+
+    Native layers stay native.
+    """
+    rule = SpanRule(_kept(plan, length), 0)
+    return Plan.uniform(rule, plan.model, native_layers=plan.native_layers, sink=plan.sink, block=plan.block)
 
 
 def _kept(plan: Plan, length: int) -> int:
-    """Tokens that a head keeps on average."""
+    """Tokens that a head keeps on average, native layers aside."""
     return round(plan.density(length) * length)
 
 

@@ -34,7 +34,7 @@ class RuleLosses:
 
     Attributes:
         length: Tokens.
-        mean: ``[head, rule]``, heads in layer-major order.
+        mean: ``[head, rule]``, heads in layer-major order, without those of native layers.
         per_sample: ``[sample, head, rule]`` where the criterion is kept per sample, else None.
         error: ``[head, rule]``, standard errors where it isn't, else None.
     """
@@ -72,7 +72,7 @@ def rule_losses(profile: Profile, rules: Sequence[SpanRule], criterion: str) -> 
     """Losses of every rule at every profiled length.
 
     A rule's window is looked up at the middle row of each row bucket and interpolated linearly between the
-    measured windows.
+    measured windows. Heads of native layers are no choices and have no losses.
 
     Args:
         profile: Statistics.
@@ -85,12 +85,12 @@ def rule_losses(profile: Profile, rules: Sequence[SpanRule], criterion: str) -> 
 
 def _losses_at(profile: Profile, entry: LengthProfile, rules: Sequence[SpanRule], criterion: str) -> RuleLosses:
     lookup = _lookup(profile, entry, rules)
-    length = entry.header.length
+    length, layers = entry.header.length, profile.header.searchable_layers
 
     def by_rule(statistic: npt.NDArray[np.float32]) -> Doubles:
-        """``[..., layer, kv_head, bucket, window] -> [..., head, rule]``."""
+        """``[..., layer, kv_head, bucket, window] -> [..., searchable head, rule]``."""
         values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
-        return values.reshape(*values.shape[:-3], -1, len(rules))
+        return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, len(rules))
 
     if criterion in ("squared", "root_squared", "signed"):
         samples = by_rule(entry.per_sample["signed" if criterion == "signed" else "squared"])
@@ -98,7 +98,7 @@ def _losses_at(profile: Profile, entry: LengthProfile, rules: Sequence[SpanRule]
         return RuleLosses(length, samples.mean(0), samples, None)
     mean, error = by_rule(entry.mean[criterion]), by_rule(entry.error[criterion])
     if criterion == "recall":
-        whole = entry.mean["recall"][..., -1].sum(-1).reshape(-1, 1).astype(np.float64)
+        whole = entry.mean["recall"][..., -1].sum(-1).take(layers, axis=0).reshape(-1, 1).astype(np.float64)
         mean = np.maximum(whole - mean, 0)
     return RuleLosses(length, mean, None, error)
 

@@ -20,7 +20,7 @@ class Problem:
     """Minimise ``sum_h losses[h, r_h]`` subject to ``sum_h costs[b, r_h] <= limits[b]`` for every budget.
 
     Attributes:
-        losses: ``[head, rule]``, non-negative.
+        losses: ``[head, rule]``, non-negative; heads of native layers are no choices and not among them.
         costs: Tokens kept by a rule at each budget's length, ``[budget, rule]``, integers.
         limits: Tokens that all heads together may keep, ``[budget]``, integers.
     """

@@ -18,13 +18,15 @@ from moa_search.search.front import FrontPoint, trade_off
 from moa_search.search.losses import RuleLosses, rule_losses
 from moa_search.search.problem import Problem, Solution, make_budgets
 from moa_search.search.rules import rule_grid
-from moa_search.spans import SpanRule, attention_density
+from moa_search.spans import DENSE, SpanRule, attention_density
 from moa_search.version import __version__
 
 __all__ = ["SEARCHERS", "Front", "search_profile"]
 
 SEARCHERS = ("exact", "uniform")
-"""``exact`` chooses a rule per KV head; ``uniform`` gives every head the same one (as StreamingLLM does)."""
+"""``exact`` chooses a rule per KV head; ``uniform`` gives every head the same one (as StreamingLLM does).
+
+Neither touches heads of native layers, which keep the model's own sliding window."""
 
 FRONT_STEPS = 6
 
@@ -62,7 +64,7 @@ def search_profile(
 
     Args:
         profile: Influence statistics.
-        densities: Largest share of the KV cache to keep: one for all lengths, or one for each.
+        densities: Largest share of the KV cache to keep, native layers aside: one for all lengths, or one for each.
         budget_lengths: Lengths in tokens that the densities hold at. If None, the profiled ones, and the last
             density also at the model's full context, so that no plan explodes beyond what was profiled.
         criterion: One of `moa_search.search.losses.CRITERIA`.
@@ -130,11 +132,14 @@ def _plan(
     point: FrontPoint,
 ) -> Plan:
     model, header = profile.header.model, profile.header
-    chosen = [rules[index] for index in point.solution.choice]
     per_layer = model.num_key_value_heads
+    by_layer = [[DENSE] * per_layer for _ in range(model.num_hidden_layers)]
+    for layer, choice in zip(header.searchable_layers, point.solution.choice.reshape(-1, per_layer), strict=True):
+        by_layer[layer] = [rules[index] for index in choice]
     plan = Plan.from_rules(
-        [chosen[start : start + per_layer] for start in range(0, len(chosen), per_layer)],
+        by_layer,
         model,
+        native_layers=header.native_layers,
         sink=header.sink,
         block=header.block,
     )

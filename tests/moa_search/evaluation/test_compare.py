@@ -76,6 +76,19 @@ def test_uniform_keeps_what_the_plan_keeps_to_a_token_per_head(short, length):
     assert (uniform.sink, uniform.block, uniform.model) == (short.sink, short.block, short.model)
 
 
+def test_uniform_leaves_native_layers_native(native_plan):
+    uniform = uniform_like(native_plan, 500)
+    assert uniform.native_layers == native_plan.native_layers
+    assert len({rule for layer in (0, 2) for rule in uniform.rules[layer]}) == 1
+    assert uniform.density(500) == pytest.approx(native_plan.density(500), abs=0.5 / 500)
+
+
+def test_plans_share_no_baseline_if_other_layers_are_native(native_plan):
+    tokens = round(native_plan.density(500) * 500)
+    plans = {"native": native_plan, "all": Plan.uniform(SpanRule(tokens, 0), native_plan.model)}
+    assert names(make_variants(plans, ["uniform"], [500]))[:2] == ["uniform like native", "uniform like all"]
+
+
 def compare(tiny_model, variants, **changes):
     model, tokenizer = tiny_model
     options = {"tasks": ["passkey", "copy"], "lengths": [300], "count": 2, "seed": 0, **changes}

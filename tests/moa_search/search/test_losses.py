@@ -132,6 +132,17 @@ class TestOfChoice:
         assert rule_losses(tiny_profile, RULES, "squared")[0].of_choice(self.CHOICE)[1] == 0
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_heads_of_native_layers_are_left_out(tiny_profile, windowed_signature, criterion):
+    every = rule_losses(tiny_profile, RULES, criterion)
+    header = tiny_profile.header.model_copy(update={"model": windowed_signature, "native_layers": (0, 2)})
+    some = rule_losses(Profile(header, tiny_profile.by_length), RULES, criterion)
+    choice = np.array([1, 3])
+    for whole, part in zip(every, some, strict=True):
+        assert (part.mean == whole.mean[2:4]).all()
+        assert part.of_choice(choice)[0] == whole.mean[[2, 3], choice].sum()
+
+
 def test_unknown_criterion_suggests_the_nearest(tiny_profile):
     with pytest.raises(ConfigError, match=r"'sqared' is unknown \(did you mean 'squared'\?\).*recall"):
         rule_losses(tiny_profile, RULES, "sqared")

@@ -1,5 +1,6 @@
 """From a profile to plans."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
-from moa_search.formats import ModelSignature, Profile
+from moa_search.formats import ModelSignature, Plan, Profile
 from moa_search.search import CRITERIA, SEARCHERS, search_profile
 from moa_search.search.losses import rule_losses
 from moa_search.search.rules import rule_grid
@@ -143,6 +144,49 @@ class TestUniform:
 
         best = max(used(rule) for rule in rule_grid([512, 1024], sink=4, block=64))
         assert used(plan.rules[0][0]) == pytest.approx(best)
+
+
+def without_layer_1(profile):
+    """The same statistics as if of a model that lacks the middle layer."""
+    header = profile.header
+    model = header.model.model_copy(update={"num_hidden_layers": 2})
+    by_length = {
+        length: dataclasses.replace(
+            entry,
+            **{
+                group: {name: np.delete(values, 1, -4) for name, values in getattr(entry, group).items()}
+                for group in ("per_sample", "mean", "error")
+            },
+        )
+        for length, entry in profile.by_length.items()
+    }
+    return Profile(header.model_copy(update={"model": model, "native_layers": ()}), by_length)
+
+
+class TestNativeLayers:
+    @pytest.mark.parametrize("searcher", SEARCHERS)
+    @pytest.mark.parametrize("criterion", ["signed", "recall"])
+    def test_they_change_nothing_for_the_others(self, native_profile, searcher, criterion):
+        found = search_profile(native_profile, [0.3], criterion=criterion, searcher=searcher)
+        smaller = search_profile(without_layer_1(native_profile), [0.3], criterion=criterion, searcher=searcher)
+        assert len(found.plans) == len(smaller.plans)
+        for plan, other in zip(found.plans, smaller.plans, strict=True):
+            assert [plan.patterns[0], plan.patterns[2]] == list(other.patterns)
+            assert plan.predicted == other.predicted
+            assert plan.provenance.objective == other.provenance.objective
+
+    @pytest.mark.parametrize("searcher", SEARCHERS)
+    def test_every_plan_leaves_them_native(self, native_profile, searcher):
+        for plan in search_profile(native_profile, [0.3], criterion="signed", searcher=searcher).plans:
+            assert plan.native_layers == (1,)
+            assert plan.native_window == 128
+            assert Plan.loads(plan.dumps()) == plan
+
+    def test_budgets_are_of_the_other_heads(self, native_profile):
+        tightest = 68 / 512  # the smallest span in each of the four heads
+        search_profile(native_profile, [tightest], budget_lengths=[512], criterion="signed")
+        with pytest.raises(BudgetInfeasibleError):
+            search_profile(native_profile, [tightest * 0.99], budget_lengths=[512], criterion="signed")
 
 
 SCRIPT = """
