@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.spans import SpanRule, span
 
@@ -26,7 +26,7 @@ class LayerRules:
 
     Attributes:
         rules: One rule per KV head.
-        sink: First tokens that are always attended.
+        sink: First tokens that are always attended; 0 in a native layer, which keeps only its own window.
         block: Tokens by which the layer's cache grows; also the smallest window.
         sliding_window: The model's own window in tokens, applied on top of the rules; None where it has none.
     """
@@ -78,7 +78,7 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
 
     Raises:
         ConfigError: The plan's rules aren't anchored at positions.
-        ModelMismatchError: The plan was made for another model.
+        ModelMismatchError: The plan was made for another model, or a native layer has no sliding window.
         ModelUnsupportedError: The model's attention isn't a plain causal one with its own keys in each layer.
     """
     if plan.anchor != "position":
@@ -91,14 +91,22 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
         raise ModelUnsupportedError(f"{text.model_type}: {reason}; a plan can't be applied to it")
     plan.model.require(ModelSignature.of(config), "plan")
     stock = DynamicCache(config=text).layers if stock is None else stock
+    windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in stock]
+    native = plan.native_layers
+    for layer in native:
+        if windows[layer] != plan.native_window:
+            raise ModelMismatchError(
+                f"plan: layer {layer} is to keep the model's own window of {plan.native_window} tokens, "
+                f"but it attends {windows[layer] or 'all'} tokens; profile and search again"
+            )
     return tuple(
         LayerRules(
             rules=tuple(rules),
-            sink=plan.sink,
+            sink=0 if layer in native else plan.sink,
             block=plan.block,
-            sliding_window=layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None,
+            sliding_window=window,
         )
-        for rules, layer in zip(plan.rules, stock, strict=True)
+        for layer, (rules, window) in enumerate(zip(plan.rules, windows, strict=True))
     )
 
 
