@@ -49,6 +49,9 @@ def origin_lines(plan: Plan) -> list[str]:
         f"{model.num_key_value_heads} KV heads of {model.head_dim}",
         f"spans     {plan.sink} sink tokens, at least {plan.min_span} tokens, anchored at the {plan.anchor}",
     ]
+    if plan.native_layers:
+        share = f"{len(plan.native_layers)} of {model.num_hidden_layers} layers"
+        lines.append(f"native    {share}: {_own_window(plan)}; not counted in densities")
     origin = plan.provenance
     if origin is not None:
         how = f"{origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "")
@@ -60,7 +63,7 @@ def origin_lines(plan: Plan) -> list[str]:
 
 
 def density_table(plan: Plan, lengths: Sequence[int]) -> Table:
-    """KV cache kept, prefill computed and predicted loss by length."""
+    """KV cache kept, prefill computed and predicted loss by length; shares leave native layers out, MiB doesn't."""
     predicted = {metrics.length: metrics for metrics in plan.predicted}
     table = Table(title="What it keeps", title_justify="left")
     for name in ("length", "KV cache kept", "KV MiB (16 bit)", "prefill computed", "predicted loss"):
@@ -77,7 +80,10 @@ def density_table(plan: Plan, lengths: Sequence[int]) -> Table:
 
 
 def span_table(plan: Plan, length: int) -> Table:
-    """Span in tokens of every layer and KV head at one length; dense ones bold, many heads on several lines."""
+    """Span in tokens of every layer and KV head at one length; dense ones bold, many heads on several lines.
+
+    Native layers show how many tokens their own window keeps, and that it is their own.
+    """
     heads = plan.model.num_key_value_heads
     several_lines = heads > HEADS_PER_LINE
     table = Table(title=f"Span in tokens at {length}", title_justify="left")
@@ -88,23 +94,28 @@ def span_table(plan: Plan, length: int) -> Table:
         table.add_column(f"+{head}" if several_lines else f"KV head {head}", justify="right")
     table.add_column("kept", justify="right")
     for layer, spans in enumerate(plan.spans(length)):
-        cells = [f"[bold]{tokens}[/bold]" if tokens == length else str(tokens) for tokens in spans]
+        native = layer in plan.native_layers
+        cells = [f"[bold]{tokens}[/bold]" if tokens == length and not native else str(tokens) for tokens in spans]
+        share = _own_window(plan) if native else f"{sum(spans) / heads / length:.0%}"
         for first in range(0, heads, HEADS_PER_LINE):
             line = cells[first : first + HEADS_PER_LINE]
             line += [""] * (min(heads, HEADS_PER_LINE) - len(line))
-            kept = "" if first else f"{sum(spans) / heads / length:.0%}"
-            table.add_row("" if first else str(layer), *([str(first)] if several_lines else []), *line, kept)
+            label = [str(first)] if several_lines else []
+            table.add_row("" if first else str(layer), *label, *line, "" if first else share)
     return table
 
 
 def rule_table(plan: Plan, most: int = 8) -> Table:
-    """The commonest rules."""
-    counts = Counter(str(rule) for layer in plan.rules for rule in layer)
+    """The commonest rules, then the heads of native layers, which follow none."""
+    native = plan.native_layers
+    counts = Counter(str(rule) for layer, rules in enumerate(plan.rules) if layer not in native for rule in rules)
     table = Table(title=f"Commonest of {len(counts)} rules", title_justify="left")
     table.add_column("span(n)")
     table.add_column("KV heads", justify="right")
     for rule, count in counts.most_common(most):
         table.add_row(rule, str(count))
+    if native:
+        table.add_row(_own_window(plan), str(len(native) * plan.model.num_key_value_heads))
     return table
 
 
@@ -142,6 +153,11 @@ def score_tables(summary: pd.DataFrame) -> list[Table]:
             )
         tables.append(table)
     return tables
+
+
+def _own_window(plan: Plan) -> str:
+    """What stands in the place of a rule in native layers."""
+    return f"own window, {plan.native_window}"
 
 
 def _loss(metrics: LengthMetrics) -> str:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from moa_search.errors import ConfigError
@@ -18,6 +19,15 @@ def test_one_map_per_length_with_the_share_of_every_head(tiny_plan):
         np.testing.assert_allclose(shown, np.array(tiny_plan.spans(length)).T / length)
         assert axes.images[0].get_clim() == (0, 1)
         assert f"{tiny_plan.density(length):.1%}" in axes.get_title(loc="left")
+
+
+def test_native_layers_are_grey(native_plan):
+    (axes,) = [axes for axes in plot_spans(native_plan, [1024]).axes if axes.images]
+    shown = axes.images[0].get_array()
+    assert np.ma.getmaskarray(shown).tolist() == [[False, True, False]] * 2
+    assert axes.images[0].get_cmap().get_bad().tolist() == pytest.approx(to_rgba("lightgrey"))
+    assert axes.get_xlabel() == "layer (grey: own window, 128)"
+    assert f"{native_plan.density(1024):.1%}" in axes.get_title(loc="left")
 
 
 def test_png_of_any_size_of_model(sized_plan, tmp_path):

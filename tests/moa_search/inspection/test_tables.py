@@ -120,6 +120,32 @@ def test_commonest_rules_first(tiny_signature):
     assert cells(render(rule_table(Plan.from_rules(rules, tiny_signature), most=1)))[1:] == [["dense", "3"]]
 
 
+class TestNativeLayers:
+    def test_the_origin_names_their_window(self, native_plan):
+        lines = origin_lines(native_plan)
+        assert lines[2] == "native    1 of 3 layers: own window, 128; not counted in densities"
+
+    @pytest.mark.parametrize(("length", "kept"), [(100, "100"), (1024, "128")])
+    def test_spans_are_their_windows_and_never_dense(self, native_plan, length, kept):
+        rows = cells(render(span_table(native_plan, length)))
+        assert rows[2] == ["1", kept, kept, "own window, 128"]
+        console = Console(force_terminal=True, width=120, file=io.StringIO())
+        console.print(span_table(native_plan, length))
+        line = next(line for line in console.file.getvalue().splitlines() if "own window" in line)
+        assert "\x1b[1m" not in line
+
+    def test_they_follow_no_rule(self, native_plan):
+        text = render(rule_table(native_plan))
+        assert "Commonest of 4 rules" in text
+        assert ["dense", "1"] in cells(text)
+        assert cells(text)[-1] == ["own window, 128", "2"]
+
+    def test_bytes_count_them_and_shares_do_not(self, native_plan):
+        kept, mebibytes = cells(render(density_table(native_plan, [2**20])))[1][1:3]
+        assert kept == f"{native_plan.density(2**20):.1%}"
+        assert mebibytes == f"{(native_plan.density(2**20) * 4 * 2**20 + 2 * 128) * 32 / 2**20:.1f}"
+
+
 class TestFront:
     def test_every_plan_with_density_and_loss_at_every_length(self, tiny_profile):
         front = search_profile(tiny_profile, [0.4], criterion="squared", front_steps=3)
