@@ -1,61 +1,37 @@
-"""Built-in calibration tasks: find a passkey, copy a passage. Answers need text from far away.
+"""Built-in calibration tasks: find a passkey, tell passkeys apart, copy a passage, answer a question.
 
-Samples have exactly the length asked for, and the supervised tokens are known by construction.
+Answers need text from far away. Samples have exactly the length asked for, and the supervised tokens are known by
+construction.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moa_search.calibration.facts import NAMES, QuestionGenerator
+from moa_search.calibration.prompts import Asking, Generator, Item, plain_frame
+from moa_search.calibration.records import NoMoreRecordsError
 from moa_search.calibration.samples import Sample
 from moa_search.calibration.texts import Split, TextSource
 from moa_search.errors import CalibrationError, ConfigError
 from moa_search.formats.files import nearest
 
-__all__ = ["GENERATORS", "CopyGenerator", "Generator", "PasskeyGenerator", "build_samples"]
+__all__ = [
+    "GENERATORS",
+    "CopyGenerator",
+    "Generator",
+    "MultikeyGenerator",
+    "PasskeyGenerator",
+    "build_samples",
+    "draw_round",
+    "take_turns",
+]
 
 Tokens = npt.NDArray[np.int64]
-
-
-class Generator(ABC):
-    """Makes samples of one task. Override `build`.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        source: Filler text.
-    """
-
-    name: str
-    """Name on the command line."""
-
-    def __init__(self, tokenizer: Any, source: TextSource) -> None:
-        self._tokenizer = tokenizer
-        self._source = source
-        self._start = self._encode("", special=True)
-
-    @abstractmethod
-    def build(self, length: int, depth: float, rng: np.random.Generator) -> Sample:
-        """One sample of exactly ``length`` tokens whose sought text stands at ``depth`` (0 start, 1 end).
-
-        Raises:
-            CalibrationError: ``length`` is too short for the task.
-        """
-
-    def _encode(self, text: str, *, special: bool = False) -> Tokens:
-        ids = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        return np.asarray(ids, dtype=np.int64)
-
-    def _filler(self, length: int, fixed: Sequence[Tokens], rng: np.random.Generator) -> tuple[str, Tokens]:
-        """Filler that brings the sample to ``length``, given its other parts."""
-        missing = length - len(self._start) - sum(map(len, fixed))
-        if missing < sum(map(len, fixed)):
-            raise CalibrationError(f"{self.name} samples can't be as short as {length} tokens")
-        return self._source.cut(missing, rng)
 
 
 class PasskeyGenerator(Generator):
@@ -63,43 +39,78 @@ class PasskeyGenerator(Generator):
 
     name = "passkey"
 
-    def build(self, length: int, depth: float, rng: np.random.Generator) -> Sample:
-        """See `Generator.build`."""
+    def draw(self, length: int, depth: float, rng: np.random.Generator) -> Item:
+        """See `Generator.draw`."""
         key = int(rng.integers(10_000, 100_000))
-        needle = self._encode(f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
-        question = self._encode("\n\nWhat is the pass key? The pass key is")
-        answer = self._encode(f" {key}")
-        document, filler = self._filler(length, (needle, question, answer), rng)
-        at = round(depth * len(filler))
-        ids = np.concatenate([self._start, filler[:at], needle, filler[at:], question, answer])
-        return Sample(ids, len(answer), self.name, depth, document)
+        needle = f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+        asking = Asking("\n\nWhat is the pass key?", " The pass key is", (f" {key}",))
+        return self._hide([(depth, needle)], asking, length, rng)
+
+
+class MultikeyGenerator(Generator):
+    """Passkeys of several people at random depths; one of them is asked for (RULER's multi-key retrieval)."""
+
+    name = "multikey"
+    keys = 3
+
+    def draw(self, length: int, depth: float, rng: np.random.Generator) -> Item:
+        """See `Generator.draw`; ``depth`` is that of the key asked for."""
+        names = rng.choice(NAMES, self.keys, replace=False).tolist()
+        keys = (10_000 + rng.choice(90_000, self.keys, replace=False)).tolist()
+        depths = [depth, *rng.random(self.keys - 1).tolist()]
+        needles = [
+            (at, f"\n\nThe pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.\n\n")
+            for at, name, key in zip(depths, names, keys, strict=True)
+        ]
+        asked = f"the pass key of {names[0]}"
+        asking = Asking(f"\n\nWhat is {asked}?", f" The{asked[3:]} is", (f" {keys[0]}",))
+        return self._hide(needles, asking, length, rng)
 
 
 class CopyGenerator(Generator):
-    """The first tokens of an earlier passage are repeated; the answer is how it goes on (induction)."""
+    """The first tokens of an earlier passage are repeated; the answer is how it goes on (induction).
+
+    A continuation, not a request: it never has a chat's turns around it.
+    """
 
     name = "copy"
     cue_tokens = 8
     answer_tokens = 24
     attempts = 200
 
-    def build(self, length: int, depth: float, rng: np.random.Generator) -> Sample:
-        """See `Generator.build`."""
+    def draw(self, length: int, depth: float, rng: np.random.Generator) -> Item:
+        """See `Generator.draw`."""
+        start = plain_frame(self._tokenizer).before
         passage_tokens = self.cue_tokens + self.answer_tokens
         separator = self._encode("\n\n")
-        document, filler = self._filler(length, (separator, np.empty(passage_tokens, np.int64)), rng)
+        fixed = len(separator) + passage_tokens
+        missing = length - len(start) - fixed
+        if missing < fixed:
+            raise CalibrationError(f"{self.name} samples can't be as short as {length} tokens")
+        document, filler = self._source.cut(missing, rng)
         last = len(filler) - passage_tokens
         for _ in range(self.attempts):
             at = round(depth * last)
             passage = filler[at : at + passage_tokens]
             if _occurrences(filler, passage[: self.cue_tokens]) == 1:
-                ids = np.concatenate([self._start, filler, separator, passage])
-                return Sample(ids, self.answer_tokens, self.name, at / max(last, 1), document)
+                return Item(
+                    prompt=np.concatenate([start, filler, separator, passage[: self.cue_tokens]]),
+                    reference=passage[self.cue_tokens :],
+                    accepted=(),
+                    ends="reference",
+                    exact=True,
+                    task=self.name,
+                    depth=at / max(last, 1),
+                    document=document,
+                    target_length=length,
+                )
             depth = float(np.clip(depth + rng.normal(0, 0.02), 0, 1))
         raise CalibrationError(f"no passage of {document} near depth {depth:.2f} starts with a unique cue")
 
 
-GENERATORS: dict[str, type[Generator]] = {kind.name: kind for kind in (PasskeyGenerator, CopyGenerator)}
+GENERATORS: dict[str, type[Generator]] = {
+    kind.name: kind for kind in (PasskeyGenerator, CopyGenerator, MultikeyGenerator, QuestionGenerator)
+}
 """Built-in tasks by name."""
 
 
@@ -114,7 +125,7 @@ def build_samples(
 ) -> list[Sample]:
     """``count`` samples of exactly ``length`` tokens, the tasks taking turns, depths uniform within each task.
 
-    The same arguments give the same samples.
+    Plain text over the standard library's texts. The same arguments give the same samples.
 
     Raises:
         ConfigError: A task is unknown, there is none, or the seed is negative.
@@ -129,12 +140,42 @@ def build_samples(
             )
     if seed < 0:
         raise ConfigError(f"seed is {seed}; it must be at least 0")
-    source = TextSource(tokenizer, split)
-    rng = np.random.default_rng([seed, length])
-    turns = [tasks[i % len(tasks)] for i in range(count)]
-    depths = {task: _stratified(turns.count(task), rng) for task in tasks}
+    source = TextSource.library(tokenizer, split)
     makers = {task: GENERATORS[task](tokenizer, source) for task in tasks}
-    return [makers[task].build(length, next(depths[task]), rng) for task in turns]
+    turns = take_turns(tasks, count)
+    drawn = {task: iter(items) for task, items in draw_round(makers, turns, length, seed).items()}
+    return [item.answered(item.reference) for item in (next(drawn[task]) for task in turns)]
+
+
+def take_turns(names: Sequence[str], count: int) -> list[str]:
+    """Whose turn each of ``count`` samples is."""
+    return [names[i % len(names)] for i in range(count)]
+
+
+def draw_round(
+    makers: Mapping[str, Generator], turns: Sequence[str], length: int, seed: int, number: int = 0
+) -> dict[str, list[Item]]:
+    """One item for every turn, depths uniform within each maker; fewer where a maker's records run out.
+
+    Args:
+        makers: Generators by name.
+        turns: Names, in the order in which the items are drawn.
+        length: Tokens per item.
+        seed: At least 0.
+        number: Of the round; equal arguments draw equal items.
+
+    Returns:
+        Each maker's items, in order.
+    """
+    rng = np.random.default_rng([seed, length, number] if number else [seed, length])
+    depths = {name: _stratified(turns.count(name), rng) for name in makers}
+    drawn: dict[str, list[Item]] = {name: [] for name in makers}
+    for name in turns:
+        try:
+            drawn[name].append(makers[name].draw(length, next(depths[name]), rng))
+        except NoMoreRecordsError:
+            continue
+    return drawn
 
 
 def _stratified(count: int, rng: np.random.Generator) -> Iterator[float]:

@@ -23,6 +23,9 @@ class Sample:
         task: Generator that made it.
         depth: Where the sought text stands in the prompt, 0 (start) to 1 (end).
         document: Text the filler comes from.
+        target_length: Tokens asked for; a model's own answer can be shorter than the room kept for it. By
+            default the sample's own length.
+        source: What a user typed for the source it comes from; empty for the built-in tasks over built-in text.
     """
 
     ids: npt.NDArray[np.int64]
@@ -30,6 +33,13 @@ class Sample:
     task: str
     depth: float
     document: str
+    target_length: int = 0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.target_length:
+            object.__setattr__(self, "target_length", len(self.ids))
+        assert 0 < self.answer_tokens <= len(self.ids) <= self.target_length
 
     @property
     def length(self) -> int:

@@ -1,6 +1,7 @@
-"""Long texts that every Python installation carries: the standard library's help topics and source files.
+"""Long texts and their splits: those every Python installation carries, and those a user brings.
 
-No hub and no download is needed, and no text is shared between calibration, validation and test.
+The standard library's help topics and source files need no hub and no download. No text is shared between
+calibration, validation and test, whatever its source.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 import functools
 import sysconfig
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.errors import CalibrationError
+from moa_search.errors import CalibrationError, ConfigError
 
-__all__ = ["SPLITS", "Split", "TextSource", "documents"]
+__all__ = ["SPLITS", "Document", "Split", "TextSource", "documents", "of_split", "squeezed"]
 
 Tokens = npt.NDArray[np.int64]
+Document = tuple[str, str]
+"""Name and text."""
 Split = Literal["calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("calibration", "validation", "test")
 
@@ -37,31 +41,52 @@ warnings wave weakref webbrowser xml/dom/minidom xml/etree/ElementTree xmlrpc/cl
 """Long modules of the standard library, as paths without ``.py``."""
 
 _FIFTHS: dict[Split, tuple[int, ...]] = {"calibration": (0, 2), "validation": (3,), "test": (1, 4)}
-"""A text's name alone decides its split, so that it never changes sides between Python versions."""
-
 
 REPEATED_CHARACTERS = 100
 """Length from which a paragraph found in two splits counts as shared text; help topics quote each other."""
 
 
 @functools.cache
-def documents(split: Split) -> tuple[tuple[str, str], ...]:
-    """``(name, text)`` of the texts of one split, in a fixed order.
+def documents(split: Split) -> tuple[Document, ...]:
+    """The standard library's texts of one split, in a fixed order.
 
-    A text that repeats a paragraph of an earlier split (in the order of `SPLITS`) is left out. So are modules
-    that this Python version lacks, so the texts can differ between versions; profiles record a hash of the
+    A text's name alone decides its split, so that it never changes sides between Python versions. Modules that
+    this version lacks are left out, so the texts can differ between versions; profiles record a hash of the
     tokens they were made from.
     """
-    earlier = SPLITS[: SPLITS.index(split)]
-    taken = {paragraph for other in earlier for _, text in documents(other) for paragraph in _paragraphs(text)}
-    return tuple(
-        (name, text)
-        for name, text in _library()
-        if zlib.crc32(name.encode()) % 5 in _FIFTHS[split] and taken.isdisjoint(_paragraphs(text))
-    )
+    return of_split(_library(), split, key=lambda name, text: name)
 
 
-def _library() -> list[tuple[str, str]]:
+def of_split(texts: Sequence[Document], split: Split, key: Callable[[str, str], str]) -> tuple[Document, ...]:
+    """Those of ``texts`` that belong to ``split``, in their order: the one rule that decides sides.
+
+    A hash of a text's key decides its side. A text that repeats a paragraph of an earlier split (in the order of
+    `SPLITS`) is left out.
+
+    Args:
+        texts: Names and texts.
+        split: Which side.
+        key: What of a name and text decides; equal keys are on the same side.
+    """
+    taken: set[str] = set()
+    for side in SPLITS:
+        mine = tuple(
+            (name, text)
+            for name, text in texts
+            if zlib.crc32(key(name, text).encode()) % 5 in _FIFTHS[side] and taken.isdisjoint(_paragraphs(text))
+        )
+        if side == split:
+            return mine
+        taken.update(paragraph for _, text in mine for paragraph in _paragraphs(text))
+    raise ConfigError(f"split {split!r} is unknown; choose from {', '.join(SPLITS)}")
+
+
+def squeezed(text: str) -> str:
+    """``text`` with single spaces for any white space."""
+    return " ".join(text.split())
+
+
+def _library() -> list[Document]:
     """``(name, text)`` of every text in this Python installation, whatever its split."""
     from pydoc_data.topics import topics
 
@@ -75,54 +100,73 @@ def _library() -> list[tuple[str, str]]:
 
 
 def _paragraphs(text: str) -> set[str]:
-    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    paragraphs = (squeezed(paragraph) for paragraph in text.split("\n\n"))
     return {paragraph for paragraph in paragraphs if len(paragraph) >= REPEATED_CHARACTERS}
 
 
 class TextSource:
-    """Cuts stretches of an exact number of tokens out of the texts of one split.
+    """Cuts stretches of an exact number of tokens out of texts.
 
     A text is tokenised when it is first used.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        split: Which texts to use.
+        texts: Names and texts, at least one of them not empty.
+        label: What the texts are called in errors.
+        joint: Stands between two texts where one is too short.
     """
 
-    def __init__(self, tokenizer: Any, split: Split) -> None:
-        self.split = split
+    def __init__(self, tokenizer: Any, texts: Sequence[Document], label: str, *, joint: str = "") -> None:
         self._tokenizer = tokenizer
-        self._documents = documents(split)
-        sizes = np.array([len(text) for _, text in self._documents], dtype=float)
+        self._texts = texts
+        self._label = label
+        sizes = np.array([len(text) for _, text in texts], dtype=float)
         self._shares = sizes / sizes.sum()
         self._tokens: dict[int, Tokens] = {}
+        self._joint = self._encode(joint)
 
-    def cut(self, length: int, rng: np.random.Generator) -> tuple[str, Tokens]:
+    @classmethod
+    def library(cls, tokenizer: Any, split: Split) -> TextSource:
+        """The standard library's texts of one split."""
+        return cls(tokenizer, documents(split), f"the standard library's {split} texts")
+
+    def cut(self, length: int, rng: np.random.Generator, *, without: str | None = None) -> tuple[str, Tokens]:
         """A stretch of ``length`` tokens, ``[length]``, and the name of the text it starts in.
 
-        Short texts are followed by the next ones, never beyond the split.
+        Short texts are followed by the next ones.
+
+        Args:
+            length: Tokens wanted.
+            rng: Where to start.
+            without: Name of a text that is passed over.
 
         Raises:
-            CalibrationError: The split holds fewer tokens.
+            CalibrationError: The texts hold fewer tokens.
         """
-        first = int(rng.choice(len(self._shares), p=self._shares))
-        here = self._encoded(first)
-        start = int(rng.integers(0, max(1, len(here) - length + 1)))
-        parts = [here[start : start + length]]
-        missing = length - len(parts[0])
-        for step in range(1, len(self._documents)):
-            if missing <= 0:
+        count = len(self._texts)
+        first = int(rng.choice(count, p=self._shares))
+        order = [i for i in ((first + step) % count for step in range(count)) if self._texts[i][0] != without]
+        parts: list[Tokens] = []
+        missing = length
+        for position, index in enumerate(order):
+            if position and missing <= 0:
                 break
-            parts.append(self._encoded((first + step) % len(self._documents))[:missing])
+            here = self._encoded(index)
+            start = 0 if position else int(rng.integers(0, max(1, len(here) - length + 1)))
+            if position:
+                parts.append(self._joint[:missing])
+                missing -= len(parts[-1])
+            parts.append(here[start : start + missing])
             missing -= len(parts[-1])
         if missing > 0:
-            raise CalibrationError(
-                f"{length} tokens of text are needed; the standard library's {self.split} texts have {length - missing}"
-            )
-        return self._documents[first][0], np.concatenate(parts)
+            raise CalibrationError(f"{length} tokens of text are needed; {self._label} have {length - missing}")
+        return self._texts[order[0]][0] if order else "", np.concatenate([np.empty(0, np.int64), *parts])
 
     def _encoded(self, index: int) -> Tokens:
         if index not in self._tokens:
-            encoded = self._tokenizer(self._documents[index][1], add_special_tokens=False, verbose=False)
-            self._tokens[index] = np.asarray(encoded["input_ids"], dtype=np.int64)
+            self._tokens[index] = self._encode(self._texts[index][1])
         return self._tokens[index]
+
+    def _encode(self, text: str) -> Tokens:
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return np.asarray(encoded["input_ids"], dtype=np.int64)

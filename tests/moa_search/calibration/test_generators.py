@@ -1,10 +1,12 @@
 """Samples as a model sees them: their length, their answer and where it is found."""
 
+import re
+
 import numpy as np
 import pytest
 
 from moa_search.calibration import GENERATORS, SPLITS, build_samples, hash_samples
-from moa_search.calibration.generators import CopyGenerator, PasskeyGenerator
+from moa_search.calibration.generators import CopyGenerator, MultikeyGenerator, PasskeyGenerator
 from moa_search.calibration.texts import TextSource, documents
 from moa_search.errors import CalibrationError, ConfigError
 
@@ -19,7 +21,7 @@ def places(ids, pattern):
 
 
 @pytest.mark.parametrize("task", GENERATORS)
-@pytest.mark.parametrize("length", [400, 513, 1024])
+@pytest.mark.parametrize("length", [800, 913, 1024])
 def test_exactly_the_length_asked_for(tokenizer, task, length):
     for sample in build(tokenizer, length=length, tasks=[task]):
         assert sample.length == len(sample.ids) == length
@@ -50,7 +52,7 @@ class TestPasskey:
 
     @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.9, 1.0])
     def test_the_needle_stands_at_the_depth_asked_for(self, plain_tokenizer, depth):
-        generator = PasskeyGenerator(plain_tokenizer, TextSource(plain_tokenizer, "test"))
+        generator = PasskeyGenerator(plain_tokenizer, TextSource.library(plain_tokenizer, "test"))
         sample = generator.build(2000, depth, np.random.default_rng(0))
         before, after = plain_tokenizer.decode(sample.prompt).split("\n\nThe pass key is")[:2]
         needle = "\n\nThe pass key is 12345. Remember it. 12345 is the pass key.\n\n"
@@ -63,6 +65,42 @@ class TestPasskey:
     def test_keys_differ_between_samples(self, plain_tokenizer):
         answers = {tuple(sample.answer) for sample in build(plain_tokenizer, tasks=["passkey"], count=8)}
         assert len(answers) == 8
+
+
+class TestMultikey:
+    def test_three_keys_are_told_apart_by_name(self, plain_tokenizer):
+        for sample in build(plain_tokenizer, tasks=["multikey"], length=1000):
+            prompt, answer = plain_tokenizer.decode(sample.prompt), plain_tokenizer.decode(sample.answer)
+            told = dict(
+                re.findall(
+                    r"\n\nThe pass key of (\w+) is (\d{5})\. Remember it\. \2 is the pass key of \1\.\n\n", prompt
+                )
+            )
+            assert len(told) == len(set(told.values())) == MultikeyGenerator.keys == 3
+            (name,) = re.findall(r"\n\nWhat is the pass key of (\w+)\? The pass key of \1 is$", prompt)
+            assert answer == f" {told[name]}"
+
+    def test_the_depth_is_that_of_the_key_asked_for(self, plain_tokenizer):
+        for sample in build(plain_tokenizer, tasks=["multikey"], length=3000):
+            prompt, answer = plain_tokenizer.decode(sample.prompt), plain_tokenizer.decode(sample.answer)
+            assert prompt.index(answer) / len(prompt) == pytest.approx(sample.depth, abs=0.1)
+
+
+class TestQuestion:
+    def test_the_fact_is_told_once_in_the_first_half_and_answers_the_question(self, plain_tokenizer):
+        for sample in build(plain_tokenizer, tasks=["question"], length=1000, count=12):
+            prompt, answer = plain_tokenizer.decode(sample.prompt), plain_tokenizer.decode(sample.answer)
+            lead = prompt.rpartition("\nAnswer: ")[2]
+            assert prompt.count(f"\n\n{lead}{answer}.\n\n") == 1
+            assert prompt.index(lead) < 0.55 * len(prompt)
+            assert sample.depth < 0.5
+            assert re.search(r"\n\nQuestion: (Where|When|What|Who) [^\n]*\?\nAnswer: ", prompt)
+
+    def test_facts_hardly_ever_repeat(self, plain_tokenizer):
+        samples = build(plain_tokenizer, tasks=["question"], length=1000, count=40)
+        asked = [plain_tokenizer.decode(sample.ids).rpartition("Question: ")[2] for sample in samples]
+        assert len(set(asked)) >= 38
+        assert len({question.split()[0] for question in asked}) == 4
 
 
 class TestCopy:
@@ -101,7 +139,7 @@ class Made:
     def __init__(self, tokens):
         self.tokens = tokens
 
-    def cut(self, length, rng):
+    def cut(self, length, rng, without=None):
         return "made", self.tokens(length)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from moa_search.calibration import Sample, hash_samples
 
@@ -13,6 +14,13 @@ def test_prompt_and_answer():
     assert SAMPLE.length == 4
     assert SAMPLE.prompt.tolist() == [5, 6, 7]
     assert SAMPLE.answer.tolist() == [8]
+
+
+def test_the_length_asked_for_is_its_own_unless_told():
+    assert SAMPLE.target_length == 4
+    assert dataclasses.replace(SAMPLE, target_length=9).target_length == 9
+    with pytest.raises(AssertionError):
+        dataclasses.replace(SAMPLE, target_length=3)
 
 
 def test_hash_tells_what_a_model_would_be_trained_on():

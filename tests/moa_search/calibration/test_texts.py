@@ -58,10 +58,9 @@ def test_a_texts_split_does_not_depend_on_the_other_modules(request):
 
 class TestCut:
     @pytest.fixture
-    def source(self, plain_tokenizer, monkeypatch):
+    def source(self, plain_tokenizer):
         """Three short texts of one token per letter."""
-        monkeypatch.setattr(texts, "documents", lambda split: (("a", "abcdefgh"), ("b", "ijk"), ("c", "lmnopq")))
-        return TextSource(plain_tokenizer, "test")
+        return TextSource(plain_tokenizer, (("a", "abcdefgh"), ("b", "ijk"), ("c", "lmnopq")), "the test texts")
 
     @pytest.mark.parametrize("length", [1, 3, 7, 12, 17])
     def test_an_exact_stretch_that_goes_on_with_the_next_texts(self, source, plain_tokenizer, length):

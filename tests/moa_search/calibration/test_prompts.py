@@ -1,0 +1,105 @@
+"""Chat templates around tokens."""
+
+import numpy as np
+import pytest
+
+from moa_search.calibration.generators import GENERATORS, draw_round
+from moa_search.calibration.prompts import chat_frame, plain_frame
+from moa_search.calibration.texts import TextSource
+from moa_search.errors import CalibrationError
+
+BEFORE, AFTER = "<s><turn>user\n", "<end>\n<turn>assistant\n"
+
+
+def draw(tokenizer, task, *, count=4, length=1000, free_room=None):
+    source = TextSource.library(tokenizer, "validation")
+    maker = GENERATORS[task](tokenizer, source, chat_frame(tokenizer), free_room)
+    return draw_round({task: maker}, [task] * count, length, 0)[task]
+
+
+def test_the_frame_is_what_the_template_writes(chat_tokenizer):
+    frame = chat_frame(chat_tokenizer)
+    assert chat_tokenizer.decode(frame.before) == BEFORE
+    assert chat_tokenizer.decode(frame.after) == AFTER
+    assert chat_tokenizer.decode(frame.end) == "<end>"
+    assert frame.is_chat
+    assert plain_frame(chat_tokenizer).before.tolist() == chat_tokenizer("<s>", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("task", ["passkey", "multikey"])
+def test_keys_are_asked_for_within_a_turn_and_the_answers_start_is_given(chat_tokenizer, task):
+    for item in draw(chat_tokenizer, task):
+        sample = item.answered(item.reference)
+        prompt, answer = chat_tokenizer.decode(sample.prompt), chat_tokenizer.decode(sample.answer)
+        assert sample.length == sample.target_length == 1000
+        assert prompt.startswith(BEFORE)
+        asked, given = prompt.split(AFTER)
+        assert asked.rpartition("\n\n")[2].startswith("What is the pass key")
+        assert given.startswith("The pass key")
+        assert given.endswith(" is")
+        assert answer[0] == " "
+        assert len(answer) == 6
+        assert answer[1:].isdigit()
+
+
+def test_questions_are_answered_freely_and_the_turns_end_is_supervised(chat_tokenizer):
+    for item in draw(chat_tokenizer, "question"):
+        sample = item.answered(item.reference)
+        prompt, answer = chat_tokenizer.decode(sample.prompt), chat_tokenizer.decode(sample.answer)
+        assert sample.length == 1000
+        assert prompt.endswith("?" + AFTER)
+        assert answer == item.accepted[0].strip() + "<end>"
+        assert f"{answer.removesuffix('<end>')}." in prompt
+
+
+def test_room_for_free_answers_is_kept(chat_tokenizer):
+    for item in draw(chat_tokenizer, "question", free_room=50):
+        assert len(item.prompt) == 950
+        assert item.target_length == 1000
+    for item in draw(chat_tokenizer, "passkey", free_room=50):
+        assert len(item.prompt) == 994
+
+
+def test_a_copy_is_never_a_chat(chat_tokenizer):
+    plain = GENERATORS["copy"](chat_tokenizer, TextSource.library(chat_tokenizer, "validation"))
+    for item, other in zip(
+        draw(chat_tokenizer, "copy"), draw_round({"copy": plain}, ["copy"] * 4, 1000, 0)["copy"], strict=True
+    ):
+        assert item.prompt.tolist() == other.prompt.tolist()
+        assert chat_tokenizer.decode(item.prompt).count("<turn>") == 0
+
+
+def test_a_template_without_a_special_token_after_answers_ends_nothing(with_template):
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    frame = chat_frame(with_template(template))
+    assert len(frame.end) == 0
+
+
+def test_a_template_that_prints_the_date_gives_the_same_samples_tomorrow(with_template):
+    template = "{{ date_string or today() }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = with_template(template)
+    assert tokenizer.decode(chat_frame(tokenizer).before) == "26 Jul 2024 "
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("no messages", "gives a message 0 times instead of once; use chat 'never'"),
+        ("{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}", "gives a message 2 times"),
+        ("{{ messages[0]['content'] | upper }}", "gives a message 0 times"),
+        ("{{ raise_exception('only\nimages') }}", r"can't be rendered \(only\\nimages\); use chat 'never'"),
+        ("{% for %}", "can't be rendered"),
+    ],
+)
+def test_templates_that_change_the_content_are_refused(with_template, template, message):
+    with pytest.raises(CalibrationError, match=message) as caught:
+        chat_frame(with_template(template))
+    assert "\n" not in str(caught.value)
+
+
+def test_draws_do_not_depend_on_the_frame(chat_tokenizer):
+    source = TextSource.library(chat_tokenizer, "validation")
+    plain = GENERATORS["passkey"](chat_tokenizer, source)
+    rngs = [np.random.default_rng(3) for _ in range(2)]
+    in_chat = GENERATORS["passkey"](chat_tokenizer, source, chat_frame(chat_tokenizer))
+    assert plain.draw(900, 0.5, rngs[0]).accepted == in_chat.draw(900, 0.5, rngs[1]).accepted
