@@ -66,9 +66,10 @@ def profile_model(
     Raises:
         MoAError: The model, a length or an option can't be used; see `moa_search.errors`.
     """
+    from moa_search.architecture import require_context
     from moa_search.calibration import build_samples
     from moa_search.errors import ConfigError
-    from moa_search.models import load_model, require_context
+    from moa_search.models import load_model
     from moa_search.profiling import profile_samples
 
     _require_positive(lengths=min(lengths, default=0), samples=samples, block=block, row_buckets=row_buckets)
@@ -209,12 +210,13 @@ def evaluate_model(
     Raises:
         MoAError: The model, a plan or an option can't be used; see `moa_search.errors`.
     """
+    from moa_search.architecture import require_context
     from moa_search.errors import ConfigError
     from moa_search.evaluation import compare_variants, make_variants
     from moa_search.evaluation.tasks import require_tasks
     from moa_search.formats import ModelSignature, Plan
     from moa_search.formats.files import atomic_write
-    from moa_search.models import load_model, require_context
+    from moa_search.models import load_model
 
     _require_positive(lengths=min(lengths, default=0), samples=samples)
     require_tasks(tasks)

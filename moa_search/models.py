@@ -1,4 +1,4 @@
-"""Loading a causal language model from what a user types, and checking that its attention can be replaced."""
+"""Loading a causal language model from what a user types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
+from moa_search.architecture import require_causal
+from moa_search.errors import ConfigError, ModelNotFoundError
 from moa_search.formats.files import sha256_of
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ __all__ = [
     "DEMO_MODEL",
     "cache_dir",
     "load_model",
-    "require_attention_interface",
-    "require_causal",
-    "require_context",
     "resolve_dtype",
     "weights_hash",
 ]
@@ -85,48 +83,6 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
     if not device.startswith("cpu"):
         return "auto"
     return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
-
-
-def require_causal(config: Any) -> None:
-    """Check that a configuration is that of a decoder-only language model.
-
-    Raises:
-        ModelUnsupportedError: It isn't; the message says why.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        raise ModelUnsupportedError(f"{kind} is an encoder-decoder; only decoder-only models have a causal KV cache")
-    masked_lm = kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if masked_lm or getattr(config, "is_decoder", True) is False or not getattr(config, "is_causal", True):
-        raise ModelUnsupportedError(f"{kind} is not a causal language model")
-
-
-def require_attention_interface(model: Any) -> None:
-    """Check that a model calls its attention through transformers' ``AttentionInterface``.
-
-    Raises:
-        ModelUnsupportedError: It doesn't, so its heads can be neither observed nor shortened.
-    """
-    from transformers import PreTrainedModel
-
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ModelUnsupportedError(f"{name}: not a transformers model")
-    if not model._can_set_attn_implementation():
-        raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
-
-
-def require_context(config: Any, length: int) -> None:
-    """Check that ``length`` tokens fit the model's context.
-
-    Raises:
-        ConfigError: They don't.
-    """
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise ConfigError(f"length {length} is over the model's context of {context} tokens")
 
 
 def weights_hash(model: Any) -> str:

@@ -61,6 +61,16 @@ class Workers:
         dist.gather_object(mine, parts if self.is_first else None, dst=0)
         return parts if self.is_first else []  # type: ignore[return-value]
 
+    def from_first(self, value: T) -> T:
+        """What the first process passed, on every process."""
+        if self.count == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def together(self, work: Callable[[], R]) -> R:
         """Run ``work`` on every process; an error of one is raised on all, so that none waits for it.
 
@@ -78,11 +88,14 @@ class Workers:
             raise failed
         return result[0]
 
-    def rounds(self, items: Sequence[T]) -> Iterator[tuple[Sequence[T], T | None]]:
-        """``items`` in rounds of one per process: the whole round, and this process's own item, if any."""
+    def rounds(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+        """``items`` in rounds of one per process; the last may be short."""
         for start in range(0, len(items), self.count):
-            together = items[start : start + self.count]
-            yield together, together[self.rank] if self.rank < len(together) else None
+            yield items[start : start + self.count]
+
+    def own(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of ``items``: every ``count``-th one, from number ``rank`` on."""
+        return items[self.rank :: self.count]
 
 
 ALONE = Workers()

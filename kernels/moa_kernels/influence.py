@@ -6,89 +6,31 @@ row to a kept set S renormalises its softmax, and the loss changes to first orde
     delta_i(S) = dO_i . (o_i(S) - o_i) = (sum_S A_ij g_ij) / (sum_S A_ij) - D_i,    D_i = sum_j A_ij g_ij
 
 so two running sums per row, over keys ordered from nearest to farthest after the sink, give every window at
-once. The same pass yields the gradients of queries, keys and values.
+once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-__all__ = ["InfluenceBackward", "causal_attention", "influence_backward"]
+__all__ = ["STATISTICS", "influence_statistics"]
 
-ROWS = 128
-"""Query rows per chunk: memory is ``heads * ROWS * N``, linear in N."""
+STATISTICS = ("squared", "signed", "absolute", "elementwise", "recall")
+
+CPU_SCORES, GPU_SCORES = 2**20, 2**26
+"""Scores held at once: a few megabytes stay in a CPU's cache, a GPU wants large products."""
+
+MOST_ROWS = 256
 
 SMALLEST_COMPLEMENT = 1e-6
 """Lower bound of ``1 - A`` in the single-entry effect: the first row has A = 1, giving 0 / 0."""
 
 
-@dataclass(frozen=True)
-class InfluenceBackward:
-    """Gradients and statistics of one layer.
-
-    Attributes:
-        grad_query: ``[heads, N, head_dim]``.
-        grad_key: ``[kv_heads, N, head_dim]``.
-        grad_value: ``[kv_heads, N, head_dim]``.
-        statistics: ``squared``, ``signed``, ``absolute``, ``elementwise`` and ``recall``, each
-            ``[kv_heads, bucket, window]`` in the accumulation type, summed over the rows of the bucket and the
-            query heads of the KV head.
-    """
-
-    grad_query: Tensor
-    grad_key: Tensor
-    grad_value: Tensor
-    statistics: dict[str, Tensor]
-
-
-def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """Dense causal attention with grouped queries, in chunks of rows where SDPA can't express it.
-
-    Args:
-        query: ``[heads, N, head_dim]``.
-        key: ``[kv_heads, N, head_dim]``; consecutive query heads share a KV head.
-        value: ``[kv_heads, N, head_dim]``.
-        scale: Factor of the scores.
-        softcap: Scores become ``softcap * tanh(score / softcap)``.
-        window: The model's own sliding window in tokens, the query included.
-
-    Returns:
-        ``[heads, N, head_dim]`` in the type of ``query``.
-    """
-    n = query.shape[1]
-    if softcap is None and (window is None or window >= n):
-        out = functional.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
-        )
-        return out[0]
-    accumulate = _accumulation_type(query)
-    kv_heads = key.shape[0]
-    grouped = query.unflatten(0, (kv_heads, -1))
-    backwards = key.to(accumulate).flip(1), value.to(accumulate).flip(1)
-    rows = []
-    for start in range(0, n, ROWS):
-        stop = min(start + ROWS, n)
-        attention, _ = _attention_rows(
-            grouped[:, :, start:stop].to(accumulate), backwards[0], stop, scale, softcap, window
-        )
-        rows.append(_product(attention, backwards[1][:, n - stop :]).to(query.dtype))
-    return torch.cat(rows, 2).flatten(0, 1)
-
-
-def influence_backward(
+def influence_statistics(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -96,155 +38,143 @@ def influence_backward(
     *,
     windows: Sequence[int],
     row_buckets: int,
+    bucket_rows: int,
     sink: int,
     scale: float,
     softcap: float | None = None,
-    window: int | None = None,
-) -> InfluenceBackward:
-    """Backward pass of `causal_attention` that also measures what each window would cost.
+    sink_logits: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What every candidate window would cost, from one layer's tensors and its output's gradient.
 
-    Never holds more than ``heads * ROWS * N`` scores. Accumulates in float32, or float64 for float64 inputs.
+    Memory is linear in N. Accumulates in float32, or float64 for float64 inputs. Fastest where the windows
+    have a common divisor of some dozens.
 
     Args:
         query: ``[heads, N, head_dim]``.
-        key: ``[kv_heads, N, head_dim]``.
+        key: ``[kv_heads, N, head_dim]``; consecutive query heads share a KV head.
         value: ``[kv_heads, N, head_dim]``.
-        grad_out: Gradient of the output, ``[heads, N, head_dim]``.
+        grad_out: Gradient of the attention's output, ``[heads, N, head_dim]``.
         windows: Candidate windows in tokens, increasing; a window counts the query and excludes the sink.
-        row_buckets: Number of equal slices of the rows; the last ones may be short or empty.
+        row_buckets: Number of slices of the rows.
+        bucket_rows: Rows per slice; ``row_buckets * bucket_rows >= N``.
         sink: First tokens that are always kept.
         scale: Factor of the scores.
-        softcap: As in `causal_attention`.
-        window: As in `causal_attention`; such keys are outside every candidate too.
-    """
-    n, kv_heads = query.shape[1], key.shape[0]
-    accumulate = _accumulation_type(query)
-    grouped, grad_grouped = (x.to(accumulate).unflatten(0, (kv_heads, -1)) for x in (query, grad_out))
-    keys, values = key.to(accumulate).flip(1), value.to(accumulate).flip(1)
-    grad_query = torch.empty_like(grouped)
-    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-    bucket_rows = -(-n // row_buckets)
-    totals = {
-        name: grouped.new_zeros(kv_heads, row_buckets, len(windows))
-        for name in ("squared", "signed", "absolute", "elementwise", "recall")
-    }
-    for start in range(0, n, ROWS):
-        stop = min(start + ROWS, n)
-        near = slice(n - stop, n)  # keys stop-1, stop-2, ..., 0
-        query_rows, grad_rows = grouped[:, :, start:stop], grad_grouped[:, :, start:stop]
-        attention, slope = _attention_rows(query_rows, keys, stop, scale, softcap, window)
-        gain = _product(grad_rows, values[:, near].transpose(1, 2))
-        weighted = attention * gain
-        row_gain = weighted.sum(-1, keepdim=True)
-        entry = gain.sub_(row_gain).mul_(attention)  # dLoss/dScore
-        grad_values[:, near] += _product(attention.flatten(1, 2).transpose(1, 2), grad_rows.flatten(1, 2))
-        grad_scores = entry if slope is None else entry * slope
-        grad_query[:, :, start:stop] = _product(grad_scores, keys[:, near]) * scale
-        grad_keys[:, near] += _product(grad_scores.flatten(1, 2).transpose(1, 2), query_rows.flatten(1, 2)) * scale
-        effect = entry.div_((1 - attention).clamp_min_(SMALLEST_COMPLEMENT)).abs_()
-        chunk = _window_statistics(
-            attention, weighted, effect, row_gain, start=start, sink=sink, windows=windows, window=window
-        )
-        bucket = torch.arange(start, stop, device=query.device) // bucket_rows
-        for name, by_row in chunk.items():
-            totals[name].index_add_(1, bucket, by_row.sum(1))
-    return InfluenceBackward(
-        grad_query=grad_query.flatten(0, 1).to(query.dtype),
-        grad_key=grad_keys.flip(1).to(key.dtype),
-        grad_value=grad_values.flip(1).to(value.dtype),
-        statistics=totals,
-    )
-
-
-def _accumulation_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` where ``a`` may have a group dimension that ``b`` lacks: one matrix product per KV head."""
-    if a.ndim == b.ndim:
-        return torch.bmm(a, b)
-    return torch.bmm(a.flatten(1, 2), b).view(*a.shape[:3], b.shape[2])
-
-
-def _attention_rows(
-    query_rows: Tensor, keys: Tensor, stop: int, scale: float, softcap: float | None, window: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of the rows that end at ``stop`` over keys ``stop - 1, ..., 0`` (column c is key ``stop - 1 - c``).
+        softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
+        sink_logits: ``[heads]``, one more logit per head that takes weight but has no value (GPT-OSS); it is
+            always kept.
 
     Returns:
-        ``[kv_heads, group, row, stop]`` and, with a softcap, the derivative of the capped score.
+        `STATISTICS` (design section 3), each ``[kv_heads, bucket, window]`` in the accumulation type, summed
+        over the rows of the bucket and the query heads of the KV head.
     """
-    n, rows = keys.shape[1], query_rows.shape[2]
-    scores = _product(query_rows, keys[:, n - stop :].transpose(1, 2)).mul_(scale)
-    slope = None
+    kv_heads, n, wide = key.shape[0], query.shape[1], torch.promote_types(query.dtype, torch.float32)
+    group = query.shape[0] // kv_heads
+    totals = query.new_zeros(len(STATISTICS), kv_heads, row_buckets, len(windows), dtype=wide)
+    logits = None if sink_logits is None else sink_logits.to(wide).view(kv_heads, group, 1, 1)
+    chunks = _chunks(n, group, query.device.type)
+    most = max(group * (stop - start) * stop for start, stop in chunks)
+    scratch = query.new_empty(3, most, dtype=wide)  # fresh memory for each product would cost more than the product
+    for head in range(kv_heads):
+        shared = slice(head * group, (head + 1) * group)
+        queries, grads = query[shared].to(wide) * scale, grad_out[shared].to(wide)
+        keys, values = (x[head].to(wide).flip(0).mT.contiguous() for x in (key, value))  # column c is key n-1-c
+        for start, stop in chunks:
+            near = slice(n - stop, n)  # keys stop-1, stop-2, ..., 0
+            room = [part[: group * (stop - start) * stop].view(group, stop - start, stop) for part in scratch]
+            attention, kept = _attention(
+                queries[:, start:stop], keys[:, near], softcap, None if logits is None else logits[head], room
+            )
+            weighted = _product(grads[:, start:stop], values[:, near], room[0]).mul_(attention)
+            by_row = _window_statistics(attention, weighted, room[2], kept, start=start, sink=sink, windows=windows)
+            first, last = start // bucket_rows, (stop - 1) // bucket_rows + 1
+            bucket = torch.arange(start, stop, device=query.device) // bucket_rows
+            member = (bucket == torch.arange(first, last, device=query.device)[:, None]).to(wide)
+            totals[:, head, first:last] += member @ by_row
+    return dict(zip(STATISTICS, totals, strict=True))
+
+
+def _chunks(n: int, group: int, device: str) -> list[tuple[int, int]]:
+    """First and last row (exclusive) of each chunk."""
+    scores = CPU_SCORES if device == "cpu" else GPU_SCORES
+    chunks, start = [], 0
+    while start < n:
+        rows = min(MOST_ROWS, max(16, scores // (group * (start + MOST_ROWS)) // 16 * 16))
+        chunks.append((start, min(start + rows, n)))
+        start += rows
+    return chunks
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` for ``[group, rows, x]`` and ``[x, columns]`` as one matrix product, into ``out``."""
+    torch.mm(a.reshape(-1, a.shape[2]), b, out=out.flatten(0, 1))
+    return out
+
+
+def _attention(
+    queries: Tensor, keys: Tensor, softcap: float | None, logits: Tensor | None, room: list[Tensor]
+) -> tuple[Tensor, Tensor | float]:
+    """Attention ``[group, rows, keys]`` of scaled queries, in ``room[1]``, and the weight of the sink logits."""
+    rows = queries.shape[1]
+    scores = _product(queries, keys, room[0])
     if softcap is not None:
-        scores = torch.tanh(scores / softcap)
-        slope = 1 - scores * scores
-        scores = scores * softcap
-    row = torch.arange(rows, device=keys.device)[:, None]
-    column = torch.arange(stop, device=keys.device)[None, :]
-    scores[..., :rows].masked_fill_(column[:, :rows] < rows - 1 - row, float("-inf"))
-    if window is not None and window < stop:
-        scores.masked_fill_(column - (rows - 1 - row) >= window, float("-inf"))
-    return torch.softmax(scores, -1), slope
+        scores.div_(softcap).tanh_().mul_(softcap)
+    row, column = torch.arange(rows, device=keys.device)[:, None], torch.arange(rows, device=keys.device)
+    scores[..., :rows].masked_fill_(column < rows - 1 - row, float("-inf"))
+    attention = torch.softmax(scores, -1, out=room[1])
+    if logits is None:
+        return attention, 0.0
+    share = torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True) - logits)
+    return attention.mul_(share), 1 - share
 
 
 def _window_statistics(
     attention: Tensor,
     weighted: Tensor,
     effect: Tensor,
-    row_gain: Tensor,
+    kept: Tensor | float,
     *,
     start: int,
     sink: int,
     windows: Sequence[int],
-    window: int | None,
-) -> dict[str, Tensor]:
-    """Per-row statistics of every window, ``[kv_heads, group, row, window]``. Overwrites its first three inputs."""
-    stop = attention.shape[3]
-    sunk = min(sink, stop)
-    mass, gain = (x[..., stop - sunk :].sum(-1, keepdim=True) for x in (attention, weighted))
-    bands = []
-    for matrix in (attention, weighted, effect):
-        matrix[..., stop - sunk :] = 0
-        bands.append(_band_sums(matrix, windows))
-    kept_mass, kept_gain = mass + bands[0].cumsum(-1), gain + bands[1].cumsum(-1)
-    position = torch.arange(start, stop, device=attention.device)[:, None]
-    candidates = torch.tensor(windows, device=attention.device)[None, :]
-    whole = candidates > position - sink
-    if window is not None:
-        whole |= candidates >= window
+) -> Tensor:
+    """`STATISTICS` of every row and window, ``[statistic, row, window]``. Overwrites its first three arguments."""
+    stop, device = attention.shape[2], attention.device
+    sunk = slice(max(0, stop - sink), stop)
+    row_gain = weighted.sum(-1, keepdim=True)
+    mass, gain = (x[..., sunk].sum(-1, keepdim=True) for x in (attention, weighted))
+    near_gain = _within(weighted, sunk, windows)
+    effect = torch.addcmul(weighted, attention, row_gain, value=-1, out=effect)
+    complement = torch.sub(attention.new_ones(()), attention, out=weighted).clamp_min_(SMALLEST_COMPLEMENT)
+    effect.div_(complement).abs_()
+    near_mass, near_effect = _within(attention, sunk, windows), _within(effect, sunk, windows)
+    position = torch.arange(start, stop, device=device)[:, None]
+    whole = torch.tensor(windows, device=device) > position - sink
+    kept_mass, kept_gain = mass + near_mass, gain + near_gain
     smallest = torch.finfo(kept_mass.dtype).tiny
-    delta = (kept_gain / kept_mass.clamp_min(smallest) - row_gain).masked_fill(whole, 0)
-    beyond = bands[2].sum(-1, keepdim=True) - bands[2].cumsum(-1)
-    return {
-        "squared": delta * delta,
-        "signed": delta,
-        "absolute": delta.abs(),
-        "elementwise": beyond.clamp_min(0).masked_fill(whole, 0),
-        "recall": kept_mass.masked_fill(whole, 1),
-    }
+    delta = (kept_gain / (kept_mass + kept).clamp_min(smallest)).sub_(row_gain).masked_fill_(whole, 0)
+    beyond = (effect.sum(-1, keepdim=True) - near_effect).clamp_min_(0).masked_fill_(whole, 0)
+    recall = torch.where(whole, mass.new_ones(()) - kept, kept_mass)
+    return torch.stack([delta * delta, delta, delta.abs(), beyond, recall]).sum(1)
 
 
-def _band_sums(matrix: Tensor, windows: Sequence[int]) -> Tensor:
-    """Sums of ``matrix[..., row, column]`` over the distances between consecutive windows.
+def _within(matrix: Tensor, sunk: slice, windows: Sequence[int]) -> Tensor:
+    """Sums of ``matrix[..., row, column]`` over the distances below each window, ``[group, row, window]``.
+
+    The ``sunk`` columns don't count and are set to zero.
+
 
     Row r's key at distance d stands in column ``d + rows - 1 - r``, so a view whose row stride is one less
     than the width lines up equal distances; entries past a row's first key fall on masked zeros of the next.
-
-    Returns:
-        ``[..., row, window]``; band k holds distances ``windows[k - 1] <= d < windows[k]``.
+    The view ends one short of the width, so a window that spans every row isn't summed to its end: such rows
+    keep everything, and no one asks for their sum.
     """
-    rows, width = matrix.shape[-2:]
-    stride = (*matrix.stride()[:-2], width - 1, 1)
-    by_distance = matrix.as_strided((*matrix.shape[:-1], width - 1), stride, matrix.storage_offset() + rows - 1)
-    sums = matrix.new_zeros(*matrix.shape[:-1], len(windows))
-    near = 0
-    for band, far in enumerate(windows):
-        if near < width - 1:
-            sums[..., band] = by_distance[..., near : min(far, width - 1)].sum(-1)
-        if near <= width - 1 < far:  # the last row's first key, which the view leaves out
-            sums[..., rows - 1, band] += matrix[..., rows - 1, width - 1]
-        near = far
-    return sums
+    matrix[..., sunk] = 0
+    group, rows, width = matrix.shape
+    unit = math.gcd(*(window for window in windows if window < width))
+    blocks = (width - 1) // unit if unit else 0
+    if blocks == 0:
+        return matrix.new_zeros(group, rows, len(windows))
+    shape, strides = (group, rows, blocks, unit), (rows * width, width - 1, unit, 1)
+    by_block = matrix.as_strided(shape, strides, matrix.storage_offset() + rows - 1).sum(-1)
+    last = torch.tensor([min(window // unit, blocks) - 1 for window in windows], device=matrix.device)
+    return by_block.cumsum_(-1).index_select(-1, last)

@@ -1,4 +1,4 @@
-"""The attention function that profiling puts into a model: dense forward, backward with statistics."""
+"""The attention function that profiling puts into a model: dense, and observed in the backward pass."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from moa_kernels.influence import causal_attention, influence_backward
+from moa_kernels.dense_attention import dense_attention
+from moa_kernels.influence import influence_statistics
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
+from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError
-from moa_search.models import require_attention_interface
 
-__all__ = ["Recorder", "observed"]
+__all__ = ["Recorder", "observed", "record_into"]
 
 IMPLEMENTATION = "moa_profile"
 """Name under which the function is registered with transformers."""
@@ -26,64 +27,58 @@ ATTRIBUTE = "_moa_recorder"
 
 @dataclass
 class Recorder:
-    """Collects one sample's statistics, layer by layer, as backward reaches them.
+    """Collects one sample's statistics, layer by layer, as the backward pass reaches them.
 
     Attributes:
         windows: Candidate windows in tokens.
-        row_buckets: Equal slices of the rows.
+        row_buckets: Slices of the rows.
+        bucket_rows: Rows per slice.
         sink: First tokens always kept.
+        native: The layers that have a sliding window of their own, in tokens; they aren't measured.
         layers: By layer index, each statistic as ``[kv_heads, bucket, window]`` on the CPU.
     """
 
     windows: tuple[int, ...]
     row_buckets: int
+    bucket_rows: int
     sink: int
+    native: dict[int, int]
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    layer: int
-    scale: float
-    softcap: float | None
-    window: int | None
+class _Observed(torch.autograd.Function):
+    """Passes an attention's output on, and its gradient back; the gradient shows what each window would cost.
 
-
-class _ObservedAttention(torch.autograd.Function):
-    """Dense causal attention whose backward also measures influence.
-
-    Saves queries, keys and values only, so it composes with gradient checkpointing: then no more than one
-    layer's are alive at a time.
+    Saves queries, keys and values, which attention itself saves too; under gradient checkpointing no more than
+    one layer's are alive at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, recorder: Recorder, settings: _Settings) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, query: Tensor, key: Tensor, value: Tensor, module: Any, options: dict[str, Any]
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.recorder, ctx.settings = recorder, settings
-        return causal_attention(
-            query, key, value, scale=settings.scale, softcap=settings.softcap, window=settings.window
-        )
+        ctx.module, ctx.options = module, options
+        return out.view_as(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Any) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors  # type: ignore[attr-defined]
-        recorder: Recorder = ctx.recorder  # type: ignore[attr-defined]
-        settings: _Settings = ctx.settings  # type: ignore[attr-defined]
-        result = influence_backward(
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        recorder: Recorder = getattr(ctx.module, ATTRIBUTE)
+        query, key, value = ctx.saved_tensors
+        statistics = influence_statistics(
             query,
             key,
             value,
             grads[0],
             windows=recorder.windows,
             row_buckets=recorder.row_buckets,
+            bucket_rows=recorder.bucket_rows,
             sink=recorder.sink,
-            scale=settings.scale,
-            softcap=settings.softcap,
-            window=settings.window,
+            **ctx.options,
         )
-        recorder.layers[settings.layer] = {name: value.cpu() for name, value in result.statistics.items()}
-        return result.grad_query, result.grad_key, result.grad_value, None, None
+        recorder.layers[ctx.module.layer_idx] = {name: value.cpu() for name, value in statistics.items()}
+        return grads[0], None, None, None, None, None
 
 
 def profile_attention(
@@ -111,28 +106,41 @@ def profile_attention(
         scaling: Factor of the scores; ``head_dim ** -0.5`` if None.
         dropout: Must be 0.
         softcap: Score soft cap.
-        sliding_window: The model's own window in tokens.
-        s_aux: Learned sink logits; not supported.
+        sliding_window: The model's own window in tokens; such a layer is kept as it is and not measured.
+        s_aux: Learned sink logits, ``[heads]``.
         position_bias: Additive bias; not supported.
         kwargs: Further arguments of transformers that change nothing here.
 
     Returns:
         ``([1, N, heads, head_dim], None)``.
     """
-    if s_aux is not None or position_bias is not None:
-        what = "attention sinks (s_aux)" if s_aux is not None else "a position bias"
-        raise ModelUnsupportedError(f"{type(module).__name__} uses {what}, which can't be profiled yet")
+    kind = type(module).__name__
+    if position_bias is not None:
+        raise ModelUnsupportedError(f"{kind} adds a bias to its scores, which spans can't express")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2] or dropout:
         raise ModelUnsupportedError("profiling runs one whole sample at a time, without dropout")
-    if value.shape[-1] != key.shape[-1] or not getattr(module, "is_causal", True):
-        raise ModelUnsupportedError(f"{type(module).__name__} isn't plain causal attention")
-    settings = _Settings(
-        layer=module.layer_idx,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        window=sliding_window,
-    )
-    out: Tensor = _ObservedAttention.apply(query[0], key[0], value[0], getattr(module, ATTRIBUTE), settings)  # type: ignore[no-untyped-call]
+    if value.shape[-1] != key.shape[-1]:
+        raise ModelUnsupportedError(
+            f"{kind} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers (latent attention?); "
+            "only plain KV heads have a cache that spans can shorten"
+        )
+    if not getattr(module, "is_causal", True):
+        raise ModelUnsupportedError(f"{kind} isn't causal attention")
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+        "sink_logits": None if s_aux is None else s_aux.detach(),
+    }
+    recorder: Recorder = getattr(module, ATTRIBUTE)
+    window = recorder.native.get(module.layer_idx)
+    if sliding_window is not None and sliding_window < query.shape[2] and sliding_window != window:
+        raise ModelUnsupportedError(
+            f"{kind}: layer {module.layer_idx} attends {sliding_window} tokens, its configuration says "
+            f"{window or 'all'}"
+        )
+    out = dense_attention(query[0], key[0], value[0], window=window, **options)
+    if window is None:
+        out = _Observed.apply(out, query[0], key[0], value[0], module, options)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None].contiguous(), None
 
 

@@ -16,6 +16,8 @@ PER_OCTAVE = 6
 def window_grid(length: int, block: int = BLOCK_TOKENS) -> tuple[int, ...]:
     """Windows in tokens: every block up to 16 blocks, then 6 per octave, ending at ``length``.
 
+    All but the last are whole blocks, so that a pass sums up blocks rather than tokens.
+
     Args:
         length: Tokens of the sample.
         block: Tokens per block.
@@ -24,5 +26,5 @@ def window_grid(length: int, block: int = BLOCK_TOKENS) -> tuple[int, ...]:
     coarse: list[int] = []
     while not coarse or coarse[-1] < length:
         octaves = (len(coarse) + 1) / PER_OCTAVE
-        coarse.append(round(block * FINE_BLOCKS * 2**octaves))
+        coarse.append(block * round(FINE_BLOCKS * 2**octaves))
     return (*(w for w in (*fine, *coarse) if w < length), length)

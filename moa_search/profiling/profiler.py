@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from moa_search.architecture import native_windows, require_causal, require_context, require_own_keys
 from moa_search.calibration import Sample, hash_samples
-from moa_search.errors import ConfigError, ModelUnsupportedError, ProfilingError
-from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader
+from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
 from moa_search.formats.signature import ModelSignature
-from moa_search.models import require_causal, require_context
+from moa_search.models import weights_hash
+from moa_search.parallel import ALONE, Workers
 from moa_search.profiling.accumulate import LengthAccumulator
-from moa_search.profiling.attention import Recorder, observed, record_into
+from moa_search.profiling.attention import observed
+from moa_search.profiling.checkpointing import checkpointed
 from moa_search.profiling.grid import ROW_BUCKETS, window_grid
+from moa_search.profiling.measure import SampleMeter
+from moa_search.profiling.memory import peak_memory_bytes, reset_peak_memory
+from moa_search.profiling.results import Results
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
+from moa_search.version import __version__
 
 __all__ = ["Progress", "profile_samples"]
 
 Progress = Callable[[int, int], None]
-"""Called after each sample with the tokens done and the tokens in all."""
+"""Called with the tokens done and the tokens in all."""
 
 
 def profile_samples(
@@ -41,6 +44,9 @@ def profile_samples(
     checkpointing: bool = True,
     seed: int = 0,
     calibration: dict[str, Any] | None = None,
+    workers: Workers = ALONE,
+    partial: Path | None = None,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> Profile:
     """Measure the influence of shorter windows on every KV head.
@@ -49,7 +55,7 @@ def profile_samples(
 
     Args:
         model: A transformers causal language model; its attention implementation is put back at the end.
-        samples: Prompts with answers; all samples of one length are pooled.
+        samples: Prompts with answers; all samples of one target length are pooled.
         model_name: Recorded in the profile.
         sink: First tokens that no window ever drops.
         block: Smallest window in tokens.
@@ -58,126 +64,142 @@ def profile_samples(
             third more time.
         seed: Recorded in the profile.
         calibration: Where the samples come from, recorded in the profile.
+        workers: Processes that share the samples, each with its own model. The result doesn't depend on them.
+        partial: Folder for the results of each sample, from which a killed run goes on; None keeps them in
+            memory. It stays until `discard_partial`.
+        resume: Go on from what ``partial`` holds; False starts anew.
         progress: Told after each sample.
+
+    Returns:
+        The profile, on every process.
 
     Raises:
         ModelUnsupportedError: The model's attention can't be observed.
-        ConfigError: A sample is longer than the model's context.
+        ConfigError: A sample is longer than the model's context, or ``partial`` holds another run's results.
         ProfilingError: A loss isn't finite.
     """
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
-    require_causal(model.config)
-    signature = ModelSignature.of(model.config)
+    native = _native_layers(model)
     require_context(model.config, max(sample.length for sample in samples))
-    gathered: dict[int, LengthAccumulator] = {}
-    total, done = sum(sample.length for sample in samples), 0
-    with observed(model) as modules, _checkpointed(model, checkpointing):
-        for number, sample in enumerate(samples):
-            recorder = Recorder(window_grid(sample.length, block), row_buckets, sink)
-            record_into(modules, recorder)
-            loss = _backward(model, sample)
-            if not math.isfinite(loss):
-                raise ProfilingError(
-                    f"the loss of sample {number} ({sample.task}, {sample.length} tokens) is {loss}; "
-                    "try --dtype float32, or check the model's weights"
-                )
-            statistics = _stack(recorder, signature, model)
-            pool = gathered.setdefault(sample.length, LengthAccumulator(sample.length, recorder.windows, row_buckets))
-            pool.add(loss, statistics)
-            done += sample.length
-            if progress is not None:
-                progress(done, total)
-    by_length = {length: pool.result() for length, pool in sorted(gathered.items())}
-    header = _header(
-        model,
-        samples,
-        by_length,
-        calibration,
-        model=signature,
-        model_name=model_name,
-        sink=sink,
-        block=block,
-        seed=seed,
-    )
-    return Profile(header, by_length)
-
-
-def _backward(model: Any, sample: Sample) -> float:
-    """Loss over the answer in nats per token, with its gradients sent back through the activations."""
-    ids = torch.from_numpy(sample.ids)[None].to(model.device)
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-    logits = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits
-    predicted = logits[0, -sample.answer_tokens - 1 : -1].float()
-    loss = functional.cross_entropy(predicted, ids[0, -sample.answer_tokens :])
-    loss.backward()
-    return loss.item()
-
-
-def _stack(recorder: Recorder, signature: ModelSignature, model: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """One sample's statistics as ``[layer, kv_head, bucket, window]``."""
-    missing = sorted(set(range(signature.num_hidden_layers)) - set(recorder.layers))
-    if missing:
-        raise ModelUnsupportedError(
-            f"{type(model).__name__}: layers {missing} never called the attention interface, so they can't be profiled"
-        )
-    first = recorder.layers[0]
-    return {
-        name: torch.stack([recorder.layers[i][name] for i in range(signature.num_hidden_layers)]).numpy()
-        for name in first
+    settings = {
+        "library_version": __version__,
+        "model": ModelSignature.of(model.config).model_dump(mode="json"),
+        "weights": weights_hash(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "sink": sink,
+        "block": block,
+        "row_buckets": row_buckets,
+        "seed": seed,
+        "calibration": {**(calibration or {}), "samples": len(samples), "hash": hash_samples(samples)},
     }
+    # Only the first process keeps results, so the others needn't reach its disk.
+    results = workers.together(lambda: Results(partial if workers.is_first else None, settings, resume=resume))
+    seconds = _measure_all(model, samples, results, settings, native, workers, checkpointing, progress)
+
+    def pool() -> Profile | None:
+        return _pool(samples, results, settings, native, model_name, seconds) if workers.is_first else None
+
+    profile = workers.from_first(workers.together(pool))
+    assert profile is not None
+    return profile
 
 
-@contextmanager
-def _checkpointed(model: Any, enabled: bool) -> Iterator[None]:
-    """Gradient checkpointing with dropout off.
-
-    transformers checkpoints a decoder layer only while that layer is in training mode, and ``model.train()``
-    would switch dropout on; so the flag is set on the decoder layers alone, not on what they contain. Its own
-    switch leaves a hook on the embeddings behind.
+def _native_layers(model: Any) -> dict[int, int]:
+    """The sliding window in tokens of each layer that has one of its own.
 
     Raises:
-        ConfigError: The model has no layers that can be recomputed.
+        ModelUnsupportedError: The model's heads can't be given spans, or every layer has such a window.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
-    if enabled and not layers:
-        raise ConfigError(f"checkpointing: {type(model).__name__} has no layers to recompute; switch it off")
-    switches = {
-        "training": True,
-        "gradient_checkpointing": True,
-        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
-    }
-    before = [{name: vars(layer)[name] for name in switches if name in vars(layer)} for layer in layers]
-    try:
-        for layer in layers:
-            vars(layer).update(switches)
-        yield
-    finally:
-        for layer, attributes in zip(layers, before, strict=True):
-            for name in switches:
-                vars(layer).pop(name, None)
-            vars(layer).update(attributes)
+    require_causal(model.config)
+    require_own_keys(model.config)
+    windows = native_windows(model.config)
+    if windows and None not in windows:
+        raise ModelUnsupportedError(
+            f"{model.config.model_type}: every layer has a sliding window of its own ({windows[0]} tokens), so no "
+            "head's span could be searched"
+        )
+    return {layer: window for layer, window in enumerate(windows) if window is not None}
 
 
-def _header(
-    network: Any,
+def _measure_all(
+    model: Any,
     samples: Sequence[Sample],
-    by_length: dict[int, LengthProfile],
-    calibration: dict[str, Any] | None,
-    **fields: Any,
-) -> ProfileHeader:
+    results: Results,
+    settings: dict[str, Any],
+    native: dict[int, int],
+    workers: Workers,
+    checkpointing: bool,
+    progress: Progress | None,
+) -> dict[int, list[float]]:
+    """Measure what ``results`` lacks; the seconds of each sample, by target length, on the first process."""
+    done = set(workers.from_first(results.numbers))
+    left = [number for number in range(len(samples)) if number not in done]
+    total, finished = sum(sample.length for sample in samples), sum(samples[number].length for number in done)
+    seconds: dict[int, list[float]] = {}
+    reset_peak_memory()
+    with observed(model) as modules, checkpointed(model, checkpointing):
+        meter = SampleMeter(
+            model,
+            modules,
+            ModelSignature.of(model.config),
+            settings["sink"],
+            settings["block"],
+            settings["row_buckets"],
+            native,
+        )
+        for numbers in workers.rounds(left):
+            mine = workers.own(numbers)
+            measured = workers.together(lambda: [meter.measure(samples[number], number) for number in mine])  # noqa: B023
+            gathered = [result for part in workers.on_first(measured) for result in part]
+            workers.together(lambda: results.put(dict(zip(numbers, gathered, strict=False))))  # noqa: B023
+            for number, result in zip(numbers, gathered, strict=False):
+                seconds.setdefault(samples[number].target_length, []).append(result.seconds)
+            finished += sum(samples[number].length for number in numbers)
+            if progress is not None:
+                progress(finished, total)
+    return seconds
+
+
+def _pool(
+    samples: Sequence[Sample],
+    results: Results,
+    settings: dict[str, Any],
+    native: dict[int, int],
+    model_name: str,
+    seconds: dict[int, list[float]],
+) -> Profile:
+    """The profile of all samples, pooled in their order."""
     import transformers
 
-    return ProfileHeader(
-        dtype=str(network.dtype).removeprefix("torch."),
-        calibration={**(calibration or {}), "samples": len(samples), "hash": hash_samples(samples)},
+    sink, block, row_buckets = settings["sink"], settings["block"], settings["row_buckets"]
+    gathered: dict[int, LengthAccumulator] = {}
+    for sample, result in zip(samples, results.in_order(), strict=True):
+        length = getattr(sample, "target_length", sample.length)
+        pool = gathered.setdefault(length, LengthAccumulator(length, window_grid(length, block), row_buckets))
+        pool.add(result.loss, result.statistics)
+    by_length: dict[int, LengthProfile] = {length: pool.result() for length, pool in sorted(gathered.items())}
+    header = ProfileHeader(
+        model=settings["model"],
+        model_name=model_name,
+        dtype=settings["dtype"],
+        sink=sink,
+        block=block,
+        seed=settings["seed"],
+        calibration=settings["calibration"],
         lengths=tuple(entry.header for entry in by_length.values()),
+        native_layers=tuple(native),
         versions={
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        **fields,
     )
+    run = RunSummary(
+        measured=sum(map(len, seconds.values())),
+        resumed=len(samples) - sum(map(len, seconds.values())),
+        seconds_per_sample={length: float(np.median(times)) for length, times in sorted(seconds.items())},
+        peak_memory_bytes=peak_memory_bytes(),
+        on_gpu=torch.cuda.is_available(),
+    )
+    return Profile(header, by_length, run)

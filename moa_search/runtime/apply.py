@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
-from moa_search.models import require_attention_interface
 from moa_search.runtime.attention import NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.cache import MoACache
 from moa_search.runtime.rules import LayerRules, layer_rules

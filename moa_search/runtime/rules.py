@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
+from moa_search.architecture import require_own_keys
+from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.spans import SpanRule, span
 
@@ -86,9 +87,7 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
             f'plan: anchor "{plan.anchor}" fixes spans at one length; apply plan.anchored_at(length) instead'
         )
     text = config.get_text_config(decoder=True)
-    reason = _unsupported(config, text)
-    if reason is not None:
-        raise ModelUnsupportedError(f"{text.model_type}: {reason}; a plan can't be applied to it")
+    require_own_keys(config)
     plan.model.require(ModelSignature.of(config), "plan")
     stock = DynamicCache(config=text).layers if stock is None else stock
     windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in stock]
@@ -108,18 +107,3 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
         )
         for layer, (rules, window) in enumerate(zip(plan.rules, windows, strict=True))
     )
-
-
-def _unsupported(config: Any, text: Any) -> str | None:
-    """Why the architecture can't follow a plan, or None if it can."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
-    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
-        return "its attention isn't causal"
-    if getattr(text, "kv_lora_rank", None):
-        return "multi-head latent attention (MLA) has no keys per head to drop"
-    if getattr(text, "num_kv_shared_layers", None) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
-        return "several of its layers share one layer's keys and values"
-    if getattr(text, "attention_chunk_size", None):
-        return "its attention is chunked"
-    return None

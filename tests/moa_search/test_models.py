@@ -3,11 +3,10 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from moa_search import load_model
-from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
-from moa_search.models import cache_dir, require_causal, require_context, resolve_dtype, weights_hash
+from moa_search.errors import ConfigError, ModelNotFoundError
+from moa_search.models import cache_dir, resolve_dtype, weights_hash
 
 
 def test_folder(tiny_model_dir):
@@ -94,22 +93,6 @@ class TestRefusals:
     def test_gpu_that_is_not_there(self, tiny_model_dir):
         with pytest.raises(ConfigError, match="torch sees no GPU"):
             load_model(str(tiny_model_dir), device="cuda")
-
-    @pytest.mark.parametrize(("kind", "reason"), [("bert", "not a causal"), ("t5", "encoder-decoder")])
-    def test_models_without_a_causal_cache(self, kind, reason):
-        with pytest.raises(ModelUnsupportedError, match=reason):
-            require_causal(AutoConfig.for_model(kind))
-
-
-def test_causal_models_pass():
-    for config in (LlamaConfig(), Qwen2Config()):
-        require_causal(config)
-
-
-def test_context():
-    require_context(LlamaConfig(max_position_embeddings=100), 100)
-    with pytest.raises(ConfigError, match="101 is over the model's context of 100"):
-        require_context(LlamaConfig(max_position_embeddings=100), 101)
 
 
 def test_cache_dir_can_be_moved(monkeypatch, tmp_path):

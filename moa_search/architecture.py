@@ -1,0 +1,106 @@
+"""What an architecture must be like for spans to make sense, and what it does about them itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moa_search.errors import ConfigError, ModelUnsupportedError
+
+__all__ = [
+    "native_windows",
+    "require_attention_interface",
+    "require_causal",
+    "require_context",
+    "require_own_keys",
+]
+
+
+def require_causal(config: Any) -> None:
+    """Check that a configuration is that of a decoder-only language model.
+
+    Raises:
+        ModelUnsupportedError: It isn't; the message says why.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelUnsupportedError(f"{kind} is an encoder-decoder; only decoder-only models have a causal KV cache")
+    # BERT and its like can be decoders, and say so; GPT-NeoX says nothing.
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or not getattr(config, "is_causal", True):
+        raise ModelUnsupportedError(f"{kind} is not a causal language model")
+
+
+def require_attention_interface(model: Any) -> None:
+    """Check that a model calls its attention through transformers' ``AttentionInterface``.
+
+    Raises:
+        ModelUnsupportedError: It doesn't, so its heads can be neither observed nor shortened.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ModelUnsupportedError(f"{name}: not a transformers model")
+    if not model._can_set_attn_implementation():
+        raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
+
+
+def require_context(config: Any, length: int) -> None:
+    """Check that ``length`` tokens fit the model's context.
+
+    Raises:
+        ConfigError: They don't.
+    """
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ConfigError(f"length {length} is over the model's context of {context} tokens")
+
+
+def require_own_keys(config: Any) -> None:
+    """Check that every attention layer is plainly causal over keys of its own.
+
+    Raises:
+        ModelUnsupportedError: It isn't; the message says why.
+    """
+    text = config.get_text_config(decoder=True)
+    reason = _without_own_keys(config, text)
+    if reason is not None:
+        raise ModelUnsupportedError(f"{text.model_type}: {reason}; its heads can't be given spans")
+
+
+def native_windows(config: Any) -> list[int | None]:
+    """The sliding window in tokens that each layer has of its own, ``[layer]``; None where it has none.
+
+    Read from the cache that transformers would make, since some models never pass it to their attention
+    function. A window as long as the model's context cuts nothing and counts as none.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    found = [
+        layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        for layer in DynamicCache(config=text).layers
+    ]
+    return [None if window is None or (context is not None and window >= context) else window for window in found]
+
+
+def _without_own_keys(config: Any, text: Any) -> str | None:
+    """Why the architecture can't follow a plan, or None if it can."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
+        return "its attention isn't causal"
+    if getattr(text, "kv_lora_rank", None):
+        return "multi-head latent attention (MLA) has no keys per head to drop"
+    if getattr(text, "num_kv_shared_layers", None) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
+        return "several of its layers share one layer's keys and values"
+    if getattr(text, "attention_chunk_size", None):
+        return "its attention is chunked"
+    return None

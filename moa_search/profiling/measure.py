@@ -1,0 +1,121 @@
+"""One sample through the model: a forward pass, and a backward pass that shows what each window would cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from moa_kernels.influence import STATISTICS
+from torch.nn import functional
+
+from moa_search.calibration import Sample
+from moa_search.errors import ModelUnsupportedError, ProfilingError
+from moa_search.formats.signature import ModelSignature
+from moa_search.profiling.attention import Recorder, record_into
+from moa_search.profiling.grid import window_grid
+from moa_search.profiling.results import SampleResult
+
+__all__ = ["SampleMeter"]
+
+HALF_LOSS_SCALE = 2.0**14
+"""Gradients of long samples are below float16's smallest number: its loss is scaled up, the results down."""
+
+SCALE_STEP = 2.0**4
+
+LOSS_POWER = {"squared": 2, "signed": 1, "absolute": 1, "elementwise": 1, "recall": 0}
+"""How each statistic grows with the loss."""
+
+
+@dataclass(frozen=True)
+class SampleMeter:
+    """Measures samples with one model.
+
+    Attributes:
+        model: A causal language model under `moa_search.profiling.attention.observed`.
+        modules: Its observed modules.
+        signature: Its layers and heads.
+        sink: First tokens that no window ever drops.
+        block: Smallest window in tokens.
+        row_buckets: Equal slices of the rows.
+        native: Layers with a sliding window of their own, in tokens; they aren't measured.
+    """
+
+    model: Any
+    modules: list[Any]
+    signature: ModelSignature
+    sink: int
+    block: int
+    row_buckets: int
+    native: dict[int, int]
+
+    def measure(self, sample: Sample, number: int) -> SampleResult:
+        """Loss and statistics of one sample; ``number`` names it in errors.
+
+        Raises:
+            ProfilingError: The loss or a gradient isn't finite.
+            ModelUnsupportedError: A layer's attention wasn't seen.
+        """
+        began = time.perf_counter()
+        which = f"sample {number} ({sample.task}, {sample.length} tokens)"
+        scale = HALF_LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
+        while True:
+            recorder = self._recorder(sample)
+            record_into(self.modules, recorder)
+            try:
+                loss = self._backward(sample, scale)
+            except torch.OutOfMemoryError:
+                raise ProfilingError(
+                    f"{which} doesn't fit the GPU's memory; try --checkpointing true, --device-map auto or shorter "
+                    "--lengths"
+                ) from None
+            if not math.isfinite(loss):
+                raise ProfilingError(
+                    f"the loss of {which} is {loss}; try --dtype float32, or check the model's weights"
+                )
+            statistics = self._stack(recorder, scale)
+            if all(np.isfinite(values).all() for values in statistics.values()):
+                break
+            if scale == 1:
+                raise ProfilingError(f"the gradients of {which} aren't finite; try --dtype float32")
+            scale = max(1.0, scale / SCALE_STEP)
+        return SampleResult(loss, statistics, time.perf_counter() - began)
+
+    def _recorder(self, sample: Sample) -> Recorder:
+        length = getattr(sample, "target_length", sample.length)
+        return Recorder(
+            windows=window_grid(length, self.block),
+            row_buckets=self.row_buckets,
+            bucket_rows=-(-length // self.row_buckets),
+            sink=self.sink,
+            native=self.native,
+        )
+
+    def _backward(self, sample: Sample, scale: float) -> float:
+        """Loss over the answer in nats per token; its gradient, times ``scale``, flows through the activations."""
+        embed = self.model.get_input_embeddings()
+        ids = torch.from_numpy(sample.ids)[None].to(embed.weight.device)
+        embeddings = embed(ids).detach().requires_grad_(True)
+        logits = self.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits
+        predicted = logits[0, -sample.answer_tokens - 1 : -1].float()
+        loss = functional.cross_entropy(predicted, ids[0, -sample.answer_tokens :].to(predicted.device))
+        (loss * scale).backward()
+        return loss.item()
+
+    def _stack(self, recorder: Recorder, scale: float) -> dict[str, npt.NDArray[np.float32]]:
+        """One sample's statistics as ``[layer, kv_head, bucket, window]``; zero in native layers."""
+        layers = range(self.signature.num_hidden_layers)
+        missing = [layer for layer in layers if layer not in recorder.layers and layer not in recorder.native]
+        if missing:
+            name = type(self.model).__name__
+            raise ModelUnsupportedError(f"{name}: layers {missing} never called the attention interface")
+        zeros = torch.zeros(self.signature.num_key_value_heads, recorder.row_buckets, len(recorder.windows))
+        by_statistic = {}
+        for statistic in STATISTICS:
+            each = [recorder.layers[i][statistic].float() if i in recorder.layers else zeros for i in layers]
+            by_statistic[statistic] = torch.stack(each).div_(scale ** LOSS_POWER[statistic]).numpy()
+        return by_statistic
