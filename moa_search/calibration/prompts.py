@@ -66,8 +66,9 @@ def chat_frame(tokenizer: Any) -> Frame:
     question = {"role": "user", "content": "question"}
     _, rest = _rendered(tokenizer, [question, {"role": "assistant", "content": MARKER}])
     ending = encode(tokenizer, rest)[:1]
-    closes = len(ending) > 0 and int(ending[0]) in tokenizer.all_special_ids
-    return Frame(encode(tokenizer, before), encode(tokenizer, after), ending if closes else ending[:0], True)
+    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ending = ending[[int(token) in marks for token in ending]]
+    return Frame(encode(tokenizer, before), encode(tokenizer, after), ending, True)
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> tuple[str, str]:

@@ -132,7 +132,7 @@ def load_samples(folder: str | Path, tokenizer: Any) -> StoredSamples:
         return StoredSamples(samples, metadata["split"], dict(metadata["settings"]))
     except FileFormatError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         reason = one_line(str(error).partition("\n")[0] or type(error).__name__)
         raise FileFormatError(f"{folder}: no folder of samples, or a damaged one ({reason})") from error
 

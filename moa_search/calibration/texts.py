@@ -159,7 +159,10 @@ class TextSource:
             parts.append(here[start : start + missing])
             missing -= len(parts[-1])
         if missing > 0:
-            raise CalibrationError(f"{length} tokens of text are needed; {self._label} have {length - missing}")
+            raise CalibrationError(
+                f"{length} tokens of text are needed; {self._label} have {length - missing}; "
+                "give more text or a shorter length"
+            )
         return self._texts[order[0]][0] if order else "", np.concatenate([np.empty(0, np.int64), *parts])
 
     def _encoded(self, index: int) -> Tokens:

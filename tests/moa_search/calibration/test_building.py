@@ -212,7 +212,7 @@ class TestCache:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("MOA_SEARCH_CACHE", str(tmp_path / "file"))
         model = scripted(chat_tokenizer, code)
-        with pytest.raises(ConfigError, match="cache folder .* can't be made .* set MOA_SEARCH_CACHE"):
+        with pytest.raises(ConfigError, match=r"cache folder .* can't be made .* set MOA_SEARCH_CACHE"):
             run(model, chat_tokenizer)
         assert not model.asked
 

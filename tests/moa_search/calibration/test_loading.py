@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -63,6 +64,15 @@ def test_a_text_file_is_cut_into_sections_so_that_every_split_has_some(tmp_path)
     assert texts_of(f"copy:{tmp_path}/*.txt") == texts_of(f"copy:{tmp_path}/*.txt")
 
 
+def test_folders_of_files_and_saved_data_sets(tmp_path, records):
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "one.jsonl", records[:20])
+    write(tmp_path / "files" / "two.jsonl", records[20:])
+    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
+    one, two = (records_of(f"records:{tmp_path}/{name}") for name in ("files", "saved"))
+    assert [record.question for record in one] == [record.question for record in two]
+
+
 def test_columns_by_name_and_by_default(tmp_path):
     rows = [{"passage": f"p{n}", "query": f"q{n}", "gold": f"g{n}", "note": f"n{n}"} for n in range(20)]
     file = write(tmp_path / "a.jsonl", rows)
@@ -121,7 +131,7 @@ def test_questions_about_one_context_are_on_one_side(tmp_path):
     assert sum(map(len, sides)) == len(set.union(*sides)) == 8
 
 
-WORDS = st.lists(st.sampled_from("one two three four".split()), min_size=1, max_size=4).map(" ".join)
+WORDS = st.lists(st.sampled_from(["one", "two", "three", "four"]), min_size=1, max_size=4).map(" ".join)
 PARAGRAPHS = st.one_of(WORDS, WORDS.map(lambda words: f"{words} " * 30))
 TEXTS = st.lists(st.lists(PARAGRAPHS, min_size=1, max_size=3).map("\n\n".join), max_size=12)
 
@@ -172,8 +182,8 @@ def test_refusals_in_one_line(tmp_path, typed, content, message, capfd):
     if content or "empty" in message or "No columns" in message:
         path.write_text(content)
     source = typed.format(tmp_path)
+    load = texts_of if source.startswith("passkey") else records_of
     with pytest.raises(ConfigError, match=message) as caught:
-        load = texts_of if source.startswith("passkey") else records_of
         load(source)
     assert "\n" not in str(caught.value)
     assert source in str(caught.value)
