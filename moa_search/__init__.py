@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moa_search.version import __version__
 
 if TYPE_CHECKING:
-    from moa_search.api import evaluate_model, profile_model, search_front, search_plan
+    from moa_search.api import evaluate_model, merge_profiles, profile_model, search_front, search_plan
     from moa_search.errors import MoAError
     from moa_search.formats import ModelSignature, Plan, Profile
     from moa_search.models import load_model
@@ -29,6 +29,7 @@ _HOMES = {
     "apply_plan": "moa_search.runtime",
     "evaluate_model": "moa_search.api",
     "load_model": "moa_search.models",
+    "merge_profiles": "moa_search.api",
     "profile_model": "moa_search.api",
     "remove_plan": "moa_search.runtime",
     "search_front": "moa_search.api",
@@ -46,6 +47,7 @@ __all__ = [
     "apply_plan",
     "evaluate_model",
     "load_model",
+    "merge_profiles",
     "profile_model",
     "remove_plan",
     "search_front",

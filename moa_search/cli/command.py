@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import os
 import re
 import sys
 import typing
@@ -90,9 +91,12 @@ def run(
     first: str,
     task: str | None = None,
     required: Sequence[str] = (),
+    interrupted: str = "nothing was written",
     arguments: Sequence[str] | None = None,
 ) -> NoReturn:
     """Run a command to its exit status: 0, 2 for bad input (one line), 130 when interrupted.
+
+    Of the processes that torchrun starts, only the first prints.
 
     Args:
         program: Name of the command.
@@ -101,9 +105,11 @@ def run(
         first: Name of the function's first parameter.
         task: What a progress bar says, or None for no bar.
         required: Options that must be given.
+        interrupted: What to say when the user stops it.
         arguments: Command line; ``sys.argv`` if None.
     """
     debug = "--debug" in (sys.argv if arguments is None else arguments)
+    prints = os.environ.get("RANK", "0") == "0"
     try:
         options = vars(parse(build_parser(program, function, first=first), arguments, first=first))
         for name in ("config", "debug"):
@@ -112,15 +118,18 @@ def run(
             if not options.get(name):
                 given = name if name == first and name != "model" else f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{given} is required; see {program} --help")
-        result = _with_progress(function, task, options)
-        show(result, **options)
+        result = _with_progress(function, task if prints else None, options)
+        if prints:
+            show(result, **options)
     except MoAError as error:
         if debug:
             raise
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if prints:
+            print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted, nothing was written", file=sys.stderr)
+        if prints:
+            print(f"\n{program}: interrupted, {interrupted}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
 

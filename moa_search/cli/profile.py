@@ -1,27 +1,58 @@
-"""``moa-profile``: measure what shortening each attention head's view would cost."""
+"""``moa-profile``: measure what shortening each attention head's view would cost; ``moa-profile merge`` pools."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import profile_model
+from moa_search.api import merge_profiles, profile_model
 from moa_search.cli.command import run
 
-__all__ = ["main", "show"]
+__all__ = ["main", "show", "show_merged"]
 
 if TYPE_CHECKING:
     from moa_search.formats import Profile
 
 
 def show(profile: Profile, *, output: str, **options: Any) -> None:
-    """Print what was measured and where it is."""
-    for length, entry in profile.by_length.items():
-        count, loss = entry.header.samples, entry.loss
-        print(f"{length:>8} tokens  {count} samples  dense loss {loss.mean():.3f} nats per answer token")
+    """Print what was measured, how well, and where it is."""
+    from rich.console import Console
+
+    from moa_search.inspection import calibration_lines, profile_table, sample_advice
+
+    console = Console()
+    for line in calibration_lines(profile):
+        console.print(line, highlight=False)
+    console.print(profile_table(profile))
+    advice = sample_advice(profile)
+    if advice is not None:
+        console.print(f"[yellow]more samples?[/yellow] {advice}", highlight=False)
     print(f"profile written to {output}")
     print(f"next: moa-search {output} --density 0.25 --output plans")
 
 
+def show_merged(profile: Profile, /, *, output: str, **options: Any) -> None:
+    """Print the pooled profile as `show` does."""
+    show(profile, output=output)
+
+
 def main() -> NoReturn:
     """Entry point."""
-    run("moa-profile", profile_model, show, first="model", task="profiling", required=("output",))
+    if sys.argv[1:2] == ["merge"]:
+        run(
+            "moa-profile merge",
+            merge_profiles,
+            show_merged,
+            first="profiles",
+            required=("output",),
+            arguments=sys.argv[2:],
+        )
+    run(
+        "moa-profile",
+        profile_model,
+        show,
+        first="model",
+        task="profiling",
+        required=("output",),
+        interrupted="the same command goes on from here",
+    )

@@ -111,6 +111,7 @@ class ProfileHeader(BaseModel):
     lengths: tuple[LengthHeader, ...] = Field(min_length=1)
     versions: dict[str, str] = Field(default_factory=dict)
     native_layers: tuple[int, ...] = ()
+    weights_hash: str | None = Field(default=None, description="tells checkpoints of one architecture apart")
 
     @model_validator(mode="after")
     def _lengths_increase(self) -> ProfileHeader:
@@ -273,8 +274,9 @@ class Profile:
 
     def _header_json(self) -> dict[str, Any]:
         content = self.header.model_dump(mode="json", by_alias=True)
-        if not content["native_layers"]:
-            del content["native_layers"]  # as in files from before it: equal profiles give equal bytes
+        for later in ("native_layers", "weights_hash"):
+            if not content[later]:
+                del content[later]  # as in files from before it: equal profiles give equal bytes
         return content
 
     def _tensors(self) -> dict[str, npt.NDArray[Any]]:

@@ -13,7 +13,6 @@ from moa_kernels.influence import influence_statistics
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError
 
 __all__ = ["Recorder", "observed", "record_into"]
@@ -152,7 +151,7 @@ def observed(model: Any) -> Iterator[list[Any]]:
         The modules with a ``layer_idx``; set their recorder with `record_into`.
 
     Raises:
-        ModelUnsupportedError: The model doesn't go through transformers' attention interface.
+        ModelUnsupportedError: The model refuses it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -160,7 +159,6 @@ def observed(model: Any) -> Iterator[list[Any]]:
     AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
     text = model.config.get_text_config(decoder=True)
     before = text._attn_implementation
-    require_attention_interface(model)
     model.set_attn_implementation(IMPLEMENTATION)
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     try:

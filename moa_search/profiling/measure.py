@@ -86,7 +86,7 @@ class SampleMeter:
         return SampleResult(loss, statistics, time.perf_counter() - began)
 
     def _recorder(self, sample: Sample) -> Recorder:
-        length = getattr(sample, "target_length", sample.length)
+        length = sample.target_length
         return Recorder(
             windows=window_grid(length, self.block),
             row_buckets=self.row_buckets,

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moa_search.architecture import native_windows, require_causal, require_context, require_own_keys
+from moa_search.architecture import (
+    native_windows,
+    require_attention_interface,
+    require_causal,
+    require_context,
+    require_own_keys,
+)
 from moa_search.calibration import Sample, hash_samples
 from moa_search.errors import ConfigError, ModelUnsupportedError
 from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
@@ -27,7 +33,7 @@ from moa_search.profiling.results import Results
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 from moa_search.version import __version__
 
-__all__ = ["Progress", "profile_samples"]
+__all__ = ["Progress", "profile_samples", "require_profilable"]
 
 Progress = Callable[[int, int], None]
 """Called with the tokens done and the tokens in all."""
@@ -66,7 +72,7 @@ def profile_samples(
         calibration: Where the samples come from, recorded in the profile.
         workers: Processes that share the samples, each with its own model. The result doesn't depend on them.
         partial: Folder for the results of each sample, from which a killed run goes on; None keeps them in
-            memory. It stays until `discard_partial`.
+            memory. It stays until `discard_results`.
         resume: Go on from what ``partial`` holds; False starts anew.
         progress: Told after each sample.
 
@@ -80,7 +86,7 @@ def profile_samples(
     """
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
-    native = _native_layers(model)
+    native = require_profilable(model)
     require_context(model.config, max(sample.length for sample in samples))
     settings = {
         "library_version": __version__,
@@ -91,7 +97,12 @@ def profile_samples(
         "block": block,
         "row_buckets": row_buckets,
         "seed": seed,
-        "calibration": {**(calibration or {}), "samples": len(samples), "hash": hash_samples(samples)},
+        "calibration": {
+            **(calibration or {}),
+            "samples": len(samples),
+            "hash": hash_samples(samples),
+            "sample_hashes": [hash_samples([sample]).removeprefix("sha256:")[:16] for sample in samples],
+        },
     }
     # Only the first process keeps results, so the others needn't reach its disk.
     results = workers.together(lambda: Results(partial if workers.is_first else None, settings, resume=resume))
@@ -105,14 +116,18 @@ def profile_samples(
     return profile
 
 
-def _native_layers(model: Any) -> dict[int, int]:
-    """The sliding window in tokens of each layer that has one of its own.
+def require_profilable(model: Any) -> dict[int, int]:
+    """Check that a model's heads can be observed and given spans.
+
+    Returns:
+        The layers that have a sliding window of their own, in tokens: they aren't measured.
 
     Raises:
-        ModelUnsupportedError: The model's heads can't be given spans, or every layer has such a window.
+        ModelUnsupportedError: They can't, or every layer has such a window; the message says why.
     """
     require_causal(model.config)
     require_own_keys(model.config)
+    require_attention_interface(model)
     windows = native_windows(model.config)
     if windows and None not in windows:
         raise ModelUnsupportedError(
@@ -175,7 +190,7 @@ def _pool(
     sink, block, row_buckets = settings["sink"], settings["block"], settings["row_buckets"]
     gathered: dict[int, LengthAccumulator] = {}
     for sample, result in zip(samples, results.in_order(), strict=True):
-        length = getattr(sample, "target_length", sample.length)
+        length = sample.target_length
         pool = gathered.setdefault(length, LengthAccumulator(length, window_grid(length, block), row_buckets))
         pool.add(result.loss, result.statistics)
     by_length: dict[int, LengthProfile] = {length: pool.result() for length, pool in sorted(gathered.items())}
@@ -189,6 +204,7 @@ def _pool(
         calibration=settings["calibration"],
         lengths=tuple(entry.header for entry in by_length.values()),
         native_layers=tuple(native),
+        weights_hash=settings["weights"],
         versions={
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from moa_search.errors import ConfigError
 from moa_search.formats.files import atomic_write
 
-__all__ = ["Results", "SampleResult", "results_folder"]
+__all__ = ["Results", "SampleResult", "discard_results", "results_folder"]
 
 SETTINGS_FILE = "settings.json"
 LOSS = "loss"
@@ -56,19 +56,16 @@ class Results:
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], *, resume: bool = True) -> None:
-        self._folder = folder
+        self._folder, self._settings = folder, settings
         self._kept: dict[int, SampleResult] = {}
         self._done: set[int] = set()
         if folder is None:
             return
         if not resume:
-            self.discard()
+            discard_results(folder)
         if (folder / SETTINGS_FILE).exists():
             _require_same(folder, settings)
             self._done = {number for number in self._files() if self._read(number) is not None}
-        else:
-            with atomic_write(folder / SETTINGS_FILE) as file:
-                file.write(json.dumps(settings, indent=2, sort_keys=True).encode())
 
     @property
     def numbers(self) -> list[int]:
@@ -81,6 +78,9 @@ class Results:
         Raises:
             ConfigError: The folder can't be written.
         """
+        if self._folder is not None and not (self._folder / SETTINGS_FILE).exists():
+            with atomic_write(self._folder / SETTINGS_FILE) as file:
+                file.write(json.dumps(self._settings, indent=2, sort_keys=True).encode())
         for number, result in results.items():
             if self._folder is None:
                 self._kept[number] = result
@@ -97,12 +97,6 @@ class Results:
             if result is None:
                 raise ConfigError(f"{self._path(number)}: it vanished or was damaged while profiling; run again")
             yield result
-
-    def discard(self) -> None:
-        """Remove the folder."""
-        if self._folder is not None:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self._folder)
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None
@@ -143,6 +137,12 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
 def _brief(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def discard_results(folder: Path) -> None:
+    """Remove the results of a run, finished or not."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def results_folder(output: str | os.PathLike[str]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,15 +77,24 @@ class Scripted(torch.nn.Module):
         self.asked: list[str] = []
         self._tokenizer, self._answer = tokenizer, answer
 
+    def _tokens(self, ids):
+        prompt = self._tokenizer.decode(ids)
+        if self.asked[-1:] != [prompt]:
+            self.asked.append(prompt)
+        return self._tokenizer(self._answer(prompt), add_special_tokens=False)["input_ids"]
+
+    def forward(self, ids, *, use_cache, logits_to_keep):
+        said = self._tokens(ids[0, : ids.shape[1] - logits_to_keep + 1])
+        logits = torch.zeros(1, logits_to_keep, len(self._tokenizer))
+        for position, token in enumerate(said[:logits_to_keep]):
+            logits[0, position, token] = 1
+        return SimpleNamespace(logits=logits)
+
     def generate(self, ids, *, attention_mask, generation_config, stopping_criteria):
         assert attention_mask.shape == ids.shape == (1, ids.shape[1])
         assert not generation_config.do_sample
         assert not self.training
-        prompt = self._tokenizer.decode(ids[0])
-        self.asked.append(prompt)
-        text = self._answer(prompt)
-        answer = self._tokenizer(text, add_special_tokens=False)["input_ids"][: generation_config.max_new_tokens]
-        for token in answer:
+        for token in self._tokens(ids[0])[: generation_config.max_new_tokens]:
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
             stops = generation_config.eos_token_id or []
             if token in stops or stopping_criteria(ids, None).any():

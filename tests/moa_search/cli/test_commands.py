@@ -15,6 +15,7 @@ from moa_search.cli.command import build_parser, parse
 
 COMMANDS = {
     "moa-profile": (profile, api.profile_model, "model"),
+    "moa-profile merge": (profile, api.merge_profiles, "profiles"),
     "moa-search": (search, api.search_front, "profile"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
@@ -26,7 +27,7 @@ def call(monkeypatch, capsys):
     """Run a command; returns exit status, output and errors."""
 
     def run(program, *arguments):
-        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [*program.split(), *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             COMMANDS[program][0].main()
         captured = capsys.readouterr()
@@ -39,17 +40,31 @@ def call(monkeypatch, capsys):
 def profiled(tmp_path_factory, tiny_model_dir):
     """A profile of the tiny model, made once."""
     path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
-    api.profile_model(str(tiny_model_dir), lengths=[300, 600], samples=2, output=str(path), dtype="float32")
+    api.profile_model(
+        str(tiny_model_dir), lengths=[300, 600], samples=2, answers="dataset", output=str(path), dtype="float32"
+    )
     return path
 
 
 def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
     made = tmp_path / "profile.safetensors"
     status, out, err = call(
-        "moa-profile", "--model", tiny_model_dir, "--lengths", 300, 600, "--samples", 2, "--output", made
+        "moa-profile",
+        "--model",
+        tiny_model_dir,
+        "--lengths",
+        300,
+        600,
+        "--samples",
+        2,
+        "--answers",
+        "dataset",
+        "--output",
+        made,
     )
     assert status == 0, err
-    assert "300 tokens  2 samples  dense loss" in out
+    assert "passkey, copy; the data's answers" in out
+    assert "2 samples measured" in out or "4 samples measured" in out
     status, out, err = call("moa-search", made, "--density", 0.5, "--output", tmp_path / "half")
     assert status == 0, err
     assert (tmp_path / "half" / "front" / "front.csv").exists()
@@ -84,11 +99,11 @@ class TestOptions:
         """No torch, transformers or pandas is imported for ``--help``."""
         module = COMMANDS[program][0].__name__
         code = (
-            f"import sys; sys.argv = ['{program}', '--help']\n"
+            f"import sys; sys.argv = {[*program.split(), '--help']}\n"
             f"from {module} import main\n"
             "try: main()\n"
             "except SystemExit: pass\n"
-            "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib', 'highspy'} & set(sys.modules)))"
+            "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib', 'highspy', 'datasets'} & set(sys.modules)))"
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert out.splitlines()[-1] == "[]"
@@ -98,11 +113,13 @@ class TestOptions:
     def test_flag_yaml_key_and_keyword_are_one(self, tmp_path):
         """Each argument of each function can be given as a flag and as a YAML key, with the same result."""
         values = {
-            "model": "demo", "lengths": [512, 777], "samples": 3, "tasks": ["copy"], "output": "x", "dtype": "float16",
-            "device": "cpu", "sink": 5, "block": 7, "row_buckets": 9, "checkpointing": False, "seed": 11,
-            "density": [0.3, 0.4], "budget_lengths": [99, 100], "criterion": "signed", "searcher": "uniform",
+            "model": "demo", "lengths": [512, 777], "samples": 3, "sources": ["copy"], "output": "x",
+            "dtype": "float16", "device": "cpu", "sink": 5, "block": 7, "row_buckets": 9, "checkpointing": False,
+            "seed": 11, "tasks": ["copy"], "density": [0.3, 0.4], "budget_lengths": [99, 100],
+            "criterion": "signed", "searcher": "uniform",
             "time_limit_s": 1.5, "front_steps": 2, "plan": ["a", "b"], "baselines": ["dense"],
-            "profile": "p",
+            "profile": "p", "answers": "dataset", "max_answer_tokens": 9, "chat": "never", "save_samples": "s",
+            "resume": False, "device_map": "auto", "profiles": ["a", "b"],
         }  # fmt: skip
         import inspect as introspect
 
@@ -265,8 +282,16 @@ class TestBadInput:
         weights["model.norm.weight"][:] = float("nan")
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         check_refused(
-            "moa-profile", "--model", folder, "--lengths", 300, "--samples", 1, "--output", tmp_path / "p.safetensors",
+            "moa-profile", "--model", folder, "--lengths", 300, "--samples", 1, "--answers", "dataset",
+            "--output", tmp_path / "p.safetensors",
             says=["loss of sample 0", "nan"],
+        )  # fmt: skip
+
+    def test_model_that_never_answers_rightly(self, check_refused, tiny_model_dir, tmp_path):
+        check_refused(
+            "moa-profile", "--model", tiny_model_dir, "--lengths", 300, "--samples", 2,
+            "--output", tmp_path / "p.safetensors",
+            says=["passkey", "--answers dataset"],
         )  # fmt: skip
 
     def test_required_options(self, check_refused):
@@ -287,10 +312,12 @@ def test_interrupt_leaves_the_old_file(call, monkeypatch, tiny_model_dir, tmp_pa
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moa_search.profiling.profiler._backward", interrupt)
-    status, _, err = call("moa-profile", "--model", tiny_model_dir, "--lengths", 300, "--output", target)
+    monkeypatch.setattr("moa_search.profiling.measure.SampleMeter._backward", interrupt)
+    status, _, err = call(
+        "moa-profile", "--model", tiny_model_dir, "--lengths", 300, "--answers", "dataset", "--output", target
+    )
     assert status == 130
-    assert "nothing was written" in err
+    assert "the same command goes on from here" in err
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
     assert target.read_bytes() == b"old"
 
@@ -303,8 +330,11 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
 
 def test_progress_reports_all_tokens(tiny_model_dir):
     seen = []
-    api.profile_model(str(tiny_model_dir), lengths=[300], samples=2, progress=lambda *p: seen.append(p))
-    assert seen == [(300, 600), (600, 600)]
+    api.profile_model(
+        str(tiny_model_dir), lengths=[300], samples=2, answers="dataset", progress=lambda *p: seen.append(p)
+    )
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-2:] == [(1500, 2400), (2400, 2400)], "a quarter for the answers, the rest for the profile"
 
 
 def test_python_and_command_agree(profiled, tmp_path):
