@@ -119,3 +119,18 @@ def test_an_error_while_answering_leaves_the_model_as_it_was(plain_tokenizer, sc
         greedy_answer(model, plain_tokenizer, item(plain_tokenizer), [])
     assert model.training
     assert model.generation_config is before
+
+
+def test_where_the_reference_is_greedy_one_forward_pass_tells(tiny_model_dir, monkeypatch):
+    model, tokenizer = load_model(str(tiny_model_dir), dtype="float32", device="cpu")
+    asked = item(tokenizer, ends="reference", room=6)
+    with answering(model):
+        greedy = greedy_answer(model, tokenizer, asked, [])
+    known = dataclasses.replace(asked, reference=greedy)
+    astray = dataclasses.replace(asked, reference=np.where(np.arange(6) == 4, greedy + 1, greedy), exact=True)
+    monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: pytest.fail("tokens were generated"))
+    with answering(model):
+        assert greedy_answer(model, tokenizer, known, []).tolist() == greedy.tolist()
+        assert greedy_answer(model, tokenizer, astray, []).tolist() == greedy[:4].tolist()
+    with answering(model), pytest.raises(pytest.fail.Exception):
+        greedy_answer(model, tokenizer, dataclasses.replace(astray, exact=False), [])

@@ -1,0 +1,103 @@
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moa_search.formats.profile import RunSummary
+from moa_search.inspection import calibration_lines, profile_quality, profile_table, sample_advice
+
+
+def with_signed(profile, make, samples):
+    """The profile with other signed statistics: ``make(rng) -> [sample, head]`` spread over every bucket and window."""
+    by_length, headers = {}, []
+    for length, entry in profile.by_length.items():
+        header = entry.header.model_copy(update={"samples": samples})
+        by_head = make(np.random.default_rng(length), samples)
+        shape = (samples, 3, 2, header.row_buckets, len(header.windows))
+        signed = np.broadcast_to(by_head.reshape(samples, 3, 2, 1, 1) / header.row_buckets, shape)
+        signed = signed.astype(np.float32).copy()
+        signed[..., -1] = 0
+        by_length[length] = dataclasses.replace(
+            entry,
+            header=header,
+            loss=np.full(samples, 2.0, np.float32),
+            per_sample={"signed": signed, "squared": signed**2},
+        )
+        headers.append(header)
+    return dataclasses.replace(
+        profile, header=profile.header.model_copy(update={"lengths": tuple(headers)}), by_length=by_length
+    )
+
+
+def test_reliability_is_the_share_of_variance_that_returns(tiny_profile):
+    """Heads of variance 1 and samples of variance v: n samples have reliability 1 / (1 + v / n)."""
+
+    def noisy(rng, samples):
+        return 10 + rng.normal(size=6) + 0 * rng.normal(size=(samples, 6))
+
+    exact = profile_quality(with_signed(tiny_profile, noisy, 4))
+    assert all(quality.reliability == pytest.approx(1, abs=1e-6) for quality in exact)
+    found = []
+    for seed in range(200):
+
+        def noisier(rng, samples, seed=seed):
+            rng = np.random.default_rng(seed)
+            return 100 + rng.normal(size=6) + rng.normal(size=(samples, 6)) * 2
+
+        found.append(profile_quality(with_signed(tiny_profile, noisier, 4))[0].reliability)
+    assert np.median(found) == pytest.approx(0.5, abs=0.15)
+
+
+def test_local_heads_are_those_that_an_eighth_costs_next_to_nothing(tiny_profile):
+    def two_matter(rng, samples):
+        return np.tile([0.001, 0.001, 0.5, 0.001, 0.9, 0.001], (samples, 1))
+
+    assert profile_quality(with_signed(tiny_profile, two_matter, 2))[0].local_heads == pytest.approx(4 / 6)
+
+
+def test_advice(tiny_profile):
+    def clear(rng, samples):
+        return np.arange(1, 7) + 0.01 * rng.normal(size=(samples, 6))
+
+    def noise(rng, samples):
+        return 10 + np.arange(6) / 3 + rng.normal(size=(samples, 6)) * 3
+
+    assert sample_advice(with_signed(tiny_profile, clear, 8)) is None
+    assert "about" in sample_advice(with_signed(tiny_profile, noise, 8))
+    assert "a single sample" in sample_advice(with_signed(tiny_profile, clear, 1))
+
+
+def text_of(renderable):
+    console = Console(width=200, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_table_and_lines(tiny_profile):
+    run = RunSummary(measured=4, resumed=2, seconds_per_sample={512: 1.25}, peak_memory_bytes=3 * 2**30, on_gpu=False)
+    header = tiny_profile.header.model_copy(
+        update={
+            "calibration": {
+                "sources": ["passkey", "data.jsonl"],
+                "answers": "model",
+                "chat": True,
+                "answered": {"passkey": {"tried": 5, "kept": 5}, "data.jsonl": {"tried": 9, "kept": 4}},
+            }
+        }
+    )
+    profile = dataclasses.replace(tiny_profile, header=header, run=run)
+    lines = "\n".join(calibration_lines(profile))
+    assert "passkey, data.jsonl; the model's own answers, in its chat template" in lines
+    assert "data.jsonl: 5 of 9, answered wrongly" in lines
+    assert "dropped   passkey" not in lines
+    assert "4 samples measured, 2 taken over" in lines
+    assert "4,608 tokens" in lines
+    assert "3.0 GiB" in lines
+    table = text_of(profile_table(profile))
+    assert "1.2" in table
+    assert "512" in table
+    assert "1024" in table
+    assert "s/sample" not in text_of(profile_table(tiny_profile)), "a profile from a file doesn't tell"
+    assert calibration_lines(tiny_profile) == []
