@@ -102,7 +102,8 @@ class Drawing:
             fitting = [sample for sample in samples if sample.target_length == length]
             if len(fitting) < needed:
                 raise CalibrationError(
-                    f"source {name!r} has {len(fitting)} samples of {length} tokens, {needed} are needed"
+                    f"source {name!r} has {len(fitting)} samples of {length} tokens, {needed} are needed; "
+                    "ask for fewer samples, or for lengths that it has"
                 )
             found[name] = fitting[:needed]
         return found
@@ -124,7 +125,7 @@ class Drawing:
             texts = load_texts(source, self._split)
             self.data[name] = sha256_of(*(text.encode() for _, text in texts))
             filler = (
-                TextSource(self._tokenizer, texts, f"{label}'s {self._split} texts", joint="\n\n")
+                TextSource(self._tokenizer, texts, f"the {self._split} texts of {label}", joint="\n\n")
                 if source.data
                 else TextSource.library(self._tokenizer, self._split)
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moa_search.calibration.generators import GENERATORS
 from moa_search.calibration.records import Record
 from moa_search.calibration.sources import ROLES, SourceSpec
 from moa_search.calibration.texts import Document, Split, documents, of_split, squeezed
@@ -45,10 +46,11 @@ def load_texts(spec: SourceSpec, split: Split) -> tuple[Document, ...]:
         return documents(split)
     rows = _rows(spec)
     column = _column(spec, rows, "text")
+    books = _builder(spec, f"source {spec.typed!r}")[0] == "text"
     texts: list[Document] = []
     for number, value in enumerate(rows[column]):
         name, text = f"{spec.data}#{number}", _text(value, spec, column)
-        if Path(spec.data).suffix.lower() in TEXT_FILES:
+        if books:
             texts += [(f"{name}.{part}", section) for part, section in enumerate(_sections(text))]
         else:
             texts.append((name, text))
@@ -114,7 +116,7 @@ def _rows(spec: SourceSpec) -> Any:
     try:
         with _quiet(datasets):
             if name == "saved":
-                rows = datasets.load_from_disk(spec.data)
+                rows = datasets.load_from_disk(str(Path(spec.data).expanduser()))
             else:
                 rows = datasets.load_dataset(name, split=spec.split, **options)
     except (
@@ -123,7 +125,8 @@ def _rows(spec: SourceSpec) -> Any:
     ) as error:  # fmt: skip
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         reason = str(cause or error).strip().partition("\n")[0] or "it is empty"
-        raise ConfigError(f"{where} can't be read: {one_line(reason)}") from error
+        near = nearest(spec.data, GENERATORS) if spec.typed == spec.data else ""
+        raise ConfigError(f"{where} can't be read: {one_line(reason)}{near}") from error
     if not isinstance(rows, datasets.Dataset):
         raise ConfigError(f"{where} holds several splits; give the folder of one of them: {', '.join(rows)}")
     if not len(rows):
@@ -134,18 +137,32 @@ def _rows(spec: SourceSpec) -> Any:
 def _builder(spec: SourceSpec, where: str) -> tuple[str, dict[str, Any]]:
     """What ``load_dataset`` is given; ``saved`` stands for a folder that ``save_to_disk`` wrote."""
     path = Path(spec.data).expanduser()
+    if (path / "state.json").is_file():
+        return "saved", {}
     if path.is_dir():
-        return ("saved", {}) if (path / "state.json").exists() else (str(path), {"cache_dir": str(_cache())})
-    files = [str(path)] if path.is_file() else sorted(glob.glob(str(path)))
+        files = _text_files(path) if spec.split.startswith("train") else []
+        if not files:
+            return str(path), {"cache_dir": str(_cache())}
+    else:
+        files = [str(path)] if path.is_file() else sorted(glob.glob(str(path)))
     if not files and _looks_local(spec.data):
         raise ConfigError(f"{where}: {spec.data} doesn't exist")
     if not files:
         return spec.data, {}
     suffixes = {Path(file).suffix.lower() for file in files}
-    if len(suffixes) > 1 or not suffixes <= BUILDERS.keys():
-        raise ConfigError(f"{where}: {', '.join(sorted(suffixes))} is not one of {', '.join(BUILDERS)}")
+    unknown = sorted(suffixes - BUILDERS.keys())
+    if unknown:
+        raise ConfigError(f"{where}: {unknown[0] or 'a file without ending'} is not one of {', '.join(BUILDERS)}")
+    if not (len(suffixes) == 1 or suffixes <= set(TEXT_FILES)):
+        raise ConfigError(f"{where} holds files of several kinds ({', '.join(sorted(suffixes))}); name those of one")
     builder, options = BUILDERS[suffixes.pop()]
     return builder, {**options, "data_files": files, "cache_dir": str(_cache())}
+
+
+def _text_files(folder: Path) -> list[str]:
+    """The files under a folder that holds nothing but text; `datasets` alone would make every line a text."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return [str(path) for path in files] if all(path.suffix.lower() in TEXT_FILES for path in files) else []
 
 
 def _looks_local(data: str) -> bool:

@@ -73,6 +73,22 @@ def test_folders_of_files_and_saved_data_sets(tmp_path, records):
     assert [record.question for record in one] == [record.question for record in two]
 
 
+@pytest.mark.parametrize("typed", ["copy:{}", "copy:{}/*"])
+def test_a_folder_of_books_holds_sections_not_lines(tmp_path, typed):
+    books = tmp_path / "books"
+    books.mkdir()
+    for name in ("one.txt", "two.md"):
+        (books / name).write_text("".join(f"{name} says line {i} of many\n" for i in range(2000)))
+    found = [text for split in SPLITS for _, text in texts_of(typed.format(books), split)]
+    assert 10 < len(found) < 40, "4000 lines in sections, so that every split has some"
+
+
+def test_a_saved_data_set_in_the_home_folder(tmp_path, records, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
+    assert records_of("records:~/saved")
+
+
 def test_columns_by_name_and_by_default(tmp_path):
     rows = [{"passage": f"p{n}", "query": f"q{n}", "gold": f"g{n}", "note": f"n{n}"} for n in range(20)]
     file = write(tmp_path / "a.jsonl", rows)
@@ -174,12 +190,17 @@ def long_paragraphs(side):
         ("records:{}/a.jsonl", '{"x": "c", "y": 1}', "no column context or passage or .*; it has x, y; name one with"),
         ("records:{}/a.jsonl", '{"context": {"a": 1}, "question": "q", "answer": "a"}', "'context' holds dict values"),
         ("records:{}/a.jsonl?context=q&question=q", '{"q": "c", "answer": "a"}', "not three columns"),
+        ("records:{}/*", "several kinds", r"files of several kinds \(\.csv, \.jsonl\)"),
+        ("passky", "", r"can't be read: .* \(did you mean 'passkey'\?\)"),
         ("records:someone/nothing-of-this-name", "", "can't be read: Couldn't reach"),
     ],
 )
 def test_refusals_in_one_line(tmp_path, typed, content, message, capfd):
     path = tmp_path / typed.partition("?")[0].rpartition("/")[2]
-    if content or "empty" in message or "No columns" in message:
+    if "several kinds" in message:
+        for ending in (".csv", ".jsonl"):
+            (tmp_path / f"a{ending}").write_text(content)
+    elif content or "empty" in message or "No columns" in message:
         path.write_text(content)
     source = typed.format(tmp_path)
     load = texts_of if source.startswith("passkey") else records_of
