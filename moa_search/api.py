@@ -84,7 +84,7 @@ def profile_model(
         MoAError: The model, a length or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.architecture import require_context
-    from moa_search.calibration import calibrate
+    from moa_search.calibration import calibrate, require_samples_folder
     from moa_search.calibration import save_samples as save
     from moa_search.errors import ConfigError
     from moa_search.models import load_model
@@ -94,10 +94,17 @@ def profile_model(
     _require_positive(lengths=min(lengths, default=0), samples=samples, block=block, row_buckets=row_buckets)
     if sink < 0:
         raise ConfigError(f"sink is {sink}; it must be at least 0")
-    _require_writable(output)
     with joined() as workers:
+
+        def look() -> None:
+            if workers.is_first:  # the others needn't reach its disk
+                _require_writable(output)
+                if save_samples is not None:
+                    require_samples_folder(save_samples)
+
         if workers.count > 1 and device_map is not None:
             raise ConfigError("device_map spreads a model over all GPUs, torchrun gives each process one: choose")
+        workers.together(look)
 
         def load() -> tuple[Any, Any]:
             if not isinstance(model, str):

@@ -4,7 +4,7 @@ from moa_search.calibration.building import Answers, Calibration, Chat, calibrat
 from moa_search.calibration.generators import GENERATORS, build_samples
 from moa_search.calibration.samples import Sample, hash_samples
 from moa_search.calibration.sources import SourceSpec, parse_source
-from moa_search.calibration.store import StoredSamples, load_samples, save_samples
+from moa_search.calibration.store import StoredSamples, load_samples, require_samples_folder, save_samples
 from moa_search.calibration.texts import SPLITS, Split
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "hash_samples",
     "load_samples",
     "parse_source",
+    "require_samples_folder",
     "save_samples",
 ]

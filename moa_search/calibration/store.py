@@ -16,7 +16,7 @@ from moa_search.errors import ConfigError, FileFormatError, ModelMismatchError
 from moa_search.formats.files import canonical_json, one_line, parse_json, sha256_of
 from moa_search.version import __version__
 
-__all__ = ["SCHEMA", "StoredSamples", "load_samples", "save_samples", "tokenizer_hash"]
+__all__ = ["SCHEMA", "StoredSamples", "load_samples", "require_samples_folder", "save_samples", "tokenizer_hash"]
 
 SCHEMA = "moa-samples/1"
 METADATA = "moa-samples.json"
@@ -41,6 +41,16 @@ class StoredSamples:
 def tokenizer_hash(tokenizer: Any) -> str:
     """A hash over the tokens that a tokenizer's ids stand for."""
     return sha256_of(canonical_json(tokenizer.get_vocab()))
+
+
+def require_samples_folder(folder: str | Path) -> None:
+    """Check that samples can take a folder's place: there is none, or one of samples.
+
+    Raises:
+        ConfigError: It holds something else, or is no folder.
+    """
+    if Path(folder).exists() and not (Path(folder) / METADATA).is_file():
+        raise ConfigError(f"{folder}: exists and holds no samples; give another folder")
 
 
 def save_samples(
@@ -72,8 +82,8 @@ def save_samples(
     target = Path(folder)
     if not samples:
         raise ConfigError(f"{folder}: there are no samples to save")
-    if target.exists() and not replace and not (target / METADATA).is_file():
-        raise ConfigError(f"{folder}: exists and holds no samples; give another folder")
+    if not replace:
+        require_samples_folder(target)
     columns: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in samples] for name in COLUMNS}
     columns["prompt"] = [_readable(tokenizer, sample.prompt) for sample in samples]
     columns["answer"] = [_readable(tokenizer, sample.answer) for sample in samples]

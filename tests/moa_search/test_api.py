@@ -1,11 +1,13 @@
 import typing
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from moa_search import api, load_model
-from moa_search.errors import ConfigError
+from moa_search.errors import ConfigError, MoAError
 from moa_search.models import DTYPES
+from moa_search.parallel import Workers
 from moa_search.search import CRITERIA
 
 
@@ -17,8 +19,8 @@ def test_choices_are_those_of_the_parts_that_use_them():
 def test_a_loaded_model_serves_as_well_as_its_name(tiny_model_dir, tmp_path):
     """Profile, search and evaluate in Python, nothing read twice."""
     loaded = load_model(str(tiny_model_dir), dtype="float32")
-    profile = api.profile_model(loaded, lengths=[300], samples=2)
-    again = api.profile_model(str(tiny_model_dir), lengths=[300], samples=2, dtype="float32")
+    profile = api.profile_model(loaded, lengths=[300], samples=2, answers="dataset")
+    again = api.profile_model(str(tiny_model_dir), lengths=[300], samples=2, answers="dataset", dtype="float32")
     np.testing.assert_array_equal(profile.by_length[300].loss, again.by_length[300].loss)
     plan = api.search_plan(profile, density=0.5)
     items = api.evaluate_model(loaded, plan=[plan], lengths=[300], samples=2)
@@ -40,6 +42,34 @@ def test_a_loaded_model_serves_as_well_as_its_name(tiny_model_dir, tmp_path):
 def test_settings_that_cannot_be(tiny_model_dir, changes, words):
     with pytest.raises(ConfigError, match=words):
         api.profile_model(str(tiny_model_dir), **{"lengths": [300], "samples": 1, **changes})
+
+
+def test_a_folder_for_samples_is_looked_at_before_the_work(tiny_model_dir, tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("keep")
+    monkeypatch.setattr("moa_search.models.load_model", lambda *a, **b: pytest.fail("the work began"))
+    with pytest.raises(ConfigError, match="holds no samples; give another folder"):
+        api.profile_model(str(tiny_model_dir), save_samples=str(tmp_path / "mine"))
+
+
+def test_only_the_first_process_needs_the_output_folder(tiny_model_dir, tmp_path, monkeypatch):
+    """As docs/profiling.md promises for several machines."""
+
+    class Second(Workers):
+        def everywhere(self, mine):
+            return [mine]
+
+        def from_first(self, value):
+            raise MoAError("got as far as profiling")
+
+    @contextmanager
+    def second():
+        yield Second(1, 2)
+
+    monkeypatch.setattr("moa_search.parallel.joined", second)
+    (tmp_path / "file").write_text("")
+    options = {"lengths": [300], "samples": 1, "answers": "dataset", "output": str(tmp_path / "file" / "p")}
+    with pytest.raises(MoAError, match="got as far"):
+        api.profile_model(str(tiny_model_dir), **options)
 
 
 def test_plans_of_one_name_are_told_apart(tiny_plan, tmp_path):
