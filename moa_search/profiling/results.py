@@ -122,16 +122,25 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: its {SETTINGS_FILE} can't be read ({error}); delete the folder") from None
     wanted = json.loads(json.dumps(settings))
-    differing = [
-        f"{name} was {_brief(found.get(name))}, is {_brief(wanted.get(name))}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
-    ]
+    before, now = _flat(found), _flat(wanted)
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    telling = [name for name in names if "hash" not in name]  # hashes follow from what they are of
+    differing = [f"{name} was {_brief(before.get(name))}, is {_brief(now.get(name))}" for name in telling or names]
     if differing:
         raise ConfigError(
             f"{folder} holds an unfinished run with other settings: {'; '.join(differing)}. Go on with those, "
             "start anew with --resume false, or write elsewhere"
         )
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, so that a message can name the one that differs."""
+    if not isinstance(settings, dict) or not settings:
+        return {prefix.removesuffix("."): settings}
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.")
+    return flat
 
 
 def _brief(value: Any) -> str:
@@ -140,9 +149,16 @@ def _brief(value: Any) -> str:
 
 
 def discard_results(folder: Path) -> None:
-    """Remove the results of a run, finished or not."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+    """Remove the results of a run, finished or not.
+
+    Raises:
+        ConfigError: They can't be removed.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: can't be removed ({error.strerror or error}); delete it by hand") from error
 
 
 def results_folder(output: str | os.PathLike[str]) -> Path:

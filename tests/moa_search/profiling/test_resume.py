@@ -94,8 +94,8 @@ def test_result_damaged_on_disk_is_measured_again(stopped):
         ({"block": 16}, "block was 32, is 16"),
         ({"row_buckets": 16}, "row_buckets was 32, is 16"),
         ({"seed": 1}, "seed was 0, is 1"),
-        ({"samples": make_samples(seed=1)}, "calibration was"),
-        ({"samples": make_samples(count=5)}, "calibration was"),
+        ({"samples": make_samples(seed=1)}, r"calibration\.hash was"),
+        ({"samples": make_samples(count=5)}, r"settings: calibration\.samples was 4, is 5\. Go on"),
         ({"model": make_model(seed=1)}, "weights was"),
         ({"model": make_model().bfloat16()}, "dtype was float32, is bfloat16"),
     ],
@@ -116,6 +116,13 @@ def test_settings_that_cannot_be_read(stopped):
     (stopped / "settings.json").write_text("{")
     with pytest.raises(ConfigError, match="delete the folder"):
         profile_samples(make_model(), make_samples(), partial=stopped)
+
+
+def test_a_folder_that_cannot_be_removed_is_named(tmp_path):
+    file = tmp_path / "profile.safetensors.partial"
+    file.write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"can't be removed .* delete it by hand"):
+        discard_results(file)
 
 
 def test_folder_lies_beside_the_profile_and_goes(tmp_path):
