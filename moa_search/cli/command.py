@@ -23,6 +23,7 @@ from moa_search.version import __version__
 __all__ = ["build_parser", "parse", "run"]
 
 NOT_FLAGS = ("progress",)
+NAMES_OF_TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -217,5 +218,11 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     if choice:
         allowed = re.findall(r"'([^']+)'", choice[2])
         return f"{choice[1]}: {choice[3]!r} is unknown{nearest(choice[3], allowed)}; choose from {', '.join(allowed)}"
+    if message.endswith("object is not iterable"):  # jsonargparse names no key here
+        several = ", ".join(action.dest for action in parser._actions if action.nargs == "+")
+        return f"an option that takes several values isn't a list; write [...] for each of {several}"
+    wrong = re.search(r'Parser key "(\w+)".*Expected an? <class \'(\w+)\'>\. Got value: (.*)', message)
+    if wrong:
+        return f"{wrong[1]}: {wrong[3]!r} is no {NAMES_OF_TYPES.get(wrong[2], wrong[2])}"
     missing = re.search(r"--config.*?(?:Unable to load|does not exist|No such file|not accessible)", message)
     return f"the configuration file can't be read: {message}" if missing else message

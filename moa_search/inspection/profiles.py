@@ -34,7 +34,8 @@ class LengthQuality:
         local_heads: Share of the searchable KV heads whose loss under a span of an eighth of the context is below
             `LOCAL_SHARE` of the dense loss.
         reliability: Share of the variance between heads, in their losses under a span of a quarter of the
-            context, that isn't sampling error: 1 - mean(error^2) / variance. None for a single sample.
+            context, that isn't sampling error: 1 - mean(error^2) / variance, below 0 where the error is
+            the larger. None for a single sample.
     """
 
     length: int
@@ -91,7 +92,7 @@ def profile_table(profile: Profile) -> Table:
             str(quality.samples),
             f"{quality.loss:.3f} ± {quality.loss_error:.3f}",
             f"{quality.local_heads:.0%}",
-            "" if quality.reliability is None else f"{quality.reliability:.2f}",
+            "" if quality.reliability is None else f"{max(0.0, quality.reliability):.2f}",
         ]
         seconds = times.get(quality.length)
         table.add_row(*cells, *(["" if seconds is None else f"{seconds:.1f}"] if times else []))
@@ -134,10 +135,11 @@ def sample_advice(profile: Profile) -> str | None:
             return f"a single sample at {quality.length} tokens says little about the heads; use at least 16"
         if quality.reliability is not None and quality.reliability < TOO_LITTLE:
             needed = quality.samples_needed
+            error = min(1.0, 1 - quality.reliability)
             enough = f"about {needed} samples" if needed else "many more samples"
             return (
-                f"at {quality.length} tokens {1 - quality.reliability:.0%} of the difference between heads is sampling "
-                f"error; {enough} would bring it to {1 - ENOUGH:.0%}. Raise --samples, or profile with another --seed "
+                f"at {quality.length} tokens {error:.0%} of the difference between heads is sampling error; "
+                f"{enough} would bring it to {1 - ENOUGH:.0%}. Raise --samples, or profile with another --seed "
                 "and pool both with moa-profile merge"
             )
     return None

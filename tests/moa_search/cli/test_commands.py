@@ -241,6 +241,11 @@ class TestBadInput:
     def test_unknown_option(self, check_refused):
         check_refused("moa-profile", "--lenghts", 5, says=["--lenghts", "lengths"])
 
+    def test_values_of_the_wrong_kind(self, check_refused, tmp_path):
+        (tmp_path / "c.yaml").write_text("lengths: 512\n")
+        check_refused("moa-profile", "--config", tmp_path / "c.yaml", says=["write [...]", "lengths, sources"])
+        check_refused("moa-profile", "--samples", "many", says=["samples: 'many' is no whole number"])
+
     def test_unknown_choice(self, check_refused, profiled, tmp_path):
         check_refused(
             "moa-search", profiled, "--criterion", "squard", "--output", tmp_path / "out",

@@ -69,6 +69,18 @@ def test_advice(tiny_profile):
     assert "a single sample" in sample_advice(with_signed(tiny_profile, clear, 1))
 
 
+def test_error_beyond_the_difference_is_all_of_it(tiny_profile):
+    def lost(rng, samples):
+        return 10 + np.tile([-3.0, 3.0], samples // 2)[:, None] * np.array([1, -1, 1, -1, 1, -1])
+
+    noisy = with_signed(tiny_profile, lost, 4)
+    uneven = noisy.by_length[512].per_sample["signed"]
+    uneven[:, 0] *= 1.01  # the heads differ a little, by far less than their errors
+    assert profile_quality(noisy)[0].reliability < 0
+    assert "100% of the difference" in sample_advice(noisy)
+    assert "-" not in text_of(profile_table(noisy)).split("512")[1].split("\n")[0]
+
+
 def text_of(renderable):
     console = Console(width=200, file=io.StringIO())
     console.print(renderable)
