@@ -24,7 +24,7 @@ from moa_search.evaluation.scoring import score_answer
 from moa_search.evaluation.statistics import bootstrap_interval
 
 LENGTH, DENSITY, ITEMS, CALIBRATION_SAMPLES = 1024, 0.25, 20, 16
-DRAWS = {2: 6, 4: 5, 8: 4, 16: 3, 32: 1}
+DRAWS = {2: 4, 4: 3, 8: 3, 16: 2, 32: 1}
 """Random subsets of each size; of all samples there is one."""
 
 ALL_TASKS = ("passkey", "copy", "multikey", "question")

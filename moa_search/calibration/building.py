@@ -18,6 +18,7 @@ from moa_search.errors import ConfigError, FileFormatError, ModelMismatchError
 from moa_search.formats.files import canonical_json, sha256_of
 from moa_search.models import cache_dir, weights_hash
 from moa_search.parallel import ALONE, Workers
+from moa_search.version import __version__
 
 __all__ = ["Answers", "Calibration", "Chat", "calibrate"]
 
@@ -112,7 +113,7 @@ def calibrate(
 
     if not cache:
         return work()
-    parts = [drawing.fingerprint, tokenizer_hash(tokenizer), weights_hash(model)]
+    parts = [__version__, drawing.fingerprint, tokenizer_hash(tokenizer), weights_hash(model)]
     key = sha256_of(canonical_json(settings), *(part.encode() for part in parts)).removeprefix("sha256:")
     return _cached(cache_dir() / "calibration" / key, tokenizer, split, workers, work)
 

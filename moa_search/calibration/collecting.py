@@ -71,14 +71,25 @@ class ModelAnswers:
 
     def __call__(self, items: Sequence[Item]) -> list[Tokens | None]:
         """See `Answerer`."""
-        stops = stop_tokens(self.model, self.tokenizer, self.frame)
-        mine: list[Tokens | None] = []
-        with answering(self.model):
-            for item in items[self.workers.rank :: self.workers.count]:
-                answer = greedy_answer(self.model, self.tokenizer, item, stops)
-                mine.append(right_part(self.tokenizer, item, answer))
-        parts = self.workers.everywhere(mine)
+        parts = self.workers.everywhere(self.workers.together(lambda: self._answered(self.workers.own(items))))
         return [parts[i % self.workers.count][i // self.workers.count] for i in range(len(items))]
+
+    def _answered(self, items: Sequence[Item]) -> list[Tokens | None]:
+        import torch
+
+        stops = stop_tokens(self.model, self.tokenizer, self.frame)
+        right: list[Tokens | None] = []
+        with answering(self.model):
+            for item in items:
+                try:
+                    answer = greedy_answer(self.model, self.tokenizer, item, stops)
+                except torch.OutOfMemoryError:
+                    raise CalibrationError(
+                        f"answering a prompt of {len(item.prompt)} tokens doesn't fit the GPU's memory; try "
+                        "--device-map auto, shorter --lengths or --answers dataset"
+                    ) from None
+                right.append(right_part(self.tokenizer, item, answer))
+        return right
 
 
 def collect(

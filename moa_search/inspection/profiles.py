@@ -106,7 +106,8 @@ def calibration_lines(profile: Profile) -> list[str]:
     if isinstance(sources, list):
         own = "the model's own answers" if source.get("answers") == "model" else "the data's answers"
         chat = ", in its chat template" if source.get("chat") else ""
-        lines.append(f"samples   {', '.join(map(str, sources))}; {own}{chat}")
+        made = all(str(name).startswith("samples:") for name in sources)
+        lines.append(f"samples   {', '.join(map(str, sources))}" + ("" if made else f"; {own}{chat}"))
     if isinstance(answered, dict):
         for name, counts in answered.items():
             assert isinstance(counts, dict)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import Any
 
 import torch
 
-__all__ = ["peak_memory_bytes", "reset_peak_memory"]
+__all__ = ["on_gpu", "peak_memory_bytes", "reset_peak_memory"]
+
+
+def on_gpu(model: Any) -> bool:
+    """Whether any of a model's parameters lie on a GPU."""
+    return any(parameter.is_cuda for parameter in model.parameters())
 
 
 def reset_peak_memory() -> None:
@@ -16,9 +22,9 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory_bytes() -> int:
-    """The most that this process held: on the GPUs together where there are any, else in main memory."""
-    if torch.cuda.is_available():
+def peak_memory_bytes(model: Any) -> int:
+    """The most that this process held: on the GPUs together if the model lies there, else in main memory."""
+    if on_gpu(model):
         return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -28,7 +28,7 @@ from moa_search.profiling.attention import observed
 from moa_search.profiling.checkpointing import checkpointed
 from moa_search.profiling.grid import ROW_BUCKETS, window_grid
 from moa_search.profiling.measure import SampleMeter
-from moa_search.profiling.memory import peak_memory_bytes, reset_peak_memory
+from moa_search.profiling.memory import on_gpu, peak_memory_bytes, reset_peak_memory
 from moa_search.profiling.results import Results
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 from moa_search.version import __version__
@@ -109,7 +109,7 @@ def profile_samples(
     seconds = _measure_all(model, samples, results, settings, native, workers, checkpointing, progress)
 
     def pool() -> Profile | None:
-        return _pool(samples, results, settings, native, model_name, seconds) if workers.is_first else None
+        return _pool(model, samples, results, settings, native, model_name, seconds) if workers.is_first else None
 
     profile = workers.from_first(workers.together(pool))
     assert profile is not None
@@ -177,6 +177,7 @@ def _measure_all(
 
 
 def _pool(
+    model: Any,
     samples: Sequence[Sample],
     results: Results,
     settings: dict[str, Any],
@@ -215,7 +216,7 @@ def _pool(
         measured=sum(map(len, seconds.values())),
         resumed=len(samples) - sum(map(len, seconds.values())),
         seconds_per_sample={length: float(np.median(times)) for length, times in sorted(seconds.items())},
-        peak_memory_bytes=peak_memory_bytes(),
-        on_gpu=torch.cuda.is_available(),
+        peak_memory_bytes=peak_memory_bytes(model),
+        on_gpu=on_gpu(model),
     )
     return Profile(header, by_length, run)
