@@ -127,13 +127,13 @@ def require_profilable(model: Any) -> dict[int, int]:
     """
     require_causal(model.config)
     require_own_keys(model.config)
-    require_attention_interface(model)
     windows = native_windows(model.config)
     if windows and None not in windows:
         raise ModelUnsupportedError(
             f"{model.config.model_type}: every layer has a sliding window of its own ({windows[0]} tokens), so no "
             "head's span could be searched"
         )
+    require_attention_interface(model)
     return {layer: window for layer, window in enumerate(windows) if window is not None}
 
 
