@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["attention_rows", "dense_attention"]
+__all__ = ["dense_attention"]
 
 ROWS = 128
 """Query rows per chunk."""
@@ -65,7 +65,7 @@ class _ChunkedAttention(torch.autograd.Function):
         grouped = query.unflatten(0, (key.shape[0], -1))
         out = torch.empty_like(grouped)
         for rows, keys in _chunks(query.shape[1], settings[2]):
-            weights, _, _ = attention_rows(grouped[:, :, rows].to(wide), key[:, keys].to(wide), *settings)
+            weights, _ = _attention_rows(grouped[:, :, rows].to(wide), key[:, keys].to(wide), *settings)
             out[:, :, rows] = _by_head(weights, value[:, keys].to(wide)).to(out.dtype)
         return out.flatten(0, 1)
 
@@ -81,7 +81,7 @@ class _ChunkedAttention(torch.autograd.Function):
         for rows, keys in _chunks(query.shape[1], ctx.settings[2]):
             near_query, near_key, near_value = grouped[:, :, rows].to(wide), key[:, keys].to(wide), value[:, keys]
             grad_rows = grad_grouped[:, :, rows].to(wide)
-            weights, slope, _ = attention_rows(near_query, near_key, *ctx.settings)
+            weights, slope = _attention_rows(near_query, near_key, *ctx.settings)
             gain = _by_head(grad_rows, near_value.to(wide).mT)
             row_gain = (weights * gain).sum(-1, keepdim=True)
             grad_scores = gain.sub_(row_gain).mul_(weights)
@@ -93,9 +93,9 @@ class _ChunkedAttention(torch.autograd.Function):
         return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype), None
 
 
-def attention_rows(
+def _attention_rows(
     query: Tensor, key: Tensor, scale: float, softcap: float | None, window: int | None, sink_logits: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of consecutive rows whose last one is the newest key's own.
 
     Args:
@@ -107,8 +107,7 @@ def attention_rows(
         sink_logits: As in `dense_attention`.
 
     Returns:
-        Weights ``[kv_heads, group, rows, keys]``; with a soft cap its derivative, in that shape; with sink
-        logits the weight that they take, ``[kv_heads, group, rows, 1]``.
+        Weights ``[kv_heads, group, rows, keys]``, and with a soft cap its derivative, in that shape.
     """
     rows, keys = query.shape[2], key.shape[1]
     scores = _by_head(query, key.mT).mul_(scale)
@@ -123,11 +122,10 @@ def attention_rows(
         hidden |= distance >= window
     scores.masked_fill_(hidden, float("-inf"))
     weights = torch.softmax(scores, -1)
-    if sink_logits is None:
-        return weights, slope, None
-    logits = sink_logits.to(scores.dtype).view(key.shape[0], -1, 1, 1)
-    kept = torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True) - logits)
-    return weights.mul_(kept), slope, 1 - kept
+    if sink_logits is not None:
+        logits = sink_logits.to(scores.dtype).view(key.shape[0], -1, 1, 1)
+        weights.mul_(torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True) - logits))
+    return weights, slope
 
 
 def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:

@@ -73,6 +73,8 @@ def influence_statistics(
     group = query.shape[0] // kv_heads
     totals = query.new_zeros(len(STATISTICS), kv_heads, row_buckets, len(windows), dtype=wide)
     logits = None if sink_logits is None else sink_logits.to(wide).view(kv_heads, group, 1, 1)
+    sizes = torch.tensor(windows, device=query.device)
+    unit = math.gcd(*(window for window in windows if window < n)) or n
     chunks = _chunks(n, group, query.device.type)
     most = max(group * (stop - start) * stop for start, stop in chunks)
     scratch = query.new_empty(3, most, dtype=wide)  # fresh memory for each product would cost more than the product
@@ -87,7 +89,9 @@ def influence_statistics(
                 scores = _product(queries[:, start:stop], keys[:, near], room[0]).mul_(scale)
                 attention, kept = _attention(scores, softcap, None if logits is None else logits[head], room[1])
                 weighted = _product(grads[:, start:stop], values[:, near], room[0]).mul_(attention)
-            by_row = _window_statistics(attention, weighted, room[2], kept, start=start, sink=sink, windows=windows)
+            by_row = _window_statistics(
+                attention, weighted, room[2], kept, start=start, sink=sink, sizes=sizes, unit=unit
+            )
             first, last = start // bucket_rows, (stop - 1) // bucket_rows + 1
             bucket = torch.arange(start, stop, device=query.device) // bucket_rows
             member = (bucket == torch.arange(first, last, device=query.device)[:, None]).to(wide)
@@ -157,20 +161,21 @@ def _window_statistics(
     *,
     start: int,
     sink: int,
-    windows: Sequence[int],
+    sizes: Tensor,
+    unit: int,
 ) -> Tensor:
     """`STATISTICS` of every row and window, ``[statistic, row, window]``. Overwrites its first three arguments."""
     stop, device = attention.shape[2], attention.device
     sunk = slice(max(0, stop - sink), stop)
     row_gain = weighted.sum(-1, keepdim=True)
     mass, gain = (x[..., sunk].sum(-1, keepdim=True) for x in (attention, weighted))
-    near_gain = _within(weighted, sunk, windows)
+    near_gain = _within(weighted, sunk, sizes, unit)
     effect = torch.addcmul(weighted, attention, row_gain, value=-1, out=effect)
     complement = torch.sub(attention.new_ones(()), attention, out=weighted).clamp_min_(SMALLEST_COMPLEMENT)
     effect.div_(complement).abs_()
-    near_mass, near_effect = _within(attention, sunk, windows), _within(effect, sunk, windows)
+    near_mass, near_effect = (_within(matrix, sunk, sizes, unit) for matrix in (attention, effect))
     position = torch.arange(start, stop, device=device)[:, None]
-    whole = torch.tensor(windows, device=device) > position - sink
+    whole = sizes > position - sink
     kept_mass, kept_gain = mass + near_mass, gain + near_gain
     smallest = torch.finfo(kept_mass.dtype).tiny
     delta = (kept_gain / (kept_mass + kept).clamp_min(smallest)).sub_(row_gain).masked_fill_(whole, 0)
@@ -179,11 +184,10 @@ def _window_statistics(
     return torch.stack([delta * delta, delta, delta.abs(), beyond, recall]).sum(1)
 
 
-def _within(matrix: Tensor, sunk: slice, windows: Sequence[int]) -> Tensor:
+def _within(matrix: Tensor, sunk: slice, sizes: Tensor, unit: int) -> Tensor:
     """Sums of ``matrix[..., row, column]`` over the distances below each window, ``[group, row, window]``.
 
-    The ``sunk`` columns don't count and are set to zero.
-
+    The ``sunk`` columns don't count and are set to zero; ``unit`` divides every window but those that keep all.
 
     Row r's key at distance d stands in column ``d + rows - 1 - r``, so a view whose row stride is one less
     than the width lines up equal distances; entries past a row's first key fall on masked zeros of the next.
@@ -192,11 +196,10 @@ def _within(matrix: Tensor, sunk: slice, windows: Sequence[int]) -> Tensor:
     """
     matrix[..., sunk] = 0
     group, rows, width = matrix.shape
-    unit = math.gcd(*(window for window in windows if window < width))
-    blocks = (width - 1) // unit if unit else 0
+    blocks = (width - 1) // unit
     if blocks == 0:
-        return matrix.new_zeros(group, rows, len(windows))
+        return matrix.new_zeros(group, rows, len(sizes))
     shape, strides = (group, rows, blocks, unit), (rows * width, width - 1, unit, 1)
     by_block = matrix.as_strided(shape, strides, matrix.storage_offset() + rows - 1).sum(-1)
-    last = torch.tensor([min(window // unit, blocks) - 1 for window in windows], device=matrix.device)
+    last = torch.div(sizes, unit, rounding_mode="floor").clamp_max(blocks) - 1
     return by_block.cumsum_(-1).index_select(-1, last)
