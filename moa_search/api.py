@@ -87,7 +87,6 @@ def profile_model(
     from moa_search.calibration import calibrate, require_samples_folder
     from moa_search.calibration import save_samples as save
     from moa_search.errors import ConfigError
-    from moa_search.models import load_model
     from moa_search.parallel import joined
     from moa_search.profiling import discard_results, profile_samples, require_profilable, results_folder
 
@@ -95,23 +94,14 @@ def profile_model(
     if sink < 0:
         raise ConfigError(f"sink is {sink}; it must be at least 0")
     with joined() as workers:
-
-        def look() -> None:
-            if workers.is_first:  # the others needn't reach its disk
-                _require_writable(output)
-                if save_samples is not None:
-                    require_samples_folder(save_samples)
-
         if workers.count > 1 and device_map is not None:
             raise ConfigError("device_map spreads a model over all GPUs, torchrun gives each process one: choose")
-        workers.together(look)
-
-        def load() -> tuple[Any, Any]:
-            if not isinstance(model, str):
-                return model
-            return load_model(model, dtype=dtype, device=device, device_map=device_map, local_rank=workers.local_rank)
-
-        network, tokenizer = workers.together(load)
+        # The others needn't reach the first one's disk.
+        workers.by_first(lambda: _require_writable(output))
+        if save_samples is not None:
+            workers.by_first(lambda: require_samples_folder(save_samples))
+        placed = {"device": device, "device_map": device_map, "local_rank": workers.local_rank}
+        network, tokenizer = workers.together(lambda: _loaded(model, dtype=dtype, **placed))
         require_profilable(network)
         require_context(network.config, max(lengths))
         calibration_progress, profiling_progress = _split_progress(progress if workers.is_first else None)
@@ -128,12 +118,11 @@ def profile_model(
             workers=workers,
             progress=calibration_progress,
         )
-
-        def share() -> None:
-            if save_samples is not None and workers.is_first:
-                save(calibration.samples, save_samples, tokenizer, split="calibration", settings=calibration.settings)
-
-        workers.together(share)
+        if save_samples is not None:
+            made = calibration.settings
+            workers.by_first(
+                lambda: save(calibration.samples, save_samples, tokenizer, split="calibration", settings=made)
+            )
         partial = None if output is None else results_folder(output)
         profile = profile_samples(
             network,
@@ -150,13 +139,9 @@ def profile_model(
             resume=resume,
             progress=profiling_progress,
         )
-
-        def write() -> None:
-            if output is not None and partial is not None and workers.is_first:
-                profile.save(output)
-                discard_results(partial)
-
-        workers.together(write)
+        if output is not None and partial is not None:
+            workers.by_first(lambda: profile.save(output))
+            workers.by_first(lambda: discard_results(partial))
     return profile
 
 
@@ -294,7 +279,6 @@ def evaluate_model(
     from moa_search.evaluation.tasks import require_tasks
     from moa_search.formats import ModelSignature, Plan
     from moa_search.formats.files import atomic_write
-    from moa_search.models import load_model
 
     _require_positive(lengths=min(lengths, default=0), samples=samples)
     require_tasks(tasks)
@@ -306,7 +290,7 @@ def evaluate_model(
     variants = make_variants(plans, baselines, lengths)
     if not variants:
         raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
-    network, tokenizer = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    network, tokenizer = _loaded(model, dtype=dtype, device=device)
     signature = ModelSignature.of(network.config)
     for name, loaded in plans.items():
         loaded.model.require(signature, f"plan {name}")
@@ -351,6 +335,13 @@ def inspect_plan(plan: str | Plan, *, lengths: Sequence[int] = (), output: str |
         _require_writable(output)
         save_heat_map(loaded, output, lengths=list(lengths) or default_lengths(loaded))
     return loaded
+
+
+def _loaded(model: str | tuple[Any, Any], **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer; ``options`` are those of load_model."""
+    from moa_search.models import load_model
+
+    return load_model(model, **options) if isinstance(model, str) else model
 
 
 def _plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:

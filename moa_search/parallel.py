@@ -88,6 +88,14 @@ class Workers:
             raise failed
         return result[0]
 
+    def by_first(self, work: Callable[[], R]) -> R | None:
+        """Run ``work`` on the first process alone; its result there, its error on all.
+
+        Raises:
+            MoAError: What ``work`` raised.
+        """
+        return self.together(lambda: work() if self.is_first else None)
+
     def rounds(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """``items`` in rounds of one per process; the last may be short."""
         for start in range(0, len(items), self.count):

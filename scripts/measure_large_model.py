@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from moa_search.calibration import Sample
 from moa_search.profiling import profile_samples
 from moa_search.profiling.checkpointing import checkpointed
+from moa_search.profiling.measure import answer_loss
 
 SHAPES = {
     "llama-8b": {
@@ -48,11 +49,8 @@ ANSWER_TOKENS = 32
 
 
 def plain(model, sample: Sample) -> None:
-    ids = torch.from_numpy(sample.ids)[None].to(model.device)
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     with checkpointed(model, True):
-        logits = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=ANSWER_TOKENS + 1).logits
-        torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, -ANSWER_TOKENS:]).backward()
+        answer_loss(model, sample).backward()
 
 
 def measured(work) -> tuple[float, int]:

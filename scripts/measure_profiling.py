@@ -26,6 +26,7 @@ from moa_search import load_model
 from moa_search.calibration import Sample, build_samples
 from moa_search.profiling import profile_samples
 from moa_search.profiling.checkpointing import checkpointed
+from moa_search.profiling.measure import answer_loss
 
 LENGTHS = (1024, 2048, 4096, 8192)
 CASES = ("plain", "ours", "plain checkpointed", "ours checkpointed", "MoA")
@@ -40,17 +41,9 @@ def memory_mib(field: str) -> float:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def backward(model, sample: Sample) -> None:
-    ids = torch.from_numpy(sample.ids)[None]
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-    logits = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits
-    predicted = logits[0, -sample.answer_tokens - 1 : -1].float()
-    torch.nn.functional.cross_entropy(predicted, ids[0, -sample.answer_tokens :]).backward()
-
-
 def plain(model, sample: Sample, checkpointing: bool) -> None:
     with checkpointed(model, checkpointing):
-        backward(model, sample)
+        answer_loss(model, sample).backward()
 
 
 def moa(model, sample: Sample) -> None:
@@ -72,7 +65,7 @@ def moa(model, sample: Sample) -> None:
     AttentionInterface.register("moa_way", attend)
     AttentionMaskInterface.register("moa_way", lambda *args, **kwargs: None)
     model.set_attn_implementation("moa_way")
-    backward(model, sample)
+    answer_loss(model, sample).backward()
     for layer, attention in enumerate(kept):
         a, g = attention.detach()[0], attention.grad[0]
         effect = (a * (g - (a * g).sum(-1, keepdim=True)) / (1 - a).clamp_min(1e-6)).abs()

@@ -150,12 +150,9 @@ def _cached(
     if found is not None:
         return found
     made = work()
-
-    def keep() -> None:
-        if workers.is_first:
-            save_samples(made.samples, entry, tokenizer, split=split, settings=made.settings, replace=True)
-
-    workers.together(keep)
+    workers.by_first(
+        lambda: save_samples(made.samples, entry, tokenizer, split=split, settings=made.settings, replace=True)
+    )
     return made
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.calibration.facts import NAMES, QuestionGenerator
-from moa_search.calibration.prompts import Asking, Generator, Item, plain_frame
+from moa_search.calibration.prompts import Asking, Frame, Generator, Item
 from moa_search.calibration.records import NoMoreRecordsError
 from moa_search.calibration.samples import Sample
 from moa_search.calibration.texts import Split, TextSource
@@ -78,15 +78,16 @@ class CopyGenerator(Generator):
     answer_tokens = 24
     attempts = 200
 
+    def __init__(
+        self, tokenizer: Any, source: TextSource, frame: Frame | None = None, free_room: int | None = None
+    ) -> None:
+        super().__init__(tokenizer, source, None, free_room)
+
     def draw(self, length: int, depth: float, rng: np.random.Generator) -> Item:
         """See `Generator.draw`."""
-        start = plain_frame(self._tokenizer).before
         passage_tokens = self.cue_tokens + self.answer_tokens
         separator = self._encode("\n\n")
-        fixed = len(separator) + passage_tokens
-        missing = length - len(start) - fixed
-        if missing < fixed:
-            raise CalibrationError(f"{self.name} samples can't be as short as {length} tokens")
+        missing = self._missing(length, len(separator) + passage_tokens)
         document, filler = self._source.cut(missing, rng)
         last = len(filler) - passage_tokens
         for _ in range(self.attempts):
@@ -94,7 +95,7 @@ class CopyGenerator(Generator):
             passage = filler[at : at + passage_tokens]
             if _occurrences(filler, passage[: self.cue_tokens]) == 1:
                 return Item(
-                    prompt=np.concatenate([start, filler, separator, passage[: self.cue_tokens]]),
+                    prompt=np.concatenate([self._frame.before, filler, separator, passage[: self.cue_tokens]]),
                     reference=passage[self.cue_tokens :],
                     accepted=(),
                     ends="reference",

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.calibration.samples import Sample
-from moa_search.calibration.texts import TextSource
+from moa_search.calibration.texts import TextSource, encode
 from moa_search.errors import CalibrationError
 from moa_search.formats.files import one_line
 
-__all__ = ["Asking", "Ending", "Frame", "Generator", "Item", "chat_frame", "encode", "plain_frame", "scattered"]
+__all__ = ["Asking", "Ending", "Frame", "Generator", "Item", "chat_frame", "plain_frame", "scattered"]
 
 Tokens = npt.NDArray[np.int64]
 Ending = Literal["reference", "line", "turn"]
@@ -25,11 +25,6 @@ MARKER = "moaContentMarker"
 
 TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 """Templates that print today's date would give other samples tomorrow; thoughts would fill the room for answers."""
-
-
-def encode(tokenizer: Any, text: str) -> Tokens:
-    """Token ids of ``text`` alone, ``[tokens]``: no special token is added."""
-    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)

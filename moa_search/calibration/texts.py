@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moa_search.errors import CalibrationError, ConfigError
 
-__all__ = ["SPLITS", "Document", "Split", "TextSource", "documents", "of_split", "squeezed"]
+__all__ = ["SPLITS", "Document", "Split", "TextSource", "documents", "encode", "of_split", "squeezed"]
 
 Tokens = npt.NDArray[np.int64]
 Document = tuple[str, str]
@@ -104,6 +104,11 @@ def _paragraphs(text: str) -> set[str]:
     return {paragraph for paragraph in paragraphs if len(paragraph) >= REPEATED_CHARACTERS}
 
 
+def encode(tokenizer: Any, text: str) -> Tokens:
+    """Token ids of ``text`` alone, ``[tokens]``: no special token is added."""
+    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+
+
 class TextSource:
     """Cuts stretches of an exact number of tokens out of texts.
 
@@ -171,5 +176,4 @@ class TextSource:
         return self._tokens[index]
 
     def _encode(self, text: str) -> Tokens:
-        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        return np.asarray(encoded["input_ids"], dtype=np.int64)
+        return encode(self._tokenizer, text)

@@ -20,7 +20,7 @@ from moa_search.profiling.attention import Recorder, record_into
 from moa_search.profiling.grid import window_grid
 from moa_search.profiling.results import SampleResult
 
-__all__ = ["SampleMeter"]
+__all__ = ["SampleMeter", "answer_loss"]
 
 HALF_LOSS_SCALE = 2.0**14
 """Gradients of long samples are below float16's smallest number: its loss is scaled up, the results down."""
@@ -31,13 +31,22 @@ LOSS_POWER = {"squared": 2, "signed": 1, "absolute": 1, "elementwise": 1, "recal
 """How each statistic grows with the loss."""
 
 
+def answer_loss(model: Any, sample: Sample) -> torch.Tensor:
+    """Loss over the answer in nats per token, whose gradient reaches activations but no parameter."""
+    embed = model.get_input_embeddings()
+    ids = torch.from_numpy(sample.ids)[None].to(embed.weight.device)
+    embeddings = embed(ids).detach().requires_grad_(True)
+    logits = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits
+    predicted = logits[0, -sample.answer_tokens - 1 : -1].float()
+    return functional.cross_entropy(predicted, ids[0, -sample.answer_tokens :].to(predicted.device))
+
+
 @dataclass(frozen=True)
 class SampleMeter:
     """Measures samples with one model.
 
     Attributes:
-        model: A causal language model under `moa_search.profiling.attention.observed`.
-        modules: Its observed modules.
+        model: A causal language model.
         signature: Its layers and heads.
         sink: First tokens that no window ever drops.
         block: Smallest window in tokens.
@@ -46,15 +55,19 @@ class SampleMeter:
     """
 
     model: Any
-    modules: list[Any]
     signature: ModelSignature
     sink: int
     block: int
     row_buckets: int
     native: dict[int, int]
 
-    def measure(self, sample: Sample, number: int) -> SampleResult:
-        """Loss and statistics of one sample; ``number`` names it in errors.
+    def measure(self, modules: list[Any], sample: Sample, number: int) -> SampleResult:
+        """Loss and statistics of one sample.
+
+        Args:
+            modules: The model's, under `moa_search.profiling.attention.observed`.
+            sample: What to measure.
+            number: Names it in errors.
 
         Raises:
             ProfilingError: The loss or a gradient isn't finite.
@@ -65,7 +78,7 @@ class SampleMeter:
         scale = HALF_LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
         while True:
             recorder = self._recorder(sample)
-            record_into(self.modules, recorder)
+            record_into(modules, recorder)
             try:
                 loss = self._backward(sample, scale)
             except torch.OutOfMemoryError:
@@ -96,13 +109,8 @@ class SampleMeter:
         )
 
     def _backward(self, sample: Sample, scale: float) -> float:
-        """Loss over the answer in nats per token; its gradient, times ``scale``, flows through the activations."""
-        embed = self.model.get_input_embeddings()
-        ids = torch.from_numpy(sample.ids)[None].to(embed.weight.device)
-        embeddings = embed(ids).detach().requires_grad_(True)
-        logits = self.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits
-        predicted = logits[0, -sample.answer_tokens - 1 : -1].float()
-        loss = functional.cross_entropy(predicted, ids[0, -sample.answer_tokens :].to(predicted.device))
+        """The loss; its gradient, times ``scale``, flows through the activations."""
+        loss = answer_loss(self.model, sample)
         (loss * scale).backward()
         return loss.item()
 

@@ -86,11 +86,13 @@ def profile_samples(
     """
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
-    native = require_profilable(model)
+    meter = SampleMeter(
+        model, ModelSignature.of(model.config), sink, block, row_buckets, native=require_profilable(model)
+    )
     require_context(model.config, max(sample.length for sample in samples))
     settings = {
         "library_version": __version__,
-        "model": ModelSignature.of(model.config).model_dump(mode="json"),
+        "model": meter.signature.model_dump(mode="json"),
         "weights": weights_hash(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "sink": sink,
@@ -106,12 +108,10 @@ def profile_samples(
     }
     # Only the first process keeps results, so the others needn't reach its disk.
     results = workers.together(lambda: Results(partial if workers.is_first else None, settings, resume=resume))
-    seconds = _measure_all(model, samples, results, settings, native, workers, checkpointing, progress)
+    seconds = _measure_all(meter, samples, results, workers, checkpointing, progress)
 
-    def pool() -> Profile | None:
-        return _pool(model, samples, results, settings, native, model_name, seconds) if workers.is_first else None
-
-    profile = workers.from_first(workers.together(pool))
+    pooled = workers.by_first(lambda: _pool(meter, samples, results, settings, model_name, seconds))
+    profile = workers.from_first(pooled)
     assert profile is not None
     return profile
 
@@ -138,11 +138,9 @@ def require_profilable(model: Any) -> dict[int, int]:
 
 
 def _measure_all(
-    model: Any,
+    meter: SampleMeter,
     samples: Sequence[Sample],
     results: Results,
-    settings: dict[str, Any],
-    native: dict[int, int],
     workers: Workers,
     checkpointing: bool,
     progress: Progress | None,
@@ -153,19 +151,10 @@ def _measure_all(
     total, finished = sum(sample.length for sample in samples), sum(samples[number].length for number in done)
     seconds: dict[int, list[float]] = {}
     reset_peak_memory()
-    with observed(model) as modules, checkpointed(model, checkpointing):
-        meter = SampleMeter(
-            model,
-            modules,
-            ModelSignature.of(model.config),
-            settings["sink"],
-            settings["block"],
-            settings["row_buckets"],
-            native,
-        )
+    with observed(meter.model) as modules, checkpointed(meter.model, checkpointing):
         for numbers in workers.rounds(left):
             mine = workers.own(numbers)
-            measured = workers.together(lambda: [meter.measure(samples[number], number) for number in mine])  # noqa: B023
+            measured = workers.together(lambda: [meter.measure(modules, samples[n], n) for n in mine])  # noqa: B023
             gathered = [result for part in workers.on_first(measured) for result in part]
             workers.together(lambda: results.put(dict(zip(numbers, gathered, strict=False))))  # noqa: B023
             for number, result in zip(numbers, gathered, strict=False):
@@ -177,34 +166,34 @@ def _measure_all(
 
 
 def _pool(
-    model: Any,
+    meter: SampleMeter,
     samples: Sequence[Sample],
     results: Results,
     settings: dict[str, Any],
-    native: dict[int, int],
     model_name: str,
     seconds: dict[int, list[float]],
 ) -> Profile:
     """The profile of all samples, pooled in their order."""
     import transformers
 
-    sink, block, row_buckets = settings["sink"], settings["block"], settings["row_buckets"]
     gathered: dict[int, LengthAccumulator] = {}
     for sample, result in zip(samples, results.in_order(), strict=True):
         length = sample.target_length
-        pool = gathered.setdefault(length, LengthAccumulator(length, window_grid(length, block), row_buckets))
+        pool = gathered.setdefault(
+            length, LengthAccumulator(length, window_grid(length, meter.block), meter.row_buckets)
+        )
         pool.add(result.loss, result.statistics)
     by_length: dict[int, LengthProfile] = {length: pool.result() for length, pool in sorted(gathered.items())}
     header = ProfileHeader(
-        model=settings["model"],
+        model=meter.signature,
         model_name=model_name,
         dtype=settings["dtype"],
-        sink=sink,
-        block=block,
+        sink=meter.sink,
+        block=meter.block,
         seed=settings["seed"],
         calibration=settings["calibration"],
         lengths=tuple(entry.header for entry in by_length.values()),
-        native_layers=tuple(native),
+        native_layers=tuple(meter.native),
         weights_hash=settings["weights"],
         versions={
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -216,7 +205,7 @@ def _pool(
         measured=sum(map(len, seconds.values())),
         resumed=len(samples) - sum(map(len, seconds.values())),
         seconds_per_sample={length: float(np.median(times)) for length, times in sorted(seconds.items())},
-        peak_memory_bytes=peak_memory_bytes(model),
-        on_gpu=on_gpu(model),
+        peak_memory_bytes=peak_memory_bytes(meter.model),
+        on_gpu=on_gpu(meter.model),
     )
     return Profile(header, by_length, run)

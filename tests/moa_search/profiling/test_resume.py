@@ -43,10 +43,10 @@ def stopped(tmp_path, monkeypatch):
     """A folder with the first two samples of four, of a run that then met an error."""
     measure = SampleMeter.measure
 
-    def stop_at_two(self, sample, number):
+    def stop_at_two(self, modules, sample, number):
         if number == 2:
             raise KeyboardInterrupt
-        return measure(self, sample, number)
+        return measure(self, modules, sample, number)
 
     monkeypatch.setattr(SampleMeter, "measure", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
