@@ -8,7 +8,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from moa_search import spans
 from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
@@ -33,6 +41,7 @@ __all__ = [
     "Plan",
     "Provenance",
     "SpanPattern",
+    "Validation",
     "own_window",
     "plan_json_schema",
 ]
@@ -83,10 +92,16 @@ Pattern = Annotated[SpanPattern | DensePattern | NativePattern, Field(discrimina
 
 
 class Budget(_Strict):
-    """An upper bound on the plan's density at one length."""
+    """An upper bound that the plan keeps at one length: on its density, or on a time in milliseconds."""
 
     length: int = Field(ge=1, description="tokens")
-    density: float = Field(gt=0, le=1)
+    density: float | None = Field(default=None, gt=0, le=1, description="share of the KV cache; None for a time")
+    asked: str | None = Field(default=None, description="what the user wrote, where that wasn't a density")
+    hardware: str | None = Field(default=None, description="whose cost model a time was computed with")
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class Provenance(_Strict):
@@ -101,6 +116,17 @@ class Provenance(_Strict):
     dual_bound: float | None = Field(default=None, description="proven lower bound of the weighted loss")
     gap: float | None = Field(default=None, description="(objective - dual bound) / objective")
     versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Validation(_Strict):
+    """What a plan loses on samples that neither profile nor search have seen."""
+
+    length: int = Field(ge=1, description="tokens per sample")
+    data: str = Field(description="hash of the samples")
+    samples: int = Field(ge=1)
+    loss: float = Field(description="mean loss under the plan, in nats per answer token")
+    loss_error: float = Field(ge=0, description="its standard error over samples")
+    dense_loss: float | None = Field(default=None, description="mean loss of the same samples without a plan")
 
 
 class LengthMetrics(_Strict):
@@ -130,6 +156,7 @@ class Plan(_Strict):
         patterns: ``[layer][kv_head]``.
         provenance: How it was found.
         predicted: Densities and predicted losses per length.
+        validated: Losses of sparse forward passes on held-out samples.
     """
 
     schema_: Literal["moa-plan/1"] = Field(default=PLAN_SCHEMA, alias="schema")
@@ -141,6 +168,7 @@ class Plan(_Strict):
     patterns: tuple[tuple[Pattern, ...], ...]
     provenance: Provenance | None = None
     predicted: tuple[LengthMetrics, ...] = ()
+    validated: tuple[Validation, ...] = ()
 
     @model_validator(mode="after")
     def _shape_matches_model(self) -> Plan:
@@ -237,7 +265,13 @@ class Plan(_Strict):
         """The same plan with every rule fixed at its span for ``length`` tokens, anchored at positions."""
         fixed = [[SpanRule(tokens, 0) for tokens in layer] for layer in self.spans(length)]
         patterns = Plan.from_rules(fixed, self.model, native_layers=self.native_layers).patterns
-        return self.model_copy(update={"anchor": "position", "patterns": patterns, "predicted": ()})
+        return self.model_copy(update={"anchor": "position", "patterns": patterns, "predicted": (), "validated": ()})
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides the model's output under the plan: two plans with one fingerprint act the same."""
+        parts = ("model", "sink", "block", "anchor", "patterns")
+        return _checksum({name: value for name, value in self._content().items() if name in parts})
 
     @property
     def checksum(self) -> str:
@@ -310,7 +344,10 @@ class Plan(_Strict):
         return [rule for layer, heads in enumerate(self.rules) if layer not in native for rule in heads]
 
     def _content(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", by_alias=True)
+        content = self.model_dump(mode="json", by_alias=True)
+        if not self.validated:
+            del content["validated"]  # as in files from before it: equal plans give equal bytes
+        return content
 
 
 def plan_json_schema() -> dict[str, Any]:
@@ -350,5 +387,5 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _keys() -> set[str]:
     """Every key that may appear somewhere in the file."""
-    kinds = (Plan, ModelSignature, Provenance, Budget, LengthMetrics, SpanPattern)
+    kinds = (Plan, ModelSignature, Provenance, Budget, LengthMetrics, Validation, SpanPattern)
     return {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}

@@ -45,7 +45,7 @@ class Problem:
         """
         heads = len(losses)
         costs = np.array([[span(b.length, rule, min_span) for rule in rules] for b in budgets], dtype=np.int64)
-        limits = np.array([int(b.density * b.length * heads + 1e-9) for b in budgets], dtype=np.int64)
+        limits = np.array([int((b.density or 0) * b.length * heads + 1e-9) for b in budgets], dtype=np.int64)
         for budget, row, limit in zip(budgets, costs, limits, strict=True):
             if int(row.min()) * heads > limit:
                 raise BudgetInfeasibleError(

@@ -1,0 +1,21 @@
+"""What the commands do, as functions: every keyword argument is a flag and a YAML key of the same name.
+
+Heavy libraries are imported inside the functions, so that ``--help`` stays quick.
+"""
+
+from moa_search.api.common import Criterion, Dtype
+from moa_search.api.evaluating import evaluate_model
+from moa_search.api.inspecting import inspect_plan
+from moa_search.api.profiling import merge_profiles, profile_model
+from moa_search.api.searching import search_front, search_plan
+
+__all__ = [
+    "Criterion",
+    "Dtype",
+    "evaluate_model",
+    "inspect_plan",
+    "merge_profiles",
+    "profile_model",
+    "search_front",
+    "search_plan",
+]

@@ -1,0 +1,44 @@
+"""Choices that several functions share, and checks before the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from moa_search.errors import ConfigError
+
+__all__ = ["Criterion", "Dtype", "Progress", "model_and_tokenizer", "require_positive", "require_writable"]
+
+Progress = Callable[[int, int], None]
+"""Called with the work done and the work in all."""
+
+Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def model_and_tokenizer(model: str | tuple[Any, Any], **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer; ``options`` are those of load_model."""
+    from moa_search.models import load_model
+
+    return load_model(model, **options) if isinstance(model, str) else model
+
+
+def require_positive(**values: float) -> None:
+    """Refuse options that aren't over 0, by name."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{name}: {value:g} is out of range; it must be over 0")
+
+
+def require_writable(output: str | None) -> None:
+    """Find out before hours of work, not after, that a result can't be written."""
+    if output is None:
+        return
+    path = Path(output)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ConfigError(f"output: {output} is a folder; give a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output: {output} can't be written, {parent} is no writable folder")

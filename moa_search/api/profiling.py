@@ -1,0 +1,162 @@
+"""Profiles: made, and pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from moa_search.api.common import Dtype, Progress, model_and_tokenizer, require_positive, require_writable
+from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
+
+if TYPE_CHECKING:
+    from moa_search.formats import Profile
+
+__all__ = ["merge_profiles", "profile_model"]
+
+
+def profile_model(
+    model: str | tuple[Any, Any],
+    *,
+    lengths: Sequence[int] = (1024, 2048),
+    samples: int = 16,
+    sources: Sequence[str] = ("passkey", "copy"),
+    answers: Literal["model", "dataset"] = "model",
+    max_answer_tokens: int = 64,
+    chat: Literal["auto", "never"] = "auto",
+    save_samples: str | None = None,
+    output: str | None = None,
+    resume: bool = True,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    sink: int = SINK_TOKENS,
+    block: int = BLOCK_TOKENS,
+    row_buckets: int = 32,
+    checkpointing: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure what shortening each attention head's view would cost.
+
+    Under torchrun the processes share the samples, one GPU each, and the result is the same.
+
+    Args:
+        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
+        lengths: Tokens per calibration sample; one round of samples for each.
+        samples: Calibration samples per length.
+        sources: What calibration samples are drawn from, in turn: passkey, multikey, question or copy in built-in
+            texts, passkey:FILE in other ones, or question-answer records from a JSONL, parquet or CSV file or a Hub
+            dataset, such as data.jsonl?context=passage (docs/calibration.md).
+        answers: model supervises on the dense model's own greedy answers and leaves out wrong ones; dataset on the
+            reference answers.
+        max_answer_tokens: Room for the model's own answers to free questions.
+        chat: auto puts prompts into the tokenizer's chat template where it has one; never leaves them plain.
+        save_samples: Folder to save the calibration samples to as a data set; use it again as source samples:FOLDER.
+        output: File to write the profile to (.safetensors); FILE.partial beside it holds an unfinished run.
+        resume: Go on from FILE.partial if a run was stopped; false starts anew.
+        dtype: Type of the weights; auto is the checkpoint's own on a GPU, and on a CPU bfloat16 where it is native.
+        device: Such as cpu or cuda:0; auto takes the first GPU if there is one, under torchrun one per process.
+        device_map: auto spreads a model that is too large for one GPU over all of them (accelerate).
+        sink: First tokens that every head keeps.
+        block: Smallest window in tokens, and the granularity of the small ones.
+        row_buckets: Equal slices of a sample's rows that are told apart.
+        checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        seed: Of the calibration samples.
+        progress: Told the work done and in all.
+
+    Returns:
+        The profile; its run tells times, memory and what was taken over from a stopped run.
+
+    Raises:
+        MoAError: The model, a length or an option can't be used; see `moa_search.errors`.
+    """
+    from moa_search.architecture import require_context
+    from moa_search.calibration import calibrate, require_samples_folder
+    from moa_search.calibration import save_samples as save
+    from moa_search.errors import ConfigError
+    from moa_search.parallel import joined
+    from moa_search.profiling import discard_results, profile_samples, require_profilable, results_folder
+
+    require_positive(lengths=min(lengths, default=0), samples=samples, block=block, row_buckets=row_buckets)
+    if sink < 0:
+        raise ConfigError(f"sink is {sink}; it must be at least 0")
+    with joined() as workers:
+        if workers.count > 1 and device_map is not None:
+            raise ConfigError("device_map spreads a model over all GPUs, torchrun gives each process one: choose")
+        # The others needn't reach the first one's disk.
+        workers.by_first(lambda: require_writable(output))
+        if save_samples is not None:
+            workers.by_first(lambda: require_samples_folder(save_samples))
+        placed = {"device": device, "device_map": device_map, "local_rank": workers.local_rank}
+        network, tokenizer = workers.together(lambda: model_and_tokenizer(model, dtype=dtype, **placed))
+        require_profilable(network)
+        require_context(network.config, max(lengths))
+        calibration_progress, profiling_progress = _split_progress(progress if workers.is_first else None)
+        calibration = calibrate(
+            network,
+            tokenizer,
+            sources=sources,
+            lengths=lengths,
+            samples=samples,
+            seed=seed,
+            answers=answers,
+            max_answer_tokens=max_answer_tokens,
+            chat=chat,
+            workers=workers,
+            progress=calibration_progress,
+        )
+        if save_samples is not None:
+            made = calibration.settings
+            workers.by_first(
+                lambda: save(calibration.samples, save_samples, tokenizer, split="calibration", settings=made)
+            )
+        partial = None if output is None else results_folder(output)
+        profile = profile_samples(
+            network,
+            calibration.samples,
+            model_name=model if isinstance(model, str) else "",
+            sink=sink,
+            block=block,
+            row_buckets=row_buckets,
+            checkpointing=checkpointing,
+            seed=seed,
+            calibration=calibration.settings,
+            workers=workers,
+            partial=partial,
+            resume=resume,
+            progress=profiling_progress,
+        )
+        if output is not None and partial is not None:
+            workers.by_first(lambda: profile.save(output))
+            workers.by_first(lambda: discard_results(partial))
+    return profile
+
+
+def merge_profiles(profiles: Sequence[str | Profile], *, output: str | None = None) -> Profile:
+    """Pool profiles of one model, made with the same settings from different samples.
+
+    Args:
+        profiles: Profile files; in Python also Profiles.
+        output: File to write the pooled profile to (.safetensors).
+
+    Returns:
+        The profile of all their samples.
+
+    Raises:
+        MoAError: A file is no profile, or they can't be pooled; the message says why.
+    """
+    from moa_search.formats import Profile
+    from moa_search.formats.merge import merge
+
+    require_writable(output)
+    pooled = merge([entry if isinstance(entry, Profile) else Profile.load(entry) for entry in profiles])
+    if output is not None:
+        pooled.save(output)
+    return pooled
+
+
+def _split_progress(progress: Progress | None) -> tuple[Progress | None, Progress | None]:
+    """One bar for two stages: answering the samples, then profiling them, which takes about three times as long."""
+    if progress is None:
+        return None, None
+    return lambda done, total: progress(done, 4 * total), lambda done, total: progress(total + 3 * done, 4 * total)
