@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moa_search.errors import SolverError
+from moa_search.search.assignment import Found
 from moa_search.search.exact import RELATIVE_GAP, solve_exact
 from moa_search.search.problem import Problem
 
@@ -92,9 +93,18 @@ def test_a_model_of_ninety_heads_is_solved_to_the_gap():
     assert solution.gap <= RELATIVE_GAP
 
 
-def test_no_time_is_an_error_that_names_the_limit():
-    with pytest.raises(SolverError, match=r"no plan within 0\.001 s"):
-        solve_exact(model_sized(), time_limit_s=1e-3)
+def test_no_time_gives_a_plan_with_its_gap():
+    problem = model_sized()
+    hasty, patient = solve_exact(problem, time_limit_s=1e-6), solve_exact(problem)
+    assert problem.is_feasible(hasty.choice)
+    assert hasty.bound <= patient.bound <= patient.objective <= hasty.objective
+    assert RELATIVE_GAP < hasty.gap < 0.5
+
+
+def test_nothing_feasible_is_an_error():
+    problem = Problem(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[2, 3], [3, 2]]), np.array([4, 4]))
+    with pytest.raises(SolverError, match=r"no plan that keeps all budgets was found within 60 s"):
+        solve_exact(problem)
 
 
 def test_out_of_time_in_a_later_round_keeps_the_plan_with_its_gap(monkeypatch):
@@ -103,9 +113,11 @@ def test_out_of_time_in_a_later_round_keeps_the_plan_with_its_gap(monkeypatch):
 
     rounds = []
 
-    def first_round_only(problem, losses, kept, time_limit_s):
-        rounds.append(time_limit_s)
-        return solve(problem, losses, kept, time_limit_s) if len(rounds) == 1 else None
+    def first_round_only(problem, losses, gap, deadline, start):
+        rounds.append(deadline)
+        if len(rounds) == 1:
+            return solve(problem, losses, gap, deadline, start)
+        return Found(None, np.inf, 0.0, np.zeros(len(problem.limits)))
 
     solve = exact._solve
     monkeypatch.setattr(exact, "_solve", first_round_only)
