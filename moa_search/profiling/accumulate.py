@@ -32,7 +32,7 @@ class LengthAccumulator:
         """Add one sample.
 
         Args:
-            loss: Dense loss in nats per answer token.
+            loss: Its loss in nats per answer token.
             statistics: Each ``[layer, kv_head, bucket, window]``.
         """
         self._losses.append(loss)

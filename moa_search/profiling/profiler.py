@@ -19,8 +19,8 @@ from moa_search.architecture import (
 )
 from moa_search.calibration import Sample, hash_samples
 from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.formats import ModelSignature, Plan
 from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
-from moa_search.formats.signature import ModelSignature
 from moa_search.models import weights_hash
 from moa_search.parallel import ALONE, Workers
 from moa_search.profiling.accumulate import LengthAccumulator
@@ -30,6 +30,7 @@ from moa_search.profiling.grid import ROW_BUCKETS, window_grid
 from moa_search.profiling.measure import SampleMeter
 from moa_search.profiling.memory import on_gpu, peak_memory_bytes, reset_peak_memory
 from moa_search.profiling.results import Results
+from moa_search.profiling.under_plan import require_plan_fits
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 from moa_search.version import __version__
 
@@ -53,6 +54,7 @@ def profile_samples(
     workers: Workers = ALONE,
     partial: Path | None = None,
     resume: bool = True,
+    under_plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Measure the influence of shorter windows on every KV head.
@@ -74,6 +76,8 @@ def profile_samples(
         partial: Folder for the results of each sample, from which a killed run goes on; None keeps them in
             memory. It stays until `discard_results`.
         resume: Go on from what ``partial`` holds; False starts anew.
+        under_plan: Experimental: losses and gradients are those of the model under this plan. Windows are still
+            measured against full attention over that model's own queries, keys and values.
         progress: Told after each sample.
 
     Returns:
@@ -81,14 +85,14 @@ def profile_samples(
 
     Raises:
         ModelUnsupportedError: The model's attention can't be observed.
+        ModelMismatchError: ``under_plan`` was made for another model.
         ConfigError: A sample is longer than the model's context, or ``partial`` holds another run's results.
         ProfilingError: A loss isn't finite.
     """
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
-    meter = SampleMeter(
-        model, ModelSignature.of(model.config), sink, block, row_buckets, native=require_profilable(model)
-    )
+    native = require_profilable(model, under_plan)
+    meter = SampleMeter(model, ModelSignature.of(model.config), sink, block, row_buckets, native, under_plan)
     require_context(model.config, max(sample.length for sample in samples))
     settings = {
         "library_version": __version__,
@@ -104,6 +108,7 @@ def profile_samples(
             "samples": len(samples),
             "hash": hash_samples(samples),
             "sample_hashes": [hash_samples([sample]).removeprefix("sha256:")[:16] for sample in samples],
+            **({} if under_plan is None else {"under_plan": under_plan.checksum}),
         },
     }
     # Only the first process keeps results, so the others needn't reach its disk.
@@ -116,14 +121,15 @@ def profile_samples(
     return profile
 
 
-def require_profilable(model: Any) -> dict[int, int]:
-    """Check that a model's heads can be observed and given spans.
+def require_profilable(model: Any, under_plan: Plan | None = None) -> dict[int, int]:
+    """Check that a model's heads can be observed and given spans, and that a plan to profile it under is its own.
 
     Returns:
         The layers that have a sliding window of their own, in tokens: they aren't measured.
 
     Raises:
         ModelUnsupportedError: They can't, or every layer has such a window; the message says why.
+        ModelMismatchError: The plan was made for another model.
     """
     require_causal(model.config)
     require_own_keys(model.config)
@@ -134,7 +140,10 @@ def require_profilable(model: Any) -> dict[int, int]:
             "head's span could be searched"
         )
     require_attention_interface(model)
-    return {layer: window for layer, window in enumerate(windows) if window is not None}
+    native = {layer: window for layer, window in enumerate(windows) if window is not None}
+    if under_plan is not None:
+        require_plan_fits(under_plan, model, native)
+    return native
 
 
 def _measure_all(

@@ -30,7 +30,7 @@ class SampleResult:
     """One sample's measurements.
 
     Attributes:
-        loss: Dense loss in nats per answer token.
+        loss: Loss in nats per answer token, dense or under the plan that is profiled under.
         statistics: Each ``[layer, kv_head, bucket, window]``, float32; zero in native layers.
         seconds: Time it took, not kept in the folder.
     """
