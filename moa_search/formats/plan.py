@@ -99,6 +99,12 @@ class Budget(_Strict):
     asked: str | None = Field(default=None, description="what the user wrote, where that wasn't a density")
     hardware: str | None = Field(default=None, description="whose cost model a time was computed with")
 
+    @model_validator(mode="after")
+    def _bounds_something(self) -> Budget:
+        if self.density is None and self.asked is None:
+            raise ValueError("neither density nor asked says what is bounded")
+        return self
+
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in handler(self).items() if value is not None}
@@ -125,7 +131,9 @@ class Validation(_Strict):
     data: str = Field(description="hash of the samples")
     samples: int = Field(ge=1)
     loss: float = Field(description="mean loss under the plan, in nats per answer token")
-    loss_error: float = Field(ge=0, description="its standard error over samples")
+    loss_error: float | None = Field(
+        default=None, ge=0, description="its standard error over samples; None where there are too few to tell"
+    )
     dense_loss: float | None = Field(default=None, description="mean loss of the same samples without a plan")
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
 from moa_search.formats import ModelSignature, Plan
-from moa_search.formats.plan import Provenance, plan_json_schema
+from moa_search.formats.plan import Budget, Provenance, Validation, plan_json_schema
 from moa_search.masks import span_mask
 from moa_search.spans import BETA_ONE, DENSE, SpanRule
 
@@ -37,6 +37,11 @@ def error_of(content: object, kind: type[Exception] = PlanFormatError) -> str:
     assert message.startswith("my.json: ")
     assert len(message.splitlines()) == 1
     return message.removeprefix("my.json: ")
+
+
+def validation(**changes: Any) -> Validation:
+    fields = {"length": 4096, "data": "sha256:" + "2" * 64, "samples": 16, "loss": 0.5, "loss_error": 0.0625}
+    return Validation(**fields | {"dense_loss": 0.25} | changes)
 
 
 def test_round_trip_through_a_file(tiny_plan: Plan, tmp_path: Path) -> None:
@@ -108,6 +113,7 @@ def test_checksum_covers_every_part(tiny_plan: Plan) -> None:
         tiny_plan.model_copy(update={"provenance": None}),
         tiny_plan.model_copy(update={"predicted": ()}),
         tiny_plan.model_copy(update={"library_version": "0"}),
+        tiny_plan.model_copy(update={"validated": (validation(),)}),
     ]
     assert len({plan.checksum for plan in variants}) == len(variants)
     assert Plan.loads(tiny_plan.dumps()).checksum == tiny_plan.checksum
@@ -240,6 +246,98 @@ def test_anchored_at_fixes_every_span(tiny_plan: Plan) -> None:
     assert fixed.spans(100_000) == tiny_plan.spans(1000)
     assert fixed.density(1000) == tiny_plan.density(1000)
     assert Plan.loads(fixed.dumps()) == fixed
+
+
+class TestFingerprint:
+    def test_changes_with_what_the_model_computes(self, tiny_plan: Plan) -> None:
+        other_model = tiny_plan.model.model_copy(update={"config": {"hidden_size": 33}})
+        variants = [
+            tiny_plan,
+            tiny_plan.model_copy(update={"sink": 5}),
+            tiny_plan.model_copy(update={"block": 33}),
+            tiny_plan.model_copy(update={"anchor": "prompt"}),
+            tiny_plan.model_copy(update={"patterns": tiny_plan.patterns[::-1]}),
+            tiny_plan.model_copy(update={"model": other_model}),
+        ]
+        assert len({plan.fingerprint for plan in variants}) == len(variants)
+
+    def test_and_with_nothing_else(self, tiny_plan: Plan) -> None:
+        variants = [
+            tiny_plan.model_copy(update={"provenance": None}),
+            tiny_plan.model_copy(update={"predicted": ()}),
+            tiny_plan.model_copy(update={"validated": (validation(),)}),
+            tiny_plan.model_copy(update={"library_version": "0"}),
+            Plan.loads(tiny_plan.dumps()),
+        ]
+        assert {plan.fingerprint for plan in variants} == {tiny_plan.fingerprint}
+
+    def test_stays_the_same_for_good(self) -> None:
+        """Files of measured losses are named by it."""
+        expected = "sha256:7292f9d5ca2d064457aacaa7192a79ad80b0960e94ed2ff855d2ca6b1efd1623"
+        assert Plan.load(GOLDEN).fingerprint == expected
+
+
+class TestValidated:
+    def test_round_trip(self, tiny_plan: Plan) -> None:
+        entries = (validation(), validation(length=8192, loss_error=None, dense_loss=None))
+        plan = tiny_plan.model_copy(update={"validated": entries})
+        text = plan.dumps()
+        loaded = Plan.loads(text)
+        assert loaded.validated == entries
+        assert loaded.dumps() == text
+        jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).validate(json.loads(text))
+
+    def test_no_key_without_an_entry(self, tiny_plan: Plan) -> None:
+        """So that plans from before there were entries keep their bytes; an empty list reads as none."""
+        content = without_checksum(tiny_plan)
+        assert "validated" not in content
+        assert Plan.loads(json.dumps({**content, "validated": []})) == tiny_plan
+
+    def test_belong_to_the_plan_as_it_was(self, tiny_plan: Plan) -> None:
+        assert tiny_plan.model_copy(update={"validated": (validation(),)}).anchored_at(500).validated == ()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (put(0, "validated", 0, "length"), "validated.0.length: Input should be greater than or equal to 1"),
+            (put(0, "validated", 0, "samples"), "validated.0.samples: Input should be greater than or equal to 1"),
+            (put(-0.5, "validated", 0, "loss_error"), "validated.0.loss_error: Input should be greater than or equal"),
+            (put(1, "validated", 0, "los"), "validated.0.los: unknown key (did you mean 'loss'?)"),
+        ],
+    )
+    def test_errors_say_what_and_where(
+        self, tiny_plan: Plan, change: Callable[[dict[str, Any]], None], message: str
+    ) -> None:
+        content = without_checksum(tiny_plan.model_copy(update={"validated": (validation(),)}))
+        change(content)
+        assert error_of(content).startswith(message)
+
+
+class TestBudgets:
+    def test_as_they_were_asked_for_survive_a_round_trip(self, tiny_plan: Plan) -> None:
+        budgets = (
+            Budget(length=1024, density=0.5),
+            Budget(length=2048, density=0.25, asked="1.5GiB@2048x4"),
+            Budget(length=4096, asked="20ms@4096", hardware="H200"),
+        )
+        assert tiny_plan.provenance is not None
+        provenance = tiny_plan.provenance.model_copy(update={"budgets": budgets})
+        text = tiny_plan.model_copy(update={"provenance": provenance}).dumps()
+        loaded = Plan.loads(text)
+        assert loaded.provenance is not None
+        assert loaded.provenance.budgets == budgets
+        assert loaded.dumps() == text
+        assert json.loads(text)["provenance"]["budgets"] == [
+            {"length": 1024, "density": 0.5},
+            {"length": 2048, "density": 0.25, "asked": "1.5GiB@2048x4"},
+            {"length": 4096, "asked": "20ms@4096", "hardware": "H200"},
+        ]
+        jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).validate(json.loads(text))
+
+    def test_that_bound_nothing_are_refused(self, tiny_plan: Plan) -> None:
+        content = without_checksum(tiny_plan)
+        put([{"length": 1024}], "provenance", "budgets")(content)
+        assert error_of(content) == "provenance.budgets.0: neither density nor asked says what is bounded"
 
 
 class TestNativeLayers:

@@ -1,0 +1,245 @@
+"""A front put to the test: its plans run sparsely on samples that neither profile nor search have seen."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moa_search.api.common import Dtype, Progress, model_and_tokenizer, require_positive, require_writable
+from moa_search.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moa_search.calibration import Split
+    from moa_search.evaluation.true_loss import TrueLoss
+    from moa_search.formats import Plan
+    from moa_search.formats.plan import Validation
+
+__all__ = ["held_out_loss", "validate_front"]
+
+PLAN_FILE = re.compile(r"plan-(\d+)\.json")
+
+
+def validate_front(
+    folder: str,
+    *,
+    model: str | tuple[Any, Any],
+    sources: Sequence[str] = ("passkey", "copy"),
+    lengths: Sequence[int] | None = None,
+    samples: int = 16,
+    answers: Literal["model", "dataset"] = "dataset",
+    chat: Literal["auto", "never"] = "never",
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Run every plan of a front on held-out samples, and choose the one that loses least.
+
+    Writes validation.csv and what each plan lost into its file, and makes the best one plan.json; a plan.json that
+    isn't of the front joins it. What was measured is kept in validation/, so that a stopped run goes on where it was
+    and a second one measures nothing. Dense attention comes first, then plan.json, then the others.
+
+    Args:
+        folder: Folder that moa-search wrote, with plan.json and front/.
+        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
+        sources: What held-out samples are drawn from, in turn, as for moa-profile; texts and records are those that
+            calibration never uses.
+        lengths: Tokens per sample, answer included; by default twice the longest length that the plans were made
+            for, or the model's context where that is shorter.
+        samples: Held-out samples per length.
+        answers: dataset measures the loss of the reference answers; model that of the dense model's own right ones.
+        chat: never leaves prompts plain; auto puts them into the tokenizer's chat template where it has one.
+        dtype: Type of the weights, as for moa-profile.
+        device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
+        seed: Of the held-out samples.
+        progress: Told the tokens done and in all.
+
+    Returns:
+        One row per plan and length: its ``loss`` in nats per answer token, the ``dense_loss`` of the same samples,
+        their ``difference`` with the standard error of the paired difference, whether the plan was chosen before and
+        is now, and the losses that were ``predicted`` at the profiled lengths. The choice goes by the mean over the
+        lengths; of equals the first is taken.
+
+    Raises:
+        MoAError: The folder holds no front, a plan is damaged or of another model, or an option can't be used; see
+            `moa_search.errors`.
+    """
+    from moa_search.formats import ModelSignature
+    from moa_search.formats.files import atomic_write
+
+    require_positive(samples=samples)
+    if lengths is not None:
+        require_positive(lengths=min(lengths, default=0))
+    candidates, chosen = _read_front(Path(folder))
+    table = Path(folder) / "validation.csv"
+    require_writable(str(table))
+    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
+    signature = ModelSignature.of(network.config)
+    for candidate in candidates:
+        candidate.plan.model.require(signature, f"{candidate.path}")
+    truth = held_out_loss(
+        network,
+        tokenizer,
+        sources=sources,
+        lengths=_default_lengths(candidates, network.config) if lengths is None else lengths,
+        samples=samples,
+        seed=seed,
+        cache_folder=Path(folder) / "validation",
+        answers=answers,
+        chat=chat,
+    )
+    _measure(truth, candidates, chosen, progress)
+    best = min(candidates, key=lambda candidate: truth.evaluate(candidate.plan))
+    rows = _rows(truth, candidates, chosen, best)
+    with atomic_write(table) as file:
+        file.write(rows.to_csv(index=False).encode())
+    _validated(truth, best.plan).save(Path(folder) / "plan.json")
+    return rows
+
+
+def held_out_loss(
+    model: Any,
+    tokenizer: Any,
+    *,
+    sources: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    split: Split = "validation",
+    seed: int = 0,
+    cache_folder: str | os.PathLike[str] | None = None,
+    answers: Literal["model", "dataset"] = "dataset",
+    chat: Literal["auto", "never"] = "never",
+) -> TrueLoss:
+    """The true loss of a loaded model on samples that calibration doesn't use.
+
+    Args:
+        model: The model, dense.
+        tokenizer: Its tokenizer.
+        sources: What samples are drawn from, in turn.
+        lengths: Tokens per sample, answer included.
+        samples: Samples per length.
+        split: Which documents to use; the splits share none.
+        seed: Of the samples.
+        cache_folder: Where measured losses are kept; by default in memory only.
+        answers: ``dataset``: the data's own; ``model``: the dense model's, where they are right.
+        chat: ``auto``: within the tokenizer's chat template, where it has one; ``never``: plain text.
+
+    Raises:
+        MoAError: A length is over the model's context, samples can't be built as asked, or the folder can't be
+            written.
+    """
+    from moa_search.architecture import require_context
+    from moa_search.calibration import calibrate
+    from moa_search.evaluation.loss_cache import LossCache
+    from moa_search.evaluation.true_loss import TrueLoss
+
+    require_context(model.config, max(lengths, default=0))
+    cache = LossCache(cache_folder)
+    drawn = calibrate(
+        model,
+        tokenizer,
+        sources=sources,
+        lengths=lengths,
+        samples=samples,
+        seed=seed,
+        split=split,
+        answers=answers,
+        chat=chat,
+    )
+    return TrueLoss(model, drawn.samples, cache)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A plan of the front and its file."""
+
+    path: Path
+    plan: Plan
+
+
+def _read_front(folder: Path) -> tuple[list[_Candidate], str | None]:
+    """The plans in their order, and the fingerprint of plan.json; where it is none of them, it comes last."""
+    from moa_search.formats import Plan
+
+    front = folder / "front"
+    numbered = {int(match[1]): path for path in front.glob("plan-*.json") if (match := PLAN_FILE.fullmatch(path.name))}
+    if not numbered:
+        raise ConfigError(f"{folder}: it holds no front/plan-*.json; give the folder that moa-search wrote to")
+    candidates = [_Candidate(numbered[number], Plan.load(numbered[number])) for number in sorted(numbered)]
+    if not (folder / "plan.json").exists():
+        return candidates, None
+    chosen = Plan.load(folder / "plan.json")
+    if chosen.fingerprint not in {candidate.plan.fingerprint for candidate in candidates}:
+        candidates.append(_Candidate(front / f"plan-{max(numbered) + 1:02d}.json", chosen))
+    return candidates, chosen.fingerprint
+
+
+def _default_lengths(candidates: Sequence[_Candidate], config: Any) -> list[int]:
+    """Twice the longest length that the search knew losses of, if the model's context is as long."""
+    predicted = [metrics for candidate in candidates for metrics in candidate.plan.predicted]
+    known = [metrics.length for metrics in predicted if metrics.loss is not None]
+    longest = max(known or [metrics.length for metrics in predicted], default=None)
+    if longest is None:
+        raise ConfigError("lengths: the plans don't say what lengths they are for; give --lengths")
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return [2 * longest if context is None else min(2 * longest, context)]
+
+
+def _measure(truth: TrueLoss, candidates: Sequence[_Candidate], chosen: str | None, progress: Progress | None) -> None:
+    """Measure dense attention and every distinct plan, and write each plan's result at once, the chosen one's first."""
+    by_fingerprint: dict[str, list[_Candidate]] = {}
+    for candidate in sorted(candidates, key=lambda candidate: candidate.plan.fingerprint != chosen):
+        by_fingerprint.setdefault(candidate.plan.fingerprint, []).append(candidate)
+    runs = 1 + len(by_fingerprint)
+    truth.loss(None, _part_of(progress, 0, runs))
+    for run, alike in enumerate(by_fingerprint.values(), 1):
+        truth.loss(alike[0].plan, _part_of(progress, run, runs))
+        for candidate in alike:
+            _validated(truth, candidate.plan).save(candidate.path)
+
+
+def _part_of(progress: Progress | None, run: int, runs: int) -> Callable[[int, int], None] | None:
+    """Progress of one of several runs of the same length."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(run * total + done, runs * total)
+
+
+def _validated(truth: TrueLoss, plan: Plan) -> Plan:
+    """The plan with what it lost; entries of other lengths and samples stay."""
+    entries: dict[tuple[int, str], Validation] = {(entry.length, entry.data): entry for entry in plan.validated}
+    entries |= {(entry.length, entry.data): entry for entry in truth.validations(plan)}
+    return plan.model_copy(update={"validated": tuple(entries[key] for key in sorted(entries))})
+
+
+def _rows(truth: TrueLoss, candidates: Sequence[_Candidate], chosen: str | None, best: _Candidate) -> pd.DataFrame:
+    import pandas as pd
+
+    dense = truth.loss(None)
+    rows = []
+    for candidate in candidates:
+        plan, losses = candidate.plan, truth.loss(candidate.plan)
+        for length in truth.lengths:
+            loss, difference = truth.mean(losses, length), truth.mean(losses - dense, length)
+            row = {
+                "plan": candidate.path.name,
+                "length": length,
+                "chosen_before": plan.fingerprint == chosen,
+                "chosen": candidate is best,
+                "density": plan.density(length),
+                "attention_density": plan.attention_density(length),
+                "samples": truth.samples_at(length),
+                "loss": loss.value,
+                "loss_error": loss.error,
+                "dense_loss": truth.mean(dense, length).value,
+                "difference": difference.value,
+                "difference_error": difference.error,
+            }
+            rows.append(row | {f"predicted@{metrics.length}": metrics.loss for metrics in plan.predicted})
+    return pd.DataFrame(rows)
