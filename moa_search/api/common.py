@@ -9,12 +9,22 @@ from typing import Any, Literal
 
 from moa_search.errors import ConfigError
 
-__all__ = ["Criterion", "Dtype", "Progress", "model_and_tokenizer", "require_positive", "require_writable"]
+__all__ = [
+    "Criterion",
+    "Dtype",
+    "Progress",
+    "Searcher",
+    "model_and_tokenizer",
+    "require_positive",
+    "require_writable",
+    "require_writable_folder",
+]
 
 Progress = Callable[[int, int], None]
 """Called with the work done and the work in all."""
 
 Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
+Searcher = Literal["exact", "moa", "duo", "per-layer", "recall", "uniform"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -40,5 +50,17 @@ def require_writable(output: str | None) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir():
         raise ConfigError(f"output: {output} is a folder; give a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output: {output} can't be written, {parent} is no writable folder")
+
+
+def require_writable_folder(output: str | None) -> None:
+    """Find out before the work that a folder for its results can't be made or written."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output: {output} is a file; give a folder")
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"output: {output} can't be written, {parent} is no writable folder")

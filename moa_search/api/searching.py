@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Criterion, Progress, require_positive
+from moa_search.api.common import Criterion, Progress, Searcher, require_positive, require_writable_folder
+from moa_search.api.options import DEFAULT_DENSITY, load_profile, search_options
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
@@ -18,12 +18,24 @@ __all__ = ["search_front", "search_plan"]
 def search_front(
     profile: str | Profile,
     *,
-    density: Sequence[float] = (0.25,),
+    density: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
     budget_lengths: Sequence[int] | None = None,
+    budget: Sequence[str] = (),
+    hardware: str | None = None,
+    weights_bytes: int | None = None,
     criterion: Criterion = "signed",
-    searcher: Literal["exact", "uniform"] = "exact",
+    searcher: Searcher = "exact",
+    anchor: Literal["position", "prompt"] = "position",
+    rules_per_layer: int | None = None,
+    length_weights: Sequence[str] = (),
+    predict_lengths: Sequence[int] = (),
+    robust: float = 0.0,
+    min_span: int | None = None,
+    layer_floor: Sequence[str] = (),
     time_limit_s: float = 60.0,
     front_steps: int = 6,
+    validate: str | None = None,
     output: str | None = None,
     progress: Progress | None = None,
 ) -> Front:
@@ -31,47 +43,82 @@ def search_front(
 
     Args:
         profile: Profile file; in Python also a Profile.
-        density: Largest share of the KV cache to keep: one for all lengths, or one for each.
+        density: Largest share of the KV cache to keep: one for all lengths, or one for each; 0.25 if no other budget
+            is given.
+        densities: Several densities instead: the best plan for each, and the one where keeping more stops paying.
         budget_lengths: Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones
             and, with the last density, the model's full context.
+        budget: Budgets in other units, also beside a density: tokens=512@8192, kv=2GiB@32768x8,
+            memory=24GiB@32768x4, decode=12ms@32768x8 or prefill=900ms@32768 (docs/budgets.md).
+        hardware: For times: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from scripts/measure_hardware.py.
+        weights_bytes: Size of the model's weights, for budgets that count them; by default as profiled.
         criterion: How effects on the loss are summed up; signed did best on held-out data (docs/results.md),
             elementwise is MoA's own, recall needs no gradient.
-        searcher: exact chooses a rule per KV head; uniform gives every head the same one, as StreamingLLM does.
+        searcher: exact chooses a rule per KV head. Baselines: moa searches as MoA does, duo makes heads dense or
+            short as DuoAttention does, per-layer has one rule a layer, recall keeps most attention mass, uniform
+            has one rule for all, as StreamingLLM does.
+        anchor: Where a rule is evaluated; position at every query's own, prompt once at the total length.
+        rules_per_layer: Most different rules in one layer, 1 to 3; any number by default.
+        length_weights: Weights of the losses in the chosen plan, such as 1024=1 2048=3; equal by default.
+        predict_lengths: Lengths never profiled to predict losses at, by extrapolation.
+        robust: Standard errors to add to every loss, so that noise isn't mistaken for a bargain.
+        min_span: Smallest span in tokens of any head.
+        layer_floor: Smallest density of every head of some layers, such as 0-1=1.0 29=0.5.
         time_limit_s: Seconds for each solve; when they run out, the best plan found is kept with its gap.
-        front_steps: Steps of the lattice of weights over the profiled lengths.
+        front_steps: Steps of the lattice of weights over the profiled lengths; 0 for the chosen plan alone.
+        validate: Model to try every plan of the front on, at an unseen, longer length; the best becomes plan.json
+            (moa-search validate has more options).
         output: Folder to write plan.json and front/ to.
         progress: Told the solves done and in all.
 
     Returns:
-        The front; its first plan is the chosen one.
+        The front with its chosen plan.
 
     Raises:
         MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.formats import Profile
-    from moa_search.search import search_profile
+    from moa_search.errors import ConfigError
+    from moa_search.search import search_densities, search_profile
     from moa_search.search.output import write_front
 
-    require_positive(time_limit_s=time_limit_s, front_steps=front_steps)
-    if budget_lengths is not None:
-        require_positive(budget_lengths=min(budget_lengths, default=0))
-    statistics = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
-    front = search_profile(
+    require_positive(time_limit_s=time_limit_s)
+    if front_steps < 0:
+        raise ConfigError(f"front_steps is {front_steps}; it must be at least 0")
+    if densities and density:
+        raise ConfigError("density asks for one plan, densities for one each: give one of them")
+    if validate is not None and output is None:
+        raise ConfigError("validate needs an output folder")
+    require_writable_folder(output)
+    statistics = load_profile(profile)
+    options = search_options(
         statistics,
-        list(density),
+        density=density,
         budget_lengths=budget_lengths,
+        budget=budget,
+        hardware=hardware,
+        weights_bytes=weights_bytes,
         criterion=criterion,
         searcher=searcher,
+        anchor=anchor,
+        rules_per_layer=rules_per_layer,
+        length_weights=length_weights,
+        predict_lengths=predict_lengths,
+        robust=robust,
+        min_span=min_span,
+        layer_floor=layer_floor,
         time_limit_s=time_limit_s,
         front_steps=front_steps,
-        progress=progress,
     )
+    if densities:
+        front = search_densities(statistics, options, list(densities), progress)
+    else:
+        front = search_profile(statistics, options, progress)
     if output is not None:
         write_front(front, output)
     return front
 
 
-def search_plan(profile: str | Profile, *, density: float = 0.25, **options: Any) -> Plan:
+def search_plan(profile: str | Profile, *, density: float = DEFAULT_DENSITY, **options: Any) -> Plan:
     """The chosen plan of `search_front` for one density at every profiled length.
 
     Args:
@@ -82,4 +129,4 @@ def search_plan(profile: str | Profile, *, density: float = 0.25, **options: Any
     Raises:
         MoAError: As `search_front`.
     """
-    return search_front(profile, density=[density], **options).chosen
+    return search_front(profile, density=[density], **{"front_steps": 0, **options}).chosen

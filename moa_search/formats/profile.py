@@ -112,6 +112,7 @@ class ProfileHeader(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     native_layers: tuple[int, ...] = ()
     weights_hash: str | None = Field(default=None, description="tells checkpoints of one architecture apart")
+    weights_bytes: int | None = Field(default=None, ge=1, description="memory of the model's weights")
 
     @model_validator(mode="after")
     def _lengths_increase(self) -> ProfileHeader:
@@ -274,7 +275,7 @@ class Profile:
 
     def _header_json(self) -> dict[str, Any]:
         content = self.header.model_dump(mode="json", by_alias=True)
-        for later in ("native_layers", "weights_hash"):
+        for later in ("native_layers", "weights_hash", "weights_bytes"):
             if not content[later]:
                 del content[later]  # as in files from before it: equal profiles give equal bytes
         return content

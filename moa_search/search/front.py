@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moa_search.errors import SolverError
 from moa_search.search.problem import Problem, Solution
 
-__all__ = ["FrontPoint", "lattice", "trade_off"]
+__all__ = ["FrontPoint", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
+
+Doubles = npt.NDArray[np.float64]
 
 EXTREME = 1e-3
 """Share that an extreme plan leaves to the other lengths, so that it isn't needlessly bad there."""
+
+LOSS_STEPS = 10**6
+"""Whole steps that a bound on a length's loss is counted in."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,15 @@ def lattice(lengths: int, steps: int) -> list[tuple[float, ...]]:
 
 
 def trade_off(
-    losses: Sequence[npt.NDArray[np.float64]],
+    losses: Sequence[Doubles],
     problem: Problem,
     solve: Callable[[Problem], Solution],
     *,
     steps: int,
+    weights: Sequence[float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FrontPoint]:
-    """The front over lengths by weighted sums; the first point weighs all lengths equally.
+    """The front over lengths by weighted sums; the first point has the weights asked for.
 
     The weights apply to losses in units of what the worst choice loses at their length, so that they mean the
     same at every length. A plan found for one weighting serves another where it does better there (solutions
@@ -60,23 +68,128 @@ def trade_off(
         losses: One ``[head, rule]`` per length.
         problem: Costs and limits; its losses are replaced by weighted sums.
         solve: Exact solver.
-        steps: Steps of the weight lattice.
+        steps: Steps of the weight lattice; 0 for the first point alone.
+        weights: Of the first point, one per length; equal ones if None.
         progress: Told the solves done and in all.
     """
-    worst = [float(loss.max(1).sum()) for loss in losses]
-    worst = [total or max(worst) or 1.0 for total in worst]  # a length where nothing is lost has no unit
-    heads = np.arange(len(problem.losses))
+    worst = _worst(losses, problem)
     solved: list[FrontPoint] = []
-    vectors = lattice(len(losses), steps)
+    asked = [1.0] * len(losses) if weights is None else weights
+    first = tuple(weight / sum(asked) for weight in asked)
+    vectors = list(dict.fromkeys([first, *(lattice(len(losses), steps) if steps else ())]))
     for done, vector in enumerate(vectors, 1):
-        weights = _weights(vector, worst)
-        weighted = sum(w * loss for w, loss in zip(weights, losses, strict=True))
-        solution = solve(Problem(np.asarray(weighted), problem.costs, problem.limits))
-        values = tuple(float(loss[heads, solution.choice].sum()) for loss in losses)
-        solved.append(FrontPoint(weights, values, solution))
+        point_weights = _weights(vector, worst)
+        weighted = sum(w * loss for w, loss in zip(point_weights, losses, strict=True))
+        solution = solve(dataclasses.replace(problem, losses=np.asarray(weighted)))
+        solved.append(FrontPoint(point_weights, _values(losses, solution.choice), solution))
         if progress is not None:
             progress(done, len(vectors))
-    return _undominated([_best_for(point, solved) for point in solved])
+    best = [_best_for(point, solved) for point in solved]
+    return [best[0], *(point for point in _undominated(best) if point.losses != best[0].losses)]
+
+
+def epsilon_cells(
+    losses: Sequence[Doubles],
+    problem: Problem,
+    solve: Callable[[Problem], Solution],
+    *,
+    cells: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FrontPoint]:
+    """The front by ε-constraints, as MoA makes it: one length's loss is minimised, the others' are bounded.
+
+    Each length in turn is minimised while every other may lose at most one of ``cells`` - 1 values between its
+    best and what it loses where the first is best. The first point is the one with the smallest sum of losses in
+    units of the worst. Every point's bound is that of its own subproblem.
+
+    Args:
+        losses: One ``[head, rule]`` per length.
+        problem: Costs and limits.
+        solve: Exact solver; raises SolverError for a cell without a choice, which is left out.
+        cells: Parts that a length's range of losses is cut into.
+        progress: Told the solves done and in all.
+    """
+    lengths = range(len(losses))
+    worst = _worst(losses, problem)
+    scaled = [loss / unit for loss, unit in zip(losses, worst, strict=True)]
+    shares = list(itertools.product(range(1, cells), repeat=len(losses) - 1)) if len(losses) > 1 else []
+    total = len(losses) * (1 + len(shares))
+    solved: list[FrontPoint] = []
+
+    def add(primary: int, asked: Problem) -> tuple[float, ...] | None:
+        try:
+            solution = solve(dataclasses.replace(asked, losses=losses[primary]))
+        except SolverError:
+            solution = None
+        if progress is not None:
+            progress(min(len(solved) + 1, total), total)
+        if solution is None:
+            return None
+        weights = tuple(float(length == primary) for length in lengths)
+        solved.append(FrontPoint(weights, _values(losses, solution.choice), solution))
+        return _values(scaled, solution.choice)
+
+    alone = [add(primary, problem) for primary in lengths]
+    for primary, share in itertools.product(lengths, shares):
+        others = [length for length in lengths if length != primary]
+        limits = []
+        for other, part in zip(others, share, strict=True):
+            best, here = alone[other], alone[primary]
+            assert best is not None
+            assert here is not None
+            limits.append(best[other] + (here[other] - best[other]) * part / cells)
+        add(primary, _bounded(problem, [scaled[other] for other in others], limits))
+
+    def total_loss(point: FrontPoint) -> float:
+        return sum(value / unit for value, unit in zip(point.losses, worst, strict=True))
+
+    solved.sort(key=total_loss)
+    return _undominated(solved)
+
+
+def unweighted(losses: Sequence[Doubles], choice: npt.NDArray[np.int64]) -> FrontPoint:
+    """The point of a choice that no weighted sum led to, without a proof."""
+    return FrontPoint(tuple([1 / len(losses)] * len(losses)), _values(losses, choice), Solution(choice, 0.0, 0.0))
+
+
+def knee(costs: Sequence[float], losses: Sequence[float]) -> int | None:
+    """Where spending more stops paying: the point farthest below the line between the ends (Satopaa et al. 2011).
+
+    Args:
+        costs: Increasing.
+        losses: One for each.
+
+    Returns:
+        The index of an inner point, or None if none lies below the line.
+    """
+    if len(costs) < 3 or losses[0] <= losses[-1]:
+        return None
+    x = (np.asarray(costs) - costs[0]) / (costs[-1] - costs[0])
+    y = (np.asarray(losses) - losses[-1]) / (losses[0] - losses[-1])
+    below = 1 - x - y
+    best = int(below.argmax())
+    return best if below[best] > 1e-9 else None
+
+
+def _bounded(problem: Problem, losses: Sequence[Doubles], limits: Sequence[float]) -> Problem:
+    """``problem`` with bounds on further losses, rounded so that a choice within them is within them exactly."""
+    units = [max(limit, 1e-300) / LOSS_STEPS for limit in limits]
+    costs = [np.ceil(np.minimum(loss / unit, 2.0**40)) for loss, unit in zip(losses, units, strict=True)]
+    return dataclasses.replace(
+        problem,
+        head_costs=np.stack(costs).astype(np.int64),
+        head_limits=np.full(len(limits), LOSS_STEPS, dtype=np.int64),
+    )
+
+
+def _worst(losses: Sequence[Doubles], problem: Problem) -> list[float]:
+    """What the worst choice loses at each length; a length where nothing is lost has no unit of its own."""
+    totals = [float(np.where(problem.choices, loss, 0).max(1).sum()) for loss in losses]
+    return [total or max(totals) or 1.0 for total in totals]
+
+
+def _values(losses: Sequence[Doubles], choice: npt.NDArray[np.int64]) -> tuple[float, ...]:
+    return tuple(float(loss[np.arange(len(choice)), choice].sum()) for loss in losses)
 
 
 def _weights(vector: tuple[float, ...], worst: list[float]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moa_search.errors import ConfigError
 from moa_search.formats.files import atomic_write
-from moa_search.search.searchers import Front
+from moa_search.search.searching import Front
 
 __all__ = ["front_rows", "write_front"]
 

@@ -19,7 +19,7 @@ from moa_search.inspection import (
     score_tables,
     span_table,
 )
-from moa_search.search import search_profile
+from moa_search.search import SearchOptions, search_profile
 from moa_search.spans import DENSE, SpanRule
 
 
@@ -148,7 +148,7 @@ class TestNativeLayers:
 
 class TestFront:
     def test_every_plan_with_density_and_loss_at_every_length(self, tiny_profile):
-        front = search_profile(tiny_profile, [0.4], criterion="squared", front_steps=3)
+        front = search_profile(tiny_profile, SearchOptions(density=[0.4], criterion="squared", front_steps=3))
         above, header, *rows = cells(render(front_table(front)))
         assert above == ["", "kept", "predicted loss", "kept", "predicted loss", ""]
         assert header == ["plan", "@512", "@512", "@1024", "@1024", "gap"]
@@ -160,7 +160,7 @@ class TestFront:
             assert row[-1] == "0.00%"
 
     def test_a_uniform_plan_has_no_gap(self, tiny_profile):
-        front = search_profile(tiny_profile, [0.4], criterion="squared", searcher="uniform")
+        front = search_profile(tiny_profile, SearchOptions(density=[0.4], criterion="squared", searcher="uniform"))
         assert cells(render(front_table(front)))[2][-1] == ""
 
 

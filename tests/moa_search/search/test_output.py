@@ -8,13 +8,13 @@ import pytest
 from moa_search.errors import ConfigError
 from moa_search.formats import Plan
 from moa_search.formats.files import atomic_write
-from moa_search.search import Front, search_profile
+from moa_search.search import Front, SearchOptions, search_profile
 from moa_search.search.output import front_rows, write_front
 
 
 @pytest.fixture
 def front(tiny_profile):
-    return search_profile(tiny_profile, [0.4], criterion="squared", front_steps=3)
+    return search_profile(tiny_profile, SearchOptions(density=[0.4], criterion="squared", front_steps=3))
 
 
 def files(folder):

@@ -1,45 +1,9 @@
-"""Budgets in whole tokens."""
-
-from fractions import Fraction
+"""Choices, what they cost, and how good they are proven to be."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from moa_search.errors import BudgetInfeasibleError, ConfigError
-from moa_search.formats.plan import Budget
-from moa_search.search.problem import Problem, Solution, make_budgets
-from moa_search.spans import DENSE, SpanRule
-
-RULES = [SpanRule(48, 0), SpanRule(0, 128), DENSE]
-
-
-def build(budgets, heads=2):
-    return Problem.build(np.zeros((heads, len(RULES))), RULES, budgets, min_span=48)
-
-
-def test_costs_are_spans_at_each_budgets_length():
-    problem = build([Budget(length=100, density=1), Budget(length=1000, density=0.5)])
-    assert problem.costs.tolist() == [[48, 50, 100], [48, 500, 1000]]
-    assert problem.limits.tolist() == [200, 1000]
-
-
-@given(st.integers(1, 999), st.integers(48, 10**5), st.integers(1, 2000))
-def test_limits_are_exact_whatever_the_decimals(thousandths, length, heads):
-    """0.29 * 100 is 28.999999999999996 in floating point, but 29 tokens may stay."""
-    density = thousandths / 1000
-    allowed = int(Fraction(thousandths, 1000) * length * heads)
-    if allowed < 48 * heads:
-        with pytest.raises(BudgetInfeasibleError):
-            build([Budget(length=length, density=density)], heads)
-    else:
-        assert build([Budget(length=length, density=density)], heads).limits.tolist() == [allowed]
-
-
-def test_the_budget_that_cannot_be_met_is_named():
-    with pytest.raises(BudgetInfeasibleError, match=r"density of 0\.04 at 1000 tokens.*48 tokens.*0\.048"):
-        build([Budget(length=2000, density=0.5), Budget(length=1000, density=0.04)])
+from moa_search.search.problem import Problem, Solution
 
 
 def test_feasible_to_the_last_token():
@@ -48,22 +12,33 @@ def test_feasible_to_the_last_token():
     assert not problem.is_feasible(np.array([1, 1]))
 
 
-class TestBudgets:
-    def test_one_density_holds_at_every_length(self):
-        assert make_budgets([0.5], [512, 1024]) == [Budget(length=512, density=0.5), Budget(length=1024, density=0.5)]
+class TestFeasibility:
+    def test_rules_that_are_not_allowed(self):
+        allowed = np.array([[True, False], [True, True]])
+        problem = Problem(np.zeros((2, 2)), np.array([[3, 4]]), np.array([8]), allowed=allowed)
+        assert problem.is_feasible(np.array([0, 1]))
+        assert not problem.is_feasible(np.array([1, 0]))
 
-    def test_one_density_per_length(self):
-        assert make_budgets([0.5, 0.25], [512, 1024])[1] == Budget(length=1024, density=0.25)
+    def test_too_many_rules_in_a_layer(self):
+        problem = Problem(np.zeros((4, 3)), np.array([[1, 1, 1]]), np.array([9]), heads_per_layer=2, rules_per_layer=1)
+        assert problem.is_feasible(np.array([0, 0, 2, 2]))
+        assert not problem.is_feasible(np.array([0, 0, 2, 1]))
 
-    @pytest.mark.parametrize("density", [0, -0.5, 1.01, float("nan"), float("inf")])
-    def test_density_out_of_range(self, density):
-        with pytest.raises(ConfigError, match="out of range"):
-            make_budgets([density], [512])
+    def test_costs_of_heads_count_beside_those_of_rules(self):
+        head_costs = np.array([[[1, 2], [5, 9]]])
+        problem = Problem(
+            np.zeros((2, 2)), np.array([[3, 4]]), np.array([8]), head_costs=head_costs, head_limits=np.array([7])
+        )
+        assert problem.used(np.array([1, 0])).tolist() == [7, 7]
+        assert problem.is_feasible(np.array([1, 0]))
+        assert not problem.is_feasible(np.array([0, 1]))
+        priced = problem.priced(np.ones((2, 2)), np.array([10.0, 100.0]))
+        assert priced.tolist() == [[131, 241], [531, 941]]
 
-    @pytest.mark.parametrize("densities", [[], [0.5, 0.5], [0.5] * 4])
-    def test_numbers_that_fit_neither(self, densities):
-        with pytest.raises(ConfigError, match=f"{len(densities)} densities for 3 lengths"):
-            make_budgets(densities, [1, 2, 3])
+
+def test_a_limit_of_rules_that_limits_nothing():
+    many = Problem(np.zeros((4, 3)), np.zeros((0, 3), int), np.zeros(0, int), heads_per_layer=2, rules_per_layer=2)
+    assert many.rule_limit is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""The one interface of all searchers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from moa_search.search.front import FrontPoint
+from moa_search.search.rules import rule_grid
+from moa_search.search.space import SearchSpace
+from moa_search.spans import SpanRule
+
+__all__ = ["Progress", "Searcher"]
+
+Progress = Callable[[int, int], None]
+"""Told the solves done and in all."""
+
+
+class Searcher(ABC):
+    """Chooses a rule for every KV head of a `SearchSpace`. Override `choose`.
+
+    Attributes:
+        name: On the command line and in plans.
+        criterion: The criterion it always decides by; None for the one that the user chose.
+        uses_losses: Whether losses decide at all.
+        proves: Whether its solutions state a bound.
+    """
+
+    name: ClassVar[str]
+    criterion: ClassVar[str | None] = None
+    uses_losses: ClassVar[bool] = True
+    proves: ClassVar[bool] = False
+
+    def rules(self, lengths: Sequence[int], *, sink: int, block: int) -> list[SpanRule]:
+        """Candidate rules for these profiled and budgeted lengths in tokens; by default `rule_grid`."""
+        return rule_grid(lengths, sink=sink, block=block)
+
+    @abstractmethod
+    def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
+        """Choices that keep every budget; the first is the one to use.
+
+        Raises:
+            BudgetInfeasibleError: Nothing that this searcher can choose keeps the budgets.
+        """

@@ -1,0 +1,48 @@
+"""The exact search, and the two baselines that only restrict it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moa_search.search.exact import solve_exact
+from moa_search.search.front import FrontPoint, trade_off
+from moa_search.search.searchers.base import Progress, Searcher
+from moa_search.search.space import SearchSpace
+
+__all__ = ["ExactSearcher", "PerLayerSearcher", "RecallSearcher"]
+
+
+class ExactSearcher(Searcher):
+    """The best rule for every KV head, proven, with the front over the profiled lengths."""
+
+    name = "exact"
+    proves = True
+    rules_per_layer: int | None = None
+
+    def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
+        """See `Searcher.choose`."""
+        problem = space.problem
+        if self.rules_per_layer is not None:
+            problem = dataclasses.replace(problem, rules_per_layer=self.rules_per_layer)
+        return trade_off(
+            space.objectives,
+            problem,
+            lambda asked: solve_exact(asked, time_limit_s=space.options.time_limit_s),
+            steps=space.options.front_steps,
+            weights=tuple(space.weights.values()),
+            progress=progress,
+        )
+
+
+class PerLayerSearcher(ExactSearcher):
+    """The best rule for every layer, the same for all its heads (as in PyramidKV's budgets per layer)."""
+
+    name = "per-layer"
+    rules_per_layer = 1
+
+
+class RecallSearcher(ExactSearcher):
+    """The exact search by the attention mass that is lost: needs no gradient, knows no loss."""
+
+    name = "recall"
+    criterion = "recall"

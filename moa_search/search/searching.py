@@ -1,0 +1,160 @@
+"""From a profile and budgets to plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+from moa_search.errors import ConfigError
+from moa_search.formats.plan import Budget, LengthMetrics, Plan, Provenance
+from moa_search.formats.profile import Profile
+from moa_search.search.budgets import used
+from moa_search.search.front import FrontPoint, knee
+from moa_search.search.losses import require_criterion
+from moa_search.search.searchers import Searcher, find_searcher
+from moa_search.search.searchers.base import Progress
+from moa_search.search.space import SearchOptions, SearchSpace
+from moa_search.spans import DENSE
+from moa_search.version import __version__
+
+__all__ = ["Front", "make_space", "plan_of", "search_densities", "search_profile"]
+
+
+@dataclass(frozen=True)
+class Front:
+    """Plans of which none beats another: under one set of budgets, or one for each of several densities.
+
+    Attributes:
+        plans: Under one set of budgets the first has the weights asked for, or equal ones on every profiled length.
+        budgets: The upper bounds that the chosen plan keeps.
+        spent: For each of them what was asked and what the chosen plan uses of it, in the user's unit.
+        chosen_index: Which plan to use unless there is a reason to prefer another.
+        densities: The density that each plan was asked to keep, increasing; empty under one set of budgets.
+        has_knee: Whether the chosen one is the knee of the losses over ``densities``.
+    """
+
+    plans: list[Plan]
+    budgets: list[Budget]
+    spent: list[tuple[str, str]] = field(default_factory=list)
+    chosen_index: int = 0
+    densities: tuple[float, ...] = ()
+    has_knee: bool = False
+
+    @property
+    def chosen(self) -> Plan:
+        """The plan to use."""
+        return self.plans[self.chosen_index]
+
+
+def search_profile(profile: Profile, options: SearchOptions, progress: Progress | None = None) -> Front:
+    """Search the front of plans that keep the budgets.
+
+    Args:
+        profile: Influence statistics.
+        options: Budgets, criterion, searcher and all else.
+        progress: Told the solves done and in all.
+
+    Raises:
+        ConfigError: An unknown criterion or searcher, or an option out of range.
+        BudgetInfeasibleError: A budget that no plan keeps.
+        SolverError: No plan found in time.
+    """
+    searcher = find_searcher(options.searcher)
+    space = make_space(profile, options, searcher)
+    points = searcher.choose(space, progress)
+    chosen = points[0].solution.choice
+    return Front(
+        [plan_of(space, searcher, point) for point in points],
+        [row.budget for row in space.rows],
+        [(row.spec.text, used(row, chosen)) for row in space.rows],
+    )
+
+
+def search_densities(
+    profile: Profile, options: SearchOptions, densities: Sequence[float], progress: Progress | None = None
+) -> Front:
+    """The best plan for each of several densities, and the one where keeping more stops paying.
+
+    Args:
+        profile: Influence statistics.
+        options: All else; ``density`` and ``front_steps`` don't count.
+        densities: Each holds at every budget length.
+        progress: Told the solves done and in all.
+
+    Raises:
+        MoAError: As `search_profile`.
+    """
+    asked = sorted(set(densities))
+    fronts = []
+    for done, density in enumerate(asked, 1):
+        fronts.append(search_profile(profile, replace(options, density=[density], front_steps=0)))
+        if progress is not None:
+            progress(done, len(asked))
+    plans = [front.chosen for front in fronts]
+    found = knee(asked, [_weighted_loss(plan) for plan in plans])
+    chosen = asked.index(densities[0]) if found is None else found
+    return Front(plans, fronts[chosen].budgets, fronts[chosen].spent, chosen, tuple(asked), found is not None)
+
+
+def _weighted_loss(plan: Plan) -> float:
+    """The plan's predicted losses, each length weighing the same."""
+    return sum(metrics.loss or 0.0 for metrics in plan.predicted)
+
+
+def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> SearchSpace:
+    """What ``searcher`` chooses from.
+
+    Raises:
+        ConfigError: An option can't be used.
+        BudgetInfeasibleError: A budget that no plan keeps.
+    """
+    require_criterion(options.criterion)
+    header = profile.header
+    if options.rules_per_layer not in (None, 1, 2, 3):
+        raise ConfigError(f"rules_per_layer is {options.rules_per_layer}; it must be 1, 2 or 3, or left out")
+    lengths = [*profile.lengths, *(options.budget_lengths or ())]
+    rules = searcher.rules(lengths, sink=header.sink, block=header.block)
+    return SearchSpace.build(profile, options, rules, searcher.criterion or options.criterion)
+
+
+def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
+    """The plan of a choice, with how it came about and what it is predicted to lose."""
+    model, header, choice = space.profile.header.model, space.profile.header, point.solution.choice
+    by_layer = [[DENSE] * space.heads_per_layer for _ in range(model.num_hidden_layers)]
+    for layer, rules in zip(header.searchable_layers, choice.reshape(-1, space.heads_per_layer), strict=True):
+        by_layer[layer] = [space.rules[index] for index in rules]
+    plan = Plan.from_rules(
+        by_layer,
+        model,
+        native_layers=header.native_layers,
+        sink=header.sink,
+        block=header.block,
+        anchor=space.options.anchor,
+    )
+    metrics = []
+    for loss in space.losses:
+        value, error = loss.of_choice(choice)
+        metrics.append(
+            LengthMetrics(
+                length=loss.length,
+                density=plan.density(loss.length),
+                attention_density=plan.attention_density(loss.length),
+                loss=value,
+                loss_error=error,
+            )
+        )
+    proves = searcher.proves
+    weights = {str(length): w for length, w in zip(space.weights, point.weights, strict=True)}
+    provenance = Provenance(
+        searcher=searcher.name,
+        profile=space.profile.checksum,
+        criterion=(searcher.criterion or space.options.criterion) if searcher.uses_losses else None,
+        budgets=tuple(row.budget for row in space.rows),
+        length_weights=weights if proves else {},
+        objective=point.solution.objective if proves else None,
+        dual_bound=point.solution.bound if proves else None,
+        gap=point.solution.gap if proves else None,
+        versions={"moa-search": __version__, "highspy": version("highspy")} if proves else {"moa-search": __version__},
+    )
+    return plan.model_copy(update={"provenance": provenance, "predicted": tuple(metrics)})

@@ -1,0 +1,253 @@
+"""What a searcher chooses from: rules, budgets as integer rows, and the loss of every rule for every KV head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moa_search.errors import BudgetInfeasibleError, ConfigError
+from moa_search.formats.profile import Profile
+from moa_search.search.budgets import BudgetRow, BudgetSpec, budget_rows
+from moa_search.search.hardware import Hardware
+from moa_search.search.losses import RuleLosses, rule_losses
+from moa_search.search.problem import Problem, Solution
+from moa_search.spans import SpanRule, span
+
+__all__ = ["SearchOptions", "SearchSpace", "density_specs", "parse_floors", "parse_weights"]
+
+Booleans = npt.NDArray[np.bool_]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What the user asks of a search.
+
+    Attributes:
+        density: Largest share of the KV cache to keep: one for all lengths, one for each, or none.
+        budget_lengths: Lengths in tokens that the densities hold at. If None, the profiled ones, and the last
+            density also at the model's full context, so that no plan explodes beyond what was profiled.
+        budgets: Further budgets, such as ``kv=2GiB@32768x8`` (docs/budgets.md).
+        hardware: For budgets on times.
+        weights_bytes: Size of the model's weights, for budgets that count them; the profile's if None.
+        criterion: How effects on the loss are summed up.
+        searcher: Name of the searcher.
+        anchor: Where the plan evaluates its rules.
+        rules_per_layer: Most different rules in one layer; None for any number.
+        length_weights: Weight of each length's loss in the chosen plan; the profiled ones weigh the same if empty.
+        predict_lengths: Lengths never profiled to predict losses at, by extrapolation.
+        robust: Standard errors added to every loss.
+        min_span: Smallest span in tokens that any head may have; None for sink and one block.
+        layer_floors: Smallest density of every head of a layer, by layer.
+        time_limit_s: Seconds for each solve.
+        front_steps: Steps of the weight lattice over lengths.
+    """
+
+    density: Sequence[float] = ()
+    budget_lengths: Sequence[int] | None = None
+    budgets: Sequence[str] = ()
+    hardware: Hardware | None = None
+    weights_bytes: int | None = None
+    criterion: str = "signed"
+    searcher: str = "exact"
+    anchor: Literal["position", "prompt"] = "position"
+    rules_per_layer: int | None = None
+    length_weights: Mapping[int, float] = field(default_factory=dict)
+    predict_lengths: Sequence[int] = ()
+    robust: float = 0.0
+    min_span: int | None = None
+    layer_floors: Mapping[int, float] = field(default_factory=dict)
+    time_limit_s: float = 60.0
+    front_steps: int = 6
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A profile under a set of budgets, ready to be chosen from.
+
+    Attributes:
+        profile: Influence statistics.
+        options: What the user asked for.
+        rules: Candidate rules, ascending.
+        rows: Budgets.
+        losses: One per profiled and predicted length, by length; they are what is reported.
+        allowed: ``[head, rule]``, or None for everything.
+    """
+
+    profile: Profile
+    options: SearchOptions
+    rules: list[SpanRule]
+    rows: list[BudgetRow]
+    losses: list[RuleLosses]
+    allowed: Booleans | None
+
+    @classmethod
+    def build(cls, profile: Profile, options: SearchOptions, rules: list[SpanRule], criterion: str) -> SearchSpace:
+        """The space of choosing among ``rules`` by ``criterion``.
+
+        Raises:
+            ConfigError: An option can't be used.
+            BudgetInfeasibleError: No choice keeps a budget; the message names it.
+        """
+        header = profile.header
+        specs = [*density_specs(profile, options), *map(BudgetSpec.parse, options.budgets)]
+        if not specs:
+            raise ConfigError("no budget is given; ask for a density, such as 0.25, or a budget, such as kv=2GiB@32k")
+        rows = budget_rows(
+            specs,
+            rules,
+            header,
+            anchor=options.anchor,
+            hardware=options.hardware,
+            weights_bytes=options.weights_bytes or header.weights_bytes,
+        )
+        losses = rule_losses(profile, rules, criterion, anchor=options.anchor)
+        for length in sorted(set(options.predict_lengths) - set(profile.lengths)):
+            from moa_search.search.extrapolation import extrapolate
+
+            losses.append(extrapolate(profile, rules, criterion, length, anchor=options.anchor))
+        losses.sort(key=lambda loss: loss.length)
+        space = cls(profile, options, rules, rows, losses, _allowed(profile, options, rules, specs))
+        space._require_feasible()
+        return space
+
+    @property
+    def heads_per_layer(self) -> int:
+        """KV heads of one layer."""
+        return self.profile.header.model.num_key_value_heads
+
+    @cached_property
+    def weights(self) -> dict[int, float]:
+        """Weight of every length that counts, by length; they add up to 1.
+
+        Raises:
+            ConfigError: A weight is negative or of a length without losses, or all are 0.
+        """
+        given, known = self.options.length_weights, [loss.length for loss in self.losses]
+        for length, weight in given.items():
+            if length not in known:
+                raise ConfigError(
+                    f"length_weights: {length} is none of the lengths {', '.join(map(str, known))}; "
+                    "name it in predict_lengths too, or profile it"
+                )
+            if not 0 <= weight < np.inf:
+                raise ConfigError(f"length_weights: {weight:g} at {length} is out of range; it must be at least 0")
+        if given and not sum(given.values()) > 0:
+            raise ConfigError("length_weights: all are 0; give at least one length a weight")
+        chosen = (
+            {length: given.get(length, 0.0) for length in known} if given else dict.fromkeys(self.profile.lengths, 1.0)
+        )
+        total = sum(chosen.values())
+        return {length: weight / total for length, weight in chosen.items() if weight > 0}
+
+    @property
+    def objectives(self) -> list[Doubles]:
+        """``[head, rule]`` for each length in `weights`: what a searcher minimises."""
+        by_length = {loss.length: loss for loss in self.losses}
+        return [by_length[length].robust(self.options.robust) for length in self.weights]
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Costs, limits and what is allowed, with the first length's losses."""
+        return Problem(
+            self.objectives[0],
+            np.stack([row.costs for row in self.rows]),
+            np.array([row.limit for row in self.rows], dtype=np.int64),
+            heads_per_layer=self.heads_per_layer,
+            rules_per_layer=self.options.rules_per_layer,
+            allowed=self.allowed,
+        )
+
+    def unproven(self, choice: npt.NDArray[np.int64]) -> Solution:
+        """A choice without a proof."""
+        return Solution(choice, 0.0, 0.0)
+
+    def _require_feasible(self) -> None:
+        """Each budget alone can be met under the floors; together they are left to the solver."""
+        if self.allowed is None:
+            return
+        for row in self.rows:
+            least = int(np.where(self.allowed, row.costs, np.iinfo(np.int64).max).min(1).sum())
+            if least > row.limit:
+                shown = row.spec.show(row.fixed + row.step * least, up=True)
+                raise BudgetInfeasibleError(
+                    f"{row.spec.text} can't be met: with the floors of min_span and layer_floor it takes {shown}"
+                )
+
+
+def density_specs(profile: Profile, options: SearchOptions) -> list[BudgetSpec]:
+    """Budgets from one density for all lengths, or one for each.
+
+    Raises:
+        ConfigError: A density isn't in (0, 1], or their number fits neither.
+    """
+    densities, lengths = list(options.density), list(options.budget_lengths or profile.lengths)
+    if not densities:
+        return []
+    if len(densities) not in (1, len(lengths)):
+        raise ConfigError(f"{len(densities)} densities for {len(lengths)} lengths; give one, or one per length")
+    each = densities * (len(lengths) if len(densities) == 1 else 1)
+    context = profile.header.model.config.get("max_position_embeddings")
+    if not options.budget_lengths and isinstance(context, int) and context > max(lengths):
+        lengths.append(context)
+        each.append(each[-1])
+    return [BudgetSpec.density(density, length) for density, length in zip(each, lengths, strict=True)]
+
+
+def parse_floors(texts: Sequence[str], layers: int) -> dict[int, float]:
+    """``LAYER=DENSITY`` or ``FIRST-LAST=DENSITY``, such as ``0-1=1.0``, as a density by layer.
+
+    Raises:
+        ConfigError: A text isn't of that form, or names a layer that there isn't.
+    """
+    floors = {}
+    for text in texts:
+        form = re.fullmatch(r"(\d+)(?:-(\d+))?=(\d*\.?\d+)", text.strip())
+        if not form:
+            raise ConfigError(f"layer_floor: {text!r} isn't of the form LAYER=DENSITY, such as 0=1.0 or 0-3=0.5")
+        first, last, density = int(form[1]), int(form[2] or form[1]), float(form[3])
+        if not first <= last < layers:
+            raise ConfigError(f"layer_floor: {text!r} names layers outside 0..{layers - 1}")
+        if not 0 < density <= 1:
+            raise ConfigError(f"layer_floor: {text!r}: a density is over 0 and at most 1")
+        floors.update(dict.fromkeys(range(first, last + 1), density))
+    return floors
+
+
+def parse_weights(texts: Sequence[str]) -> dict[int, float]:
+    """``LENGTH=WEIGHT``, such as ``2048=2``, as a weight by length.
+
+    Raises:
+        ConfigError: A text isn't of that form.
+    """
+    weights = {}
+    for text in texts:
+        form = re.fullmatch(r"(\d+)=(\d*\.?\d+)", text.strip())
+        if not form:
+            raise ConfigError(f"length_weights: {text!r} isn't of the form LENGTH=WEIGHT, such as 2048=2")
+        weights[int(form[1])] = float(form[2])
+    return weights
+
+
+def _allowed(
+    profile: Profile, options: SearchOptions, rules: Sequence[SpanRule], specs: Sequence[BudgetSpec]
+) -> Booleans | None:
+    """``[head, rule]``: rules that keep the floors at every profiled and budgeted length; None without floors."""
+    header = profile.header
+    if options.min_span is None and not options.layer_floors:
+        return None
+    smallest = header.sink + header.block
+    lengths = np.array(sorted({*profile.lengths, *(spec.length for spec in specs)}), dtype=np.int64)
+    spans = np.stack([span(lengths, rule, smallest) for rule in rules])  # [rule, length]
+    enough = (spans >= np.minimum(options.min_span or 0, lengths)).all(1)
+    by_layer = []
+    for layer in header.searchable_layers:
+        floor = options.layer_floors.get(layer, 0.0)
+        by_layer.append(enough & (spans >= floor * lengths - 1e-9).all(1))
+    return np.repeat(np.stack(by_layer), header.model.num_key_value_heads, axis=0)
