@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moa_search.calibration import Split
     from moa_search.evaluation.true_loss import TrueLoss
     from moa_search.formats import Plan
-    from moa_search.formats.plan import Validation
+    from moa_search.formats.plan import Budget, Validation
 
 __all__ = ["held_out_loss", "validate_front"]
 
@@ -41,9 +41,10 @@ def validate_front(
 ) -> pd.DataFrame:
     """Run every plan of a front on held-out samples, and choose the one that loses least.
 
-    Writes validation.csv and what each plan lost into its file, and makes the best one plan.json; a plan.json that
-    isn't of the front joins it. What was measured is kept in validation/, so that a stopped run goes on where it was
-    and a second one measures nothing. Dense attention comes first, then plan.json, then the others.
+    Writes validation.csv and what each plan lost into its file, and makes the best plan of plan.json's budgets
+    plan.json: under a larger budget any plan loses less. A plan.json that isn't of the front joins it. What was
+    measured is kept in validation/, so that a stopped run goes on where it was and a second one measures nothing.
+    Dense attention comes first, then plan.json, then the others.
 
     Args:
         folder: Folder that moa-search wrote, with plan.json and front/.
@@ -95,7 +96,7 @@ def validate_front(
         chat=chat,
     )
     _measure(truth, candidates, chosen, progress)
-    best = min(candidates, key=lambda candidate: truth.evaluate(candidate.plan))
+    best = min(_rivals(candidates, chosen), key=lambda candidate: truth.evaluate(candidate.plan))
     rows = _rows(truth, candidates, chosen, best)
     with atomic_write(table) as file:
         file.write(rows.to_csv(index=False).encode())
@@ -202,6 +203,17 @@ def _measure(truth: TrueLoss, candidates: Sequence[_Candidate], chosen: str | No
         truth.loss(alike[0].plan, _part_of(progress, run, runs))
         for candidate in alike:
             _validated(truth, candidate.plan).save(candidate.path)
+
+
+def _rivals(candidates: Sequence[_Candidate], chosen: str | None) -> list[_Candidate]:
+    """The plans that plan.json may become: those made for its budgets, or all where there was none."""
+
+    def budgets(candidate: _Candidate) -> tuple[Budget, ...]:
+        provenance = candidate.plan.provenance
+        return provenance.budgets if provenance else ()
+
+    allowed = {budgets(candidate) for candidate in candidates if chosen in (None, candidate.plan.fingerprint)}
+    return [candidate for candidate in candidates if budgets(candidate) in allowed]
 
 
 def _part_of(progress: Progress | None, run: int, runs: int) -> Callable[[int, int], None] | None:

@@ -14,7 +14,7 @@ from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError
 from moa_search.evaluation import true_loss
 from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import ModelSignature, Plan
-from moa_search.formats.plan import LengthMetrics
+from moa_search.formats.plan import Budget, LengthMetrics, Provenance
 from moa_search.models import load_model
 from moa_search.runtime import applied
 from moa_search.spans import DENSE, SpanRule
@@ -153,6 +153,24 @@ def test_of_equals_the_first_is_chosen(tiny_model, tmp_path, signature):
     assert equal.iloc[1] == equal.iloc[2] != equal.iloc[0]
     first = "plan-00.json" if equal.iloc[0] < equal.iloc[1] else "plan-01.json"
     assert rows[rows["chosen"]]["plan"].unique().tolist() == [first]
+
+
+def test_a_larger_budget_does_not_win(tiny_model, tmp_path, signature):
+    """In a front over budgets the choice stays under that of plan.json."""
+    rules = {0.25: (SpanRule(40, 0), SpanRule(41, 0)), 1.0: (DENSE, SpanRule(200, 0))}
+    plans = [
+        Plan.uniform(rule, signature, provenance=Provenance(searcher="x", budgets=(Budget(length=300, density=share),)))
+        for share, both in rules.items()
+        for rule in both
+    ]
+    for chosen, rivals in ((plans[0], ["plan-00.json", "plan-01.json"]), (plans[3], ["plan-02.json", "plan-03.json"])):
+        write(tmp_path, plans, chosen)
+        rows = validate_front(str(tmp_path), model=tiny_model, **OPTIONS)
+        means = rows[rows["plan"].isin(rivals)].groupby("plan")["loss"].mean()
+        assert rows[rows["chosen"]]["plan"].unique().tolist() == [means.idxmin()]
+    (tmp_path / "plan.json").unlink()
+    rows = validate_front(str(tmp_path), model=tiny_model, **OPTIONS)
+    assert rows[rows["chosen"]]["plan"].unique().tolist() == [rows.groupby("plan")["loss"].mean().idxmin()]
 
 
 def test_dense_and_the_chosen_plan_come_first_and_equal_plans_once(tiny_model, folder, scored):
