@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.errors import ConfigError
+from moa_search.errors import ConfigError, ProfilingError
 from moa_search.formats.files import nearest
 from moa_search.formats.profile import LengthProfile, Profile
 from moa_search.spans import SpanRule, span
 
-__all__ = ["CRITERIA", "RuleLosses", "require_criterion", "rule_losses"]
+__all__ = ["ANCHORS", "CRITERIA", "RuleLosses", "losses_from", "require_criterion", "rule_losses"]
 
 CRITERIA = ("squared", "root_squared", "signed", "absolute", "elementwise", "recall")
 """How a rule's effect on a head is summed up.
@@ -24,6 +24,14 @@ CRITERIA = ("squared", "root_squared", "signed", "absolute", "elementwise", "rec
 * ``elementwise``: MoA's criterion, the sum over masked entries of each one's absolute effect.
 * ``recall``: attention mass that is lost; needs no gradient.
 """
+
+ANCHORS = ("position", "prompt")
+"""Where a rule is evaluated: at every query's own position, or once at the total length."""
+
+ROUNDING = 1e-6
+"""Share of a statistic's largest value by which one that can't be negative may be so, from rounding."""
+
+BLAS_TILE = 16
 
 Doubles = npt.NDArray[np.float64]
 
@@ -57,6 +65,27 @@ class RuleLosses:
         totals = self.per_sample[:, heads, choice].sum(1)
         return loss, float(totals.std(ddof=1) / np.sqrt(len(totals))) if len(totals) > 1 else 0.0
 
+    def robust(self, k: float) -> Doubles:
+        """What to minimise instead of ``mean`` to be wary of noise: ``mean`` plus ``k`` standard errors.
+
+        A bare matrix ``[head, rule]``, so that nobody reports it: `of_choice` stays the prediction.
+
+        Raises:
+            ConfigError: ``k`` isn't a finite number of at least 0, or the profile tells no errors.
+        """
+        if not (np.isfinite(k) and k >= 0):
+            raise ConfigError(f"robust is {k:g}; it must be a finite number of standard errors, at least 0")
+        if k == 0:
+            return self.mean
+        error = self.error
+        if self.per_sample is not None and len(self.per_sample) > 1:
+            error = self.per_sample.std(0, ddof=1) / np.sqrt(len(self.per_sample))
+        if error is None or not error.any():
+            raise ConfigError(
+                f"robust is {k:g}, but one sample at {self.length} tokens tells no standard error; profile more samples"
+            )
+        return self.mean + k * error
+
 
 def require_criterion(name: str) -> None:
     """Check a criterion's name.
@@ -68,7 +97,9 @@ def require_criterion(name: str) -> None:
         raise ConfigError(f"criterion {name!r} is unknown{nearest(name, CRITERIA)}; choose from {', '.join(CRITERIA)}")
 
 
-def rule_losses(profile: Profile, rules: Sequence[SpanRule], criterion: str) -> list[RuleLosses]:
+def rule_losses(
+    profile: Profile, rules: Sequence[SpanRule], criterion: str, *, anchor: str = "position"
+) -> list[RuleLosses]:
     """Losses of every rule at every profiled length.
 
     A rule's window is looked up at the middle row of each row bucket and interpolated linearly between the
@@ -78,50 +109,145 @@ def rule_losses(profile: Profile, rules: Sequence[SpanRule], criterion: str) -> 
         profile: Statistics.
         rules: Candidate rules.
         criterion: One of `CRITERIA`.
+        anchor: One of `ANCHORS`. With ``prompt`` every row's span is that of the whole length, as
+            `Plan.anchored_at` runs it.
+
+    Raises:
+        ConfigError: An unknown criterion or anchor.
+        ProfilingError: The criterion's statistics can't be used: not finite, negative where they can't be, or the
+            same for every window.
+    """
+    return [
+        losses_from(profile.by_length[length], profile, rules, criterion, length=length, anchor=anchor)
+        for length in profile.lengths
+    ]
+
+
+def losses_from(
+    entry: LengthProfile,
+    profile: Profile,
+    rules: Sequence[SpanRule],
+    criterion: str,
+    *,
+    length: int,
+    anchor: str = "position",
+    profiled_window: Callable[[Doubles], Doubles] | None = None,
+) -> RuleLosses:
+    """Losses of every rule at ``length``, from statistics that may have been measured at another length.
+
+    Args:
+        entry: Statistics, one of those of ``profile``. A row bucket stands for the same share of the rows.
+        profile: Sink, block and layers.
+        rules: Candidate rules.
+        criterion: One of `CRITERIA`.
+        length: Tokens.
+        anchor: One of `ANCHORS`.
+        profiled_window: Turns windows at ``length`` into the measured ones that stand for them, in tokens, any
+            shape; None where both are the same.
+
+    Raises:
+        ConfigError: An unknown criterion or anchor.
+        ProfilingError: The criterion's statistics can't be used.
     """
     require_criterion(criterion)
-    return [_losses_at(profile, profile.by_length[length], rules, criterion) for length in profile.lengths]
-
-
-def _losses_at(profile: Profile, entry: LengthProfile, rules: Sequence[SpanRule], criterion: str) -> RuleLosses:
-    lookup = _lookup(profile, entry, rules)
-    length, layers = entry.header.length, profile.header.searchable_layers
+    if anchor not in ANCHORS:
+        raise ConfigError(f"anchor {anchor!r} is unknown{nearest(anchor, ANCHORS)}; choose from {', '.join(ANCHORS)}")
+    _require_usable(entry, criterion)
+    wanted = _wanted_windows(entry, profile, rules, length, anchor, profiled_window)
+    # Many rules ask for the same windows, above all with the prompt as their anchor: look up each set once.
+    distinct, rule_of = np.unique(wanted, axis=0, return_inverse=True)
+    lookup, layers = (
+        _lookup(np.asarray(entry.header.windows, dtype=np.float64), distinct),
+        profile.header.searchable_layers,
+    )
 
     def by_rule(statistic: npt.NDArray[np.float32]) -> Doubles:
         """``[..., layer, kv_head, bucket, window] -> [..., searchable head, rule]``."""
         values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
-        return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, len(rules))
+        return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, lookup.shape[-1]).take(rule_of, axis=-1)
 
     if criterion in ("squared", "root_squared", "signed"):
-        samples = by_rule(entry.per_sample["signed" if criterion == "signed" else "squared"])
-        samples = np.sqrt(np.maximum(samples, 0)) if criterion == "root_squared" else np.abs(samples)
+        samples = by_rule(entry.per_sample[_statistic_of(criterion)])
+        samples = np.abs(samples) if criterion == "signed" else np.maximum(samples, 0)
+        samples = np.sqrt(samples) if criterion == "root_squared" else samples
         return RuleLosses(length, samples.mean(0), samples, None)
     mean, error = by_rule(entry.mean[criterion]), by_rule(entry.error[criterion])
     if criterion == "recall":
-        whole = entry.mean["recall"][..., -1].sum(-1).take(layers, axis=0).reshape(-1, 1).astype(np.float64)
-        mean = np.maximum(whole - mean, 0)
-    return RuleLosses(length, mean, None, error)
+        mean = entry.mean["recall"][..., -1].sum(-1).take(layers, axis=0).reshape(-1, 1).astype(np.float64) - mean
+    return RuleLosses(length, np.maximum(mean, 0), None, error)
 
 
-def _lookup(profile: Profile, entry: LengthProfile, rules: Sequence[SpanRule]) -> Doubles:
-    """Interpolation weights ``[bucket, window, rule]``."""
-    length, windows = entry.header.length, np.asarray(entry.header.windows, dtype=np.int64)
-    buckets, sink = entry.header.row_buckets, profile.header.sink
-    rows = -(-length // buckets)
+def _statistic_of(criterion: str) -> str:
+    return "squared" if criterion == "root_squared" else criterion
+
+
+def _require_usable(entry: LengthProfile, criterion: str) -> None:
+    """Refuse statistics that hold nothing to choose by. Files were checked when read; profiles made in Python weren't.
+
+    Raises:
+        ProfilingError: See `rule_losses`.
+    """
+    name = _statistic_of(criterion)
+    where = f"statistic {name} at {entry.header.length} tokens"
+    groups = (
+        {"": entry.per_sample} if name in entry.per_sample else {"": entry.mean, "standard errors of ": entry.error}
+    )
+    for prefix, group in groups.items():
+        low, high = float(group[name].min()), float(group[name].max())  # NaN if any entry is
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ProfilingError(f"{prefix}{where} holds values that aren't finite; profile again")
+        if name != "signed" and low < -ROUNDING * high:
+            raise ProfilingError(f"{prefix}{where} holds {low:.3g}, which can't be negative; profile again")
+    values = (entry.per_sample if name in entry.per_sample else entry.mean)[name]
+    if not values.any() or (name == "recall" and (values == values[..., -1:]).all()):
+        raise ProfilingError(
+            f"{where} is the same for every window, so there is nothing to choose by; profile again with samples whose "
+            "answers need their context, or choose another criterion"
+        )
+
+
+def _wanted_windows(
+    entry: LengthProfile,
+    profile: Profile,
+    rules: Sequence[SpanRule],
+    length: int,
+    anchor: str,
+    profiled_window: Callable[[Doubles], Doubles] | None,
+) -> Doubles:
+    """The measured window that stands for each rule in each row bucket, between the smallest and largest measured.
+
+    Returns:
+        ``[rule, bucket]``.
+    """
+    profiled, buckets, windows = entry.header.length, entry.header.row_buckets, entry.header.windows
+    sink, min_span = profile.header.sink, profile.header.sink + profile.header.block
+    rows = -(-profiled // buckets)
     first = np.arange(buckets, dtype=np.int64) * rows
-    last = np.minimum(first + rows, length)  # context of the bucket's last row
-    middle = np.clip((first + last + 1) // 2, 1, length)
-    last = np.maximum(last, 1)
-    weights = np.zeros((buckets, len(windows), len(rules)))
-    bucket = np.arange(buckets)
-    for index, rule in enumerate(rules):
-        kept = span(middle, rule, sink + profile.header.block) - sink
-        whole = span(last, rule, sink + profile.header.block) >= last
-        wanted = np.clip(np.where(whole, windows[-1], kept), windows[0], windows[-1])
-        right = np.clip(np.searchsorted(windows, wanted), 1, len(windows) - 1) if len(windows) > 1 else 0 * bucket
-        left = np.maximum(right - 1, 0)
-        gap = np.maximum(windows[right] - windows[left], 1)
-        share = np.clip((wanted - windows[left]) / gap, 0, 1) if len(windows) > 1 else np.ones(buckets)
-        weights[bucket, left, index] += 1 - share
-        weights[bucket, right, index] += share
+    last = np.minimum(first + rows, profiled)  # context of the bucket's last row
+    middle = np.clip((first + last + 1) // 2, 1, profiled)
+    # The same share of the rows at ``length``; middle rows first, then last ones.
+    contexts = np.maximum(np.concatenate([middle, last]) * length // profiled, 1)
+    if anchor == "prompt":
+        spans = np.minimum(contexts, np.array([[span(length, rule, min_span)] for rule in rules]))
+    else:
+        spans = np.array([span(contexts, rule, min_span) for rule in rules])
+    kept, whole = spans[:, :buckets] - float(sink), spans[:, buckets:] >= contexts[buckets:]
+    if profiled_window is not None:
+        kept = profiled_window(kept)
+    return np.clip(np.where(whole, windows[-1], kept), windows[0], windows[-1])
+
+
+def _lookup(windows: Doubles, wanted: Doubles) -> Doubles:
+    """Weights that interpolate at the windows ``wanted``, ``[rule, bucket] -> [bucket, window, rule or padding]``."""
+    rules, buckets = wanted.shape
+    # Columns left over from BLAS's tiles would round otherwise, and a rule's loss depend on how many others are asked.
+    weights = np.zeros((buckets, len(windows), -(-rules // BLAS_TILE) * BLAS_TILE))
+    if len(windows) == 1:
+        weights[:] = 1
+        return weights
+    right = np.clip(np.searchsorted(windows, wanted), 1, len(windows) - 1)
+    left = right - 1
+    share = (wanted - windows[left]) / (windows[right] - windows[left])
+    bucket, rule = np.arange(buckets)[None, :], np.arange(rules)[:, None]
+    weights[bucket, left, rule], weights[bucket, right, rule] = 1 - share, share
     return weights
