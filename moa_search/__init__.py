@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from moa_search.version import __version__
 
 if TYPE_CHECKING:
-    from moa_search.api import evaluate_model, merge_profiles, profile_model, search_front, search_plan
+    from moa_search.api import (
+        compare_searchers,
+        evaluate_model,
+        merge_profiles,
+        profile_model,
+        search_front,
+        search_plan,
+        tune_plan,
+        validate_front,
+    )
     from moa_search.errors import MoAError
     from moa_search.formats import ModelSignature, Plan, Profile
     from moa_search.models import load_model
@@ -27,6 +36,7 @@ _HOMES = {
     "Profile": "moa_search.formats",
     "SpanRule": "moa_search.spans",
     "apply_plan": "moa_search.runtime",
+    "compare_searchers": "moa_search.api",
     "evaluate_model": "moa_search.api",
     "load_model": "moa_search.models",
     "merge_profiles": "moa_search.api",
@@ -34,6 +44,8 @@ _HOMES = {
     "remove_plan": "moa_search.runtime",
     "search_front": "moa_search.api",
     "search_plan": "moa_search.api",
+    "tune_plan": "moa_search.api",
+    "validate_front": "moa_search.api",
 }
 
 __all__ = [
@@ -45,6 +57,7 @@ __all__ = [
     "SpanRule",
     "__version__",
     "apply_plan",
+    "compare_searchers",
     "evaluate_model",
     "load_model",
     "merge_profiles",
@@ -52,6 +65,8 @@ __all__ = [
     "remove_plan",
     "search_front",
     "search_plan",
+    "tune_plan",
+    "validate_front",
 ]
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import Criterion, Progress, Searcher, require_positive, require_writable_folder
 from moa_search.api.options import DEFAULT_DENSITY, load_profile, search_options
+from moa_search.api.validating import validate_front
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
@@ -78,6 +81,7 @@ def search_front(
         MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.errors import ConfigError
+    from moa_search.formats import Plan
     from moa_search.search import search_densities, search_profile
     from moa_search.search.output import write_front
 
@@ -115,7 +119,19 @@ def search_front(
         front = search_profile(statistics, options, progress)
     if output is not None:
         write_front(front, output)
+        if densities:
+            from moa_search.inspection import save_density_plot
+
+            save_density_plot(front, Path(output) / "front" / "densities.png")
+    if validate is not None and output is not None:
+        validate_front(output, model=validate, progress=progress)
+        front = replace(front, chosen_index=_chosen(front, Plan.load(Path(output) / "plan.json")))
     return front
+
+
+def _chosen(front: Front, plan: Plan) -> int:
+    """Which plan of the front ``plan`` is."""
+    return [other.fingerprint for other in front.plans].index(plan.fingerprint)
 
 
 def search_plan(profile: str | Profile, *, density: float = DEFAULT_DENSITY, **options: Any) -> Plan:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -28,17 +28,22 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-def build_parser(program: str, function: Callable[..., Any], *, first: str) -> ArgumentParser:
+def build_parser(
+    program: str, function: Callable[..., Any], *, first: str, also: Mapping[str, str] | None = None
+) -> ArgumentParser:
     """The parser for ``function``.
 
     Args:
         program: Name of the command.
         function: API function; its Google-style ``Args`` become the help texts.
         first: Name of its first parameter.
+        also: Commands of their own that begin with this one's name, with what they do.
     """
     helps = _argument_helps(function)
-    about = inspect.getdoc(function) or ""
-    parser = ArgumentParser(prog=program, description=about.split("\n")[0], exit_on_error=False)
+    about = (inspect.getdoc(function) or "").split("\n")[0]
+    if also:
+        about += " Other commands: " + "; ".join(f"{program} {name} {does}" for name, does in also.items()) + "."
+    parser = ArgumentParser(prog=program, description=about, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -94,6 +99,7 @@ def run(
     required: Sequence[str] = (),
     interrupted: str = "nothing was written",
     arguments: Sequence[str] | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> NoReturn:
     """Run a command to its exit status: 0, 2 for bad input (one line), 130 when interrupted.
 
@@ -108,11 +114,12 @@ def run(
         required: Options that must be given.
         interrupted: What to say when the user stops it.
         arguments: Command line; ``sys.argv`` if None.
+        also: As for `build_parser`.
     """
     debug = "--debug" in (sys.argv if arguments is None else arguments)
     prints = os.environ.get("RANK", "0") == "0"
     try:
-        options = vars(parse(build_parser(program, function, first=first), arguments, first=first))
+        options = vars(parse(build_parser(program, function, first=first, also=also), arguments, first=first))
         for name in ("config", "debug"):
             options.pop(name, None)
         for name in (first, *required):

@@ -122,6 +122,11 @@ class Provenance(_Strict):
     dual_bound: float | None = Field(default=None, description="proven lower bound of the weighted loss")
     gap: float | None = Field(default=None, description="(objective - dual bound) / objective")
     versions: dict[str, str] = Field(default_factory=dict)
+    knobs: dict[str, float | str] = Field(default_factory=dict, description="setting of the outer loop that found it")
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name != "knobs" or value}
 
 
 class Validation(_Strict):

@@ -2,10 +2,19 @@
 
 from moa_search.inspection.plots import plot_spans, save_heat_map
 from moa_search.inspection.profiles import calibration_lines, profile_quality, profile_table, sample_advice
+from moa_search.inspection.searches import (
+    budget_lines,
+    comparison_table,
+    front_table,
+    plot_densities,
+    save_density_plot,
+    study_lines,
+    study_table,
+    validation_table,
+)
 from moa_search.inspection.tables import (
     default_lengths,
     density_table,
-    front_table,
     origin_lines,
     rule_table,
     score_tables,
@@ -13,17 +22,24 @@ from moa_search.inspection.tables import (
 )
 
 __all__ = [
+    "budget_lines",
     "calibration_lines",
+    "comparison_table",
     "default_lengths",
     "density_table",
     "front_table",
     "origin_lines",
+    "plot_densities",
     "plot_spans",
     "profile_quality",
     "profile_table",
     "rule_table",
     "sample_advice",
+    "save_density_plot",
     "save_heat_map",
     "score_tables",
     "span_table",
+    "study_lines",
+    "study_table",
+    "validation_table",
 ]

@@ -15,13 +15,12 @@ from moa_search.formats.plan import LengthMetrics
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moa_search.search import Front
 
 __all__ = [
     "default_lengths",
     "density_table",
-    "front_table",
     "origin_lines",
+    "predicted_loss",
     "rule_table",
     "score_tables",
     "span_table",
@@ -55,8 +54,8 @@ def origin_lines(plan: Plan) -> list[str]:
     origin = plan.provenance
     if origin is not None:
         how = f"{origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "")
-        budgets = ", ".join(f"{b.density:.4g} at {b.length}" for b in origin.budgets)
-        bound = f"; density at most {budgets}" if budgets else ""
+        budgets = ", ".join(b.asked or f"density at most {b.density:.4g} at {b.length}" for b in origin.budgets)
+        bound = f"; {budgets}" if budgets else ""
         gap = "" if origin.gap is None else f"; proven within {origin.gap:.2%} of the optimum"
         lines.append(f"found by  {how}{bound}{gap}")
     return lines
@@ -74,7 +73,7 @@ def density_table(plan: Plan, lengths: Sequence[int]) -> Table:
             f"{plan.density(length):.1%}",
             f"{plan.kv_bytes(length) / 2**20:.1f}",
             f"{plan.attention_density(length):.1%}",
-            _loss(predicted[length]) if length in predicted else "",
+            predicted_loss(predicted[length]) if length in predicted else "",
         )
     return table
 
@@ -119,21 +118,6 @@ def rule_table(plan: Plan, most: int = 8) -> Table:
     return table
 
 
-def front_table(front: Front) -> Table:
-    """The plans of a front with density and predicted loss at every length."""
-    table = Table(title="Front", title_justify="left")
-    table.add_column("plan", justify="right")
-    for metrics in front.chosen.predicted:
-        table.add_column(f"kept\n@{metrics.length}", justify="right")
-        table.add_column(f"predicted loss\n@{metrics.length}", justify="right", no_wrap=True)
-    table.add_column("gap", justify="right")
-    for index, plan in enumerate(front.plans):
-        cells = [cell for m in plan.predicted for cell in (f"{m.density:.2%}", _loss(m))]
-        gap = plan.provenance.gap if plan.provenance else None
-        table.add_row("plan.json" if index == 0 else f"{index:02d}", *cells, "" if gap is None else f"{gap:.2%}")
-    return table
-
-
 def score_tables(summary: pd.DataFrame) -> list[Table]:
     """One table per task and length: means with 95 % bootstrap intervals for every variant."""
     tables = []
@@ -160,7 +144,7 @@ def _own_window(plan: Plan) -> str:
     return f"own window, {plan.native_window}"
 
 
-def _loss(metrics: LengthMetrics) -> str:
+def predicted_loss(metrics: LengthMetrics) -> str:
     """A predicted loss with its standard error, as far as they are known."""
     if metrics.loss is None:
         return ""

@@ -32,7 +32,7 @@ def front_rows(front: Front) -> list[dict[str, Any]]:
 
 
 def write_front(front: Front, folder: str | os.PathLike[str]) -> None:
-    """Write ``plan.json``, ``front/plan-00.json`` ... and ``front/front.csv``; older plans of ``front/`` go.
+    """Write ``plan.json``, ``front/plan-00.json`` ... and ``front/front.csv``; what belonged to an older front goes.
 
     Raises:
         ConfigError: The folder can't be written; older files stay as they were.
@@ -51,9 +51,10 @@ def write_front(front: Front, folder: str | os.PathLike[str]) -> None:
             file.write(content.encode())
             file.flush()  # a full disk shows before the first file is replaced
     try:
-        for path in (root / "front").glob("plan-*.json"):
+        stale = [*(root / "front").glob("plan-*.json"), root / "front" / "densities.png", root / "validation.csv"]
+        for path in stale:
             if path not in contents:
-                path.unlink()
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder}: its older plans can't be removed ({error.strerror or error})") from None
 

@@ -1,0 +1,124 @@
+"""The searchers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moa_search.api.common import (
+    Criterion,
+    Progress,
+    Searcher,
+    model_and_tokenizer,
+    require_positive,
+    require_writable_folder,
+)
+from moa_search.api.options import load_profile, search_options
+from moa_search.api.validating import held_out_loss
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moa_search.formats import Profile
+
+__all__ = ["compare_searchers"]
+
+
+def compare_searchers(
+    profile: str | Profile,
+    *,
+    density: Sequence[float] | None = None,
+    budget_lengths: Sequence[int] | None = None,
+    budget: Sequence[str] = (),
+    hardware: str | None = None,
+    weights_bytes: int | None = None,
+    searchers: Sequence[Searcher] = ("exact", "moa", "duo", "per-layer", "recall", "uniform"),
+    criterion: Criterion = "signed",
+    anchor: Literal["position", "prompt"] = "position",
+    time_limit_s: float = 60.0,
+    validate: str | None = None,
+    lengths: Sequence[int] | None = None,
+    samples: int = 16,
+    output: str | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Compare our search with the baselines at the same budget.
+
+    Args:
+        profile: Profile file; in Python also a Profile.
+        density: Largest share of the KV cache to keep, as for moa-search.
+        budget_lengths: Lengths in tokens that the densities hold at, as for moa-search.
+        budget: Budgets in other units, as for moa-search.
+        hardware: For times, as for moa-search.
+        weights_bytes: Size of the model's weights, as for moa-search.
+        searchers: Which to compare.
+        criterion: What all plans are judged by, and chosen by where a searcher has no criterion of its own.
+        anchor: Where a rule is evaluated.
+        time_limit_s: Seconds for each solve.
+        validate: Model to measure the true loss of every plan with, on held-out samples.
+        lengths: Tokens per held-out sample; by default the profiled lengths.
+        samples: Held-out samples per length.
+        output: Folder to write every plan, compare.csv and measured losses to.
+        progress: Told the work done and in all.
+
+    Returns:
+        One row per searcher: density and predicted loss at every profiled length, CPU seconds, and with ``validate``
+        the true losses.
+
+    Raises:
+        MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
+    """
+    import pandas as pd
+
+    from moa_search.formats import ModelSignature
+    from moa_search.formats.files import atomic_write
+    from moa_search.search.comparing import compare_searchers as compare
+
+    require_positive(time_limit_s=time_limit_s, samples=samples)
+    require_writable_folder(output)
+    statistics = load_profile(profile)
+    options = search_options(
+        statistics,
+        density=density,
+        budget_lengths=budget_lengths,
+        budget=budget,
+        hardware=hardware,
+        weights_bytes=weights_bytes,
+        criterion=criterion,
+        anchor=anchor,
+        time_limit_s=time_limit_s,
+    )
+    rows = []
+    candidates = compare(statistics, options, list(dict.fromkeys(searchers)), progress)
+    for candidate in candidates:
+        row: dict[str, object] = {"searcher": candidate.searcher}
+        for length, (loss, error) in candidate.losses.items():
+            row |= {f"density@{length}": candidate.plan.density(length)}
+            row |= {f"loss@{length}": loss, f"loss_error@{length}": error}
+        rows.append(row | {"cpu_s": candidate.seconds})
+        if output is not None:
+            candidate.plan.save(Path(output) / f"{candidate.searcher}.json")
+    table = pd.DataFrame(rows)
+    if validate is not None:
+        network, tokenizer = model_and_tokenizer(validate, dtype="auto", device="auto")
+        statistics.header.model.require(ModelSignature.of(network.config), "the profile")
+        truth = held_out_loss(
+            network,
+            tokenizer,
+            sources=("passkey", "copy"),
+            lengths=list(lengths or statistics.lengths),
+            samples=samples,
+            cache_folder=None if output is None else Path(output) / "validation",
+        )
+        for index, candidate in enumerate(candidates):
+            losses = truth.loss(candidate.plan)
+            for length in truth.lengths:
+                estimate = truth.mean(losses, length)
+                table.loc[index, [f"true_loss@{length}", f"true_error@{length}"]] = [estimate.value, estimate.error]
+            if progress is not None:
+                progress(index + 1, len(candidates))
+    if output is not None:
+        with atomic_write(Path(output) / "compare.csv") as file:
+            file.write(table.to_csv(index=False).encode())
+    return table

@@ -1,0 +1,262 @@
+"""The outer loop: settings of the exact search, tried on true loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moa_search.api.common import Criterion, Dtype, Progress, require_positive, require_writable_folder
+from moa_search.api.options import load_profile, search_options
+from moa_search.api.validating import held_out_loss
+
+if TYPE_CHECKING:
+    from moa_search.evaluation.true_loss import TrueLoss
+    from moa_search.formats import Profile
+    from moa_search.search import SearchOptions
+    from moa_search.search.tuning import Summary, Tuning
+
+__all__ = ["serve_study", "tune_plan"]
+
+FRONT_SEEDS = 4
+"""Weightings of the lengths besides equal ones that a study begins with."""
+
+
+def tune_plan(
+    profile: str,
+    *,
+    model: str,
+    output: str,
+    density: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
+    budget_lengths: Sequence[int] | None = None,
+    budget: Sequence[str] = (),
+    hardware: str | None = None,
+    weights_bytes: int | None = None,
+    criteria: Sequence[Criterion] = ("signed", "squared"),
+    trials: int = 60,
+    sampler: Literal["tpe", "gp", "random"] = "tpe",
+    storage: str | None = None,
+    study: str = "tune",
+    workers: int = 1,
+    devices: Sequence[str] = (),
+    join: bool = False,
+    take_over: bool = False,
+    sources: Sequence[str] = ("passkey", "copy"),
+    lengths: Sequence[int] | None = None,
+    samples: int = 16,
+    dtype: Dtype = "auto",
+    seed: int = 0,
+    time_limit_s: float = 20.0,
+    progress: Progress | None = None,
+) -> Summary:
+    """Search settings of the exact search by the true loss of the plans they lead to.
+
+    Each trial takes a few knobs (multipliers by depth, weights of the lengths, exponents of the influence, caution,
+    criterion), solves exactly for a plan, runs the model under it on held-out samples, and Optuna learns which knobs
+    pay. A stopped study goes on with the same command.
+
+    Args:
+        profile: Profile file.
+        model: A Hub id, a model folder, a .gguf file, or "demo".
+        output: Folder for plan.json, the study and what was measured.
+        density: Largest share of the KV cache to keep, as for moa-search.
+        densities: Smallest and largest density instead: the density becomes a knob, and loss and density are both
+            minimised.
+        budget_lengths: Lengths in tokens that the densities hold at, as for moa-search.
+        budget: Budgets in other units, as for moa-search.
+        hardware: For times, as for moa-search.
+        weights_bytes: Size of the model's weights, as for moa-search.
+        criteria: Criteria to choose from, the default first.
+        trials: Plans to try, by all workers together.
+        sampler: tpe, gp (needs scipy) or random.
+        storage: Where the study is kept; a journal file in the output folder by default, or sqlite:///FILE,
+            postgresql://USER@HOST/NAME, grpc://HOST:PORT (docs/tuning.md).
+        study: Name of the study in its storage.
+        workers: Processes on this machine, each with its own copy of the model.
+        devices: Given to the workers in turn, such as cuda:0 cuda:1.
+        join: Work at a study that another machine has begun.
+        take_over: Also take back trials that other machines left running, once all their workers have ended.
+        sources: What held-out samples are drawn from, as for moa-search validate.
+        lengths: Tokens per held-out sample; by default the profiled lengths.
+        samples: Held-out samples per length.
+        dtype: Type of the weights, as for moa-profile.
+        seed: Of the samples and the sampler.
+        time_limit_s: Seconds for each solve.
+        progress: Told the trials done and in all.
+
+    Returns:
+        Where the study stands; the best plan is in the output folder.
+
+    Raises:
+        MoAError: The profile, a budget, the storage or an option can't be used; see `moa_search.errors`.
+    """
+    from moa_search.errors import ConfigError
+    from moa_search.search.knobs import KnobSpace
+    from moa_search.search.tuning import Tuning, tune, tune_in_parallel
+
+    require_positive(trials=trials, samples=samples, workers=workers, time_limit_s=time_limit_s)
+    if densities is not None and (density or len(densities) != 2):
+        raise ConfigError("densities takes the smallest and the largest one, and density then isn't given")
+    require_writable_folder(output)
+    statistics = load_profile(profile)
+    options = search_options(
+        statistics,
+        density=density if densities is None else [max(densities)],
+        budget_lengths=budget_lengths,
+        budget=budget,
+        hardware=hardware,
+        weights_bytes=weights_bytes,
+        criterion=criteria[0],
+        time_limit_s=time_limit_s,
+    )
+    space = KnobSpace(
+        tuple(statistics.lengths),
+        tuple(dict.fromkeys(criteria)),
+        densities=None if densities is None else (min(densities), max(densities)),
+    )
+    setup = _Setup(
+        statistics, options, model, dtype, tuple(sources), tuple(lengths or statistics.lengths), samples, seed, output
+    )
+    tuning = Tuning(
+        space,
+        Path(output),
+        trials,
+        settings=setup.settings,
+        storage=storage,
+        name=study,
+        sampler=sampler,
+        seed=seed,
+        workers=workers,
+        with_cost=densities is not None,
+        join=join,
+    )
+    weights = _front_weights(len(statistics.lengths))
+    seeds = [space.default, *(space.of_weights(vector) for vector in weights)]
+    seeds += [dataclasses.replace(space.default, criterion=name) for name in space.criteria[1:]]
+    if workers == 1:
+        run = setup.start(devices[0] if devices else "auto")
+        cost = run.cost if tuning.with_cost else None
+        summary = tune(tuning, run.decode, run.evaluate, seeds, cost, take_over=take_over, progress=progress)
+    else:
+        summary = tune_in_parallel(
+            tuning, _worker, [setup], seeds, devices=devices, take_over=take_over, progress=progress
+        )
+    if not join:
+        _export(tuning, summary, setup)
+    return summary
+
+
+def serve_study(storage: str, *, port: int = 13000) -> None:
+    """Let many machines share one database through one gRPC server; they give --storage grpc://HOST:PORT.
+
+    Args:
+        storage: PostgreSQL or MySQL, such as postgresql://USER@HOST/NAME; files can't be shared safely this way.
+        port: Port to listen on.
+
+    Raises:
+        MoAError: The storage can't be served; the message says why.
+    """
+    from moa_search.search.studies import serve_study as serve
+
+    serve(storage, port)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What every worker process needs to run trials; it can be pickled."""
+
+    profile: Profile
+    options: SearchOptions
+    model: str
+    dtype: Dtype
+    sources: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int
+    seed: int
+    output: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a trial's values depend on."""
+        options = self.options
+        return {
+            "profile": self.profile.checksum,
+            "model": self.model,
+            "dtype": self.dtype,
+            "density": list(options.density),
+            "budget": list(options.budgets),
+            "budget_lengths": list(options.budget_lengths or ()),
+            "sources": list(self.sources),
+            "lengths": list(self.lengths),
+            "samples": self.samples,
+            "seed": self.seed,
+        }
+
+    def start(self, device: str | None) -> _Run:
+        """Load the model and draw the samples."""
+        from moa_search.formats import ModelSignature
+        from moa_search.models import load_model
+        from moa_search.search.decoding import Decoder
+
+        model, tokenizer = load_model(self.model, dtype=self.dtype, device=device or "auto")
+        self.profile.header.model.require(ModelSignature.of(model.config), "the profile")
+        truth = held_out_loss(
+            model,
+            tokenizer,
+            sources=self.sources,
+            lengths=self.lengths,
+            samples=self.samples,
+            seed=self.seed,
+            cache_folder=Path(self.output) / "validation",
+        )
+        longest = max(self.options.budget_lengths or self.profile.lengths)
+        return _Run(Decoder(self.profile, self.options), truth, longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A worker's model and samples."""
+
+    decode: Any
+    truth: TrueLoss
+    longest: int
+
+    def evaluate(self, plan: Any) -> float:
+        """True loss of a plan."""
+        return self.truth.evaluate(plan)
+
+    def cost(self, plan: Any) -> float:
+        """Density of a plan at the longest budget length."""
+        return float(plan.density(self.longest))
+
+
+def _worker(index: int, device: str | None, tuning: Tuning, setup: _Setup) -> None:
+    """Run trials in a process of its own."""
+    from moa_search.search.trials import work
+
+    run = setup.start(device)
+    work(tuning, run.decode, run.evaluate, run.cost if tuning.with_cost else None, worker=index)
+
+
+def _front_weights(lengths: int) -> list[tuple[float, ...]]:
+    """Weightings that the front would try, the extremes among them."""
+    from moa_search.search.front import lattice
+
+    return lattice(lengths, 2)[1 : 1 + FRONT_SEEDS] if lengths > 1 else []
+
+
+def _export(tuning: Tuning, summary: Summary, setup: _Setup) -> None:
+    """Write the best plan as plan.json, and with two objectives the whole front."""
+    from moa_search.search.decoding import Decoder
+    from moa_search.search.output import write_front
+    from moa_search.search.searching import Front
+    from moa_search.search.tuning import plan_of
+
+    if not summary.best:
+        return
+    decode = Decoder(setup.profile, setup.options)
+    plans = [plan_of(tuning, result, decode) for result in summary.best]
+    budgets = plans[0].provenance.budgets if plans[0].provenance else ()
+    write_front(Front(plans, list(budgets)), tuning.folder)

@@ -1,0 +1,82 @@
+"""The searchers side by side at the same budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moa_search.formats.plan import Plan
+from moa_search.formats.profile import Profile
+from moa_search.search.losses import rule_losses
+from moa_search.search.searchers import find_searcher
+from moa_search.search.searching import search_profile
+from moa_search.search.space import SearchOptions
+
+__all__ = ["Candidate", "compare_searchers", "predicted_losses"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one searcher chose.
+
+    Attributes:
+        searcher: Its name.
+        plan: Its chosen plan.
+        losses: Predicted loss and its standard error by length, by the criterion of the comparison.
+        seconds: CPU time of the search.
+    """
+
+    searcher: str
+    plan: Plan
+    losses: dict[int, tuple[float, float]]
+    seconds: float
+
+
+def compare_searchers(
+    profile: Profile,
+    options: SearchOptions,
+    searchers: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Candidate]:
+    """The chosen plan of every searcher, judged by one criterion, ``options.criterion``.
+
+    Args:
+        profile: Influence statistics.
+        options: Budgets and all else; ``searcher`` doesn't count.
+        searchers: Names of searchers.
+        progress: Told the searchers done and in all.
+
+    Raises:
+        MoAError: As `search_profile`.
+    """
+    for name in searchers:
+        find_searcher(name)
+    candidates = []
+    for done, name in enumerate(searchers, 1):
+        began = time.process_time()
+        plan = search_profile(profile, dataclasses.replace(options, searcher=name)).chosen
+        seconds = time.process_time() - began
+        losses = predicted_losses(profile, plan, options.criterion)
+        candidates.append(Candidate(name, plan, losses, seconds))
+        if progress is not None:
+            progress(done, len(searchers))
+    return candidates
+
+
+def predicted_losses(profile: Profile, plan: Plan, criterion: str) -> dict[int, tuple[float, float]]:
+    """Loss and standard error that ``profile`` predicts for any plan of its model, by profiled length.
+
+    Args:
+        profile: Influence statistics; its sink and block are the plan's.
+        plan: A plan.
+        criterion: One of `moa_search.search.losses.CRITERIA`.
+    """
+    layers = profile.header.searchable_layers
+    mine = [rule for layer in layers for rule in plan.rules[layer]]
+    rules = sorted(set(mine))
+    choice = np.array([rules.index(rule) for rule in mine], dtype=np.int64)
+    return {loss.length: loss.of_choice(choice) for loss in rule_losses(profile, rules, criterion, anchor=plan.anchor)}
