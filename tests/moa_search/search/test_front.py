@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moa_search.search.exact import solve_exact
-from moa_search.search.front import EXTREME, lattice, trade_off
+from moa_search.search.front import EXTREME, epsilon_cells, knee, lattice, trade_off
 from moa_search.search.problem import Problem, Solution
 
 
@@ -123,3 +123,43 @@ def test_progress_counts_every_solve(conflict):
     seen = []
     trade_off(losses, problem, solve_exact, steps=3, progress=lambda *done: seen.append(done))
     assert seen == [(i + 1, 5) for i in range(5)]
+
+
+class TestKnee:
+    def test_farthest_below_the_line_between_the_ends(self):
+        assert knee([0.1, 0.2, 0.5, 1.0], [10.0, 3.0, 2.0, 0.0]) == 1
+
+    @pytest.mark.parametrize(
+        ("costs", "losses"),
+        [([1, 2], [3, 1]), ([1, 2, 3], [3, 2, 1]), ([1, 2, 3], [1, 1, 1]), ([1, 2, 3], [3, 2.9, 0])],
+    )
+    def test_there_may_be_none(self, costs, losses):
+        assert knee(costs, losses) is None
+
+
+def solve_roughly(problem):
+    return solve_exact(problem, gap=1e-4)
+
+
+class TestEpsilonCells:
+    def test_finds_trade_offs_that_keep_their_bounds(self, conflict):
+        losses, problem = conflict
+        points = epsilon_cells(losses, problem, solve_roughly, cells=4)
+        assert len(points) > 3
+        assert dominated(points) == []
+        assert all(problem.is_feasible(point.solution.choice) for point in points)
+        for index, loss in enumerate(losses):
+            best = solve_exact(Problem(loss, problem.costs, problem.limits)).objective
+            assert min(point.losses[index] for point in points) == pytest.approx(best, rel=1e-3)
+
+    def test_first_has_the_smallest_sum_in_units_of_the_worst(self, conflict):
+        losses, problem = conflict
+        units = [loss.max(1).sum() for loss in losses]
+        points = epsilon_cells(losses, problem, solve_roughly, cells=4)
+        totals = [sum(value / unit for value, unit in zip(point.losses, units, strict=True)) for point in points]
+        assert totals[0] == min(totals)
+
+    def test_one_length_has_one_point(self, conflict):
+        losses, problem = conflict
+        (point,) = epsilon_cells(losses[:1], problem, solve_exact, cells=4)
+        assert point.solution.objective == pytest.approx(solve_exact(problem).objective)

@@ -220,7 +220,8 @@ def test_equal_arguments_give_equal_bytes_also_in_another_process(tiny_profile, 
 
 
 def test_infeasible_budget_is_named(tiny_profile):
-    with pytest.raises(BudgetInfeasibleError, match=r"density=0\.1@512 can't be met: the smallest spans already take 0\.1329"):
+    words = r"density=0\.1@512 can't be met: the smallest spans already take 0\.1329"
+    with pytest.raises(BudgetInfeasibleError, match=words):
         search_profile(tiny_profile, [0.1], criterion="squared")
 
 

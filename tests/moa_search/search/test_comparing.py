@@ -1,0 +1,38 @@
+"""Searchers side by side."""
+
+import pytest
+
+from moa_search.errors import ConfigError
+from moa_search.search import SEARCHERS, SearchOptions, search_profile
+from moa_search.search.comparing import compare_searchers, predicted_losses
+
+
+def test_all_are_judged_by_one_criterion(tiny_profile):
+    options = SearchOptions(density=[0.4], criterion="squared", front_steps=1)
+    seen = []
+    candidates = compare_searchers(tiny_profile, options, list(SEARCHERS), lambda *done: seen.append(done))
+    assert [candidate.searcher for candidate in candidates] == list(SEARCHERS)
+    assert seen[-1] == (len(SEARCHERS), len(SEARCHERS))
+    by_name = {candidate.searcher: candidate for candidate in candidates}
+    # Where a searcher decides by that criterion, its own prediction is the comparison's.
+    for name in ("exact", "duo", "per-layer"):
+        own = {m.length: (m.loss, m.loss_error) for m in by_name[name].plan.predicted}
+        for length, (loss, error) in by_name[name].losses.items():
+            assert (loss, error) == pytest.approx(own[length])
+    assert by_name["moa"].losses[512] != by_name["moa"].plan.predicted[0].loss
+
+
+def test_predicts_any_plan_of_the_model(tiny_profile, tiny_plan):
+    losses = predicted_losses(tiny_profile, tiny_plan.model_copy(update={"block": 64}), "signed")
+    assert sorted(losses) == [512, 1024]
+    assert all(loss > 0 and error > 0 for loss, error in losses.values())
+
+
+def test_native_layers_are_left_out(native_profile):
+    plan = search_profile(native_profile, SearchOptions(density=[0.3], front_steps=0)).chosen
+    assert predicted_losses(native_profile, plan, "signed")[512][0] == pytest.approx(plan.predicted[0].loss)
+
+
+def test_an_unknown_searcher_is_named_before_the_work(tiny_profile):
+    with pytest.raises(ConfigError, match="'moar' is unknown"):
+        compare_searchers(tiny_profile, SearchOptions(density=[0.4]), ["exact", "moar"])
