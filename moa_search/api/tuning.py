@@ -189,9 +189,10 @@ class _Setup:
             "budget": list(options.budgets),
             "budget_lengths": list(options.budget_lengths or ()),
             "sources": list(self.sources),
-            "lengths": list(self.lengths),
+            "sample lengths": list(self.lengths),
             "samples": self.samples,
-            "seed": self.seed,
+            "sample seed": self.seed,
+            "time_limit_s": options.time_limit_s,
         }
 
     def start(self, device: str | None) -> _Run:

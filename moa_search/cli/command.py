@@ -12,7 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -20,10 +20,14 @@ from moa_search.errors import ConfigError, MoAError
 from moa_search.formats.files import nearest
 from moa_search.version import __version__
 
-__all__ = ["build_parser", "parse", "run"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["build_parser", "open_console", "parse", "run"]
 
 NOT_FLAGS = ("progress",)
 NAMES_OF_TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}
+WIDTH_WITHOUT_TERMINAL = 140
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -140,6 +144,13 @@ def run(
             print(f"\n{program}: interrupted, {interrupted}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
+
+
+def open_console() -> Console:
+    """Where results are printed: as wide as the terminal, and wide enough for every table where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
 
 
 def _with_progress(function: Callable[..., Any], task: str | None, options: dict[str, Any]) -> Any:

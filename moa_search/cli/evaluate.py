@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import evaluate_model
-from moa_search.cli.command import run
+from moa_search.cli.command import open_console, run
 
 __all__ = ["main", "show"]
 
@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
 def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
     """Print the table of means and where the items' scores are."""
-    from rich.console import Console
-
     from moa_search.evaluation import summarise
     from moa_search.inspection import score_tables
 
-    Console().print(*score_tables(summarise(items)))
+    open_console().print(*score_tables(summarise(items)))
     if output is not None:
         print(f"scores of every item written to {output}")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import inspect_plan
-from moa_search.cli.command import run
+from moa_search.cli.command import open_console, run
 
 __all__ = ["main", "show"]
 
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 def show(plan: Plan, /, *, lengths: Sequence[int], output: str | None, **options: Any) -> None:
     """Print origin, densities, rules and spans."""
-    from rich.console import Console
-
     from moa_search.inspection import default_lengths, density_table, origin_lines, rule_table, span_table
 
     shown = list(lengths) or default_lengths(plan)
-    console = Console()
+    console = open_console()
     for line in origin_lines(plan):
         console.print(line, highlight=False)
     console.print(density_table(plan, shown))

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import merge_profiles, profile_model
-from moa_search.cli.command import run
+from moa_search.cli.command import open_console, run
 
 __all__ = ["main", "show", "show_merged"]
 
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 def show(profile: Profile, *, output: str, **options: Any) -> None:
     """Print what was measured, how well, and where it is."""
-    from rich.console import Console
-
     from moa_search.inspection import calibration_lines, profile_table, sample_advice
 
-    console = Console()
+    console = open_console()
     for line in calibration_lines(profile):
         console.print(line, highlight=False)
     console.print(profile_table(profile))

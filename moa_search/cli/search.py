@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import compare_searchers, search_front, serve_study, tune_plan, validate_front
-from moa_search.cli.command import run
+from moa_search.cli.command import open_console, run
 
 __all__ = ["COMMANDS", "main", "show", "show_comparison", "show_study", "show_validation"]
 
@@ -28,11 +28,9 @@ COMMANDS = {
 
 def show(front: Front, *, output: str, validate: str | None, **options: Any) -> None:
     """Print the front and where the plans are."""
-    from rich.console import Console
-
     from moa_search.inspection import budget_lines, front_table
 
-    console = Console()
+    console = open_console()
     console.print(front_table(front))
     for line in budget_lines(front):
         console.print(line, highlight=False)
@@ -49,33 +47,27 @@ def show(front: Front, *, output: str, validate: str | None, **options: Any) -> 
 
 def show_validation(table: pd.DataFrame, *, folder: str, **options: Any) -> None:
     """Print what the plans lose and which one was kept."""
-    from rich.console import Console
-
     from moa_search.inspection import validation_table
 
-    Console().print(validation_table(table))
+    open_console().print(validation_table(table))
     best = table[table["chosen"]]["plan"].iloc[0]
     print(f"{folder}/plan.json is now {best}; every plan's file says what it lost, and so does {folder}/validation.csv")
 
 
 def show_comparison(table: pd.DataFrame, *, output: str | None, criterion: str, **options: Any) -> None:
     """Print the searchers side by side."""
-    from rich.console import Console
-
     from moa_search.inspection import comparison_table
 
-    Console().print(comparison_table(table, criterion))
+    open_console().print(comparison_table(table, criterion))
     if output is not None:
         print(f"a plan of each and compare.csv are in {output}")
 
 
 def show_study(summary: Summary, *, output: str, **options: Any) -> None:
     """Print where a study stands."""
-    from rich.console import Console
-
     from moa_search.inspection import study_lines, study_table
 
-    console = Console()
+    console = open_console()
     console.print(study_table(summary))
     for line in study_lines(summary):
         console.print(line, highlight=False)

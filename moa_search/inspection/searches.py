@@ -35,7 +35,7 @@ SHOWN_REMARKS = 5
 def front_table(front: Front) -> Table:
     """The plans of a front with density and predicted loss at every length, the chosen one marked."""
     table = Table(title="Front", title_justify="left")
-    table.add_column("plan", justify="right")
+    table.add_column("plan", justify="right", no_wrap=True)
     if front.densities:
         table.add_column("asked", justify="right")
     for metrics in front.chosen.predicted:
@@ -48,7 +48,7 @@ def front_table(front: Front) -> Table:
         gap = plan.provenance.gap if plan.provenance else None
         name = "plan.json" if index == front.chosen_index else f"{index:02d}"
         if index == front.chosen_index and front.has_knee:
-            name = "knee: plan.json"
+            name = "plan.json (knee)"
         table.add_row(name, *cells, "" if gap is None else f"{gap:.2%}")
     return table
 

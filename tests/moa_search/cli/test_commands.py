@@ -17,6 +17,10 @@ COMMANDS = {
     "moa-profile": (profile, api.profile_model, "model"),
     "moa-profile merge": (profile, api.merge_profiles, "profiles"),
     "moa-search": (search, api.search_front, "profile"),
+    "moa-search validate": (search, api.validate_front, "folder"),
+    "moa-search compare": (search, api.compare_searchers, "profile"),
+    "moa-search tune": (search, api.tune_plan, "profile"),
+    "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
 }
@@ -119,7 +123,12 @@ class TestOptions:
             "criterion": "signed", "searcher": "uniform",
             "time_limit_s": 1.5, "front_steps": 2, "plan": ["a", "b"], "baselines": ["dense"],
             "profile": "p", "answers": "dataset", "max_answer_tokens": 9, "chat": "never", "save_samples": "s",
-            "resume": False, "device_map": "auto", "profiles": ["a", "b"],
+            "resume": False, "device_map": "auto", "profiles": ["a", "b"], "under_plan": "u", "folder": "f",
+            "densities": [0.1, 0.2], "budget": ["kv=2GiB@32k"], "hardware": "h200", "weights_bytes": 12,
+            "anchor": "prompt", "rules_per_layer": 2, "length_weights": ["512=1"], "predict_lengths": [4096],
+            "robust": 0.5, "min_span": 64, "layer_floor": ["0=1.0"], "validate": "demo", "searchers": ["moa", "duo"],
+            "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
+            "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321,
         }  # fmt: skip
         import inspect as introspect
 
@@ -261,7 +270,7 @@ class TestBadInput:
     def test_infeasible_budget_is_named(self, check_refused, profiled, tmp_path):
         check_refused(
             "moa-search", profiled, "--density", 0.05, "--output", tmp_path / "out",
-            says=["density of 0.05 at 300 tokens can't be met", "48 tokens"],
+            says=["density=0.05@300 can't be met", "already take 0.16"],
         )  # fmt: skip
 
     def test_length_over_the_context(self, check_refused, tiny_model_dir, tmp_path):

@@ -1,0 +1,156 @@
+"""``moa-search`` and its other commands, run as a user runs them, on a tiny model."""
+
+import json
+import sys
+
+import pandas as pd
+import pytest
+
+from moa_search import Plan, api
+from moa_search.cli import search
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory, tiny_model_dir):
+    """A profile of the tiny model, made once."""
+    path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    api.profile_model(
+        str(tiny_model_dir), lengths=[300, 600], samples=2, answers="dataset", output=str(path), dtype="float32"
+    )
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run ``moa-search``; returns exit status, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moa-search", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            search.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+def one_line(result):
+    status, _, err = result
+    assert status == 2
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("moa-search")]
+    return line
+
+
+class TestSearch:
+    def test_several_densities_make_one_table_and_one_picture(self, call, profiled, tmp_path):
+        status, out, err = call(profiled, "--densities", 0.3, 0.5, 0.8, "--output", tmp_path)
+        assert status == 0, err
+        assert "3" in out
+        assert (tmp_path / "front" / "densities.png").read_bytes().startswith(b"\x89PNG")
+        plans = [Plan.load(tmp_path / "front" / f"plan-{index:02d}.json") for index in range(3)]
+        assert [plan.density(300) <= density for plan, density in zip(plans, (0.3, 0.5, 0.8), strict=True)] == [
+            True
+        ] * 3
+        assert Plan.load(tmp_path / "plan.json") in plans
+        assert call(profiled, "--density", 0.3, "--output", tmp_path)[0] == 0
+        assert not (tmp_path / "front" / "densities.png").exists()
+
+    def test_budgets_in_other_units_say_what_they_use(self, call, profiled, tmp_path):
+        status, out, err = call(profiled, "--budget", "kv=100KiB@2048x2", "tokens=150@600", "--output", tmp_path)
+        assert status == 0, err
+        assert "kv=100KiB@2048x2: uses" in out
+        plan = Plan.load(tmp_path / "plan.json")
+        assert plan.kv_bytes(2048, batch=2) <= 100 * 1024
+        assert sum(map(sum, plan.spans(600))) <= 150 * 4
+
+    def test_validated_at_once(self, call, profiled, tmp_path, tiny_model_dir):
+        status, out, err = call(
+            profiled, "--density", 0.5, "--front-steps", 1, "--validate", tiny_model_dir, "--output", tmp_path
+        )
+        assert status == 0, err
+        assert "the best on held-out samples" in out
+        assert Plan.load(tmp_path / "plan.json").validated[0].length == 1200
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--density", 0.5, "--densities", 0.5, 0.6], "give one of them"),
+            (["--budget", "memry=2GiB@32k"], "did you mean 'memory'"),
+            (["--budget", "decode=1ms@1024"], "hardware"),
+            (["--layer-floor", "9=1.0"], "outside 0..1"),
+            (["--length-weights", "512=1"], "512 is none of"),
+            (["--rules-per-layer", 4], "rules_per_layer is 4"),
+            (["--predict-lengths", 100], "can't be told"),
+            (["--robust=-1"], "robust is -1"),
+            (["--searcher", "moar"], "did you mean 'moa'"),
+        ],
+    )
+    def test_wrong_input_is_one_line(self, call, profiled, tmp_path, arguments, words):
+        assert words in one_line(call(profiled, *arguments, "--output", tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
+def test_compare_prints_and_keeps_every_searcher(call, profiled, tmp_path, tiny_model_dir):
+    status, out, err = call(
+        "compare", profiled, "--density", 0.5, "--validate", tiny_model_dir, "--samples", 2, "--output", tmp_path
+    )  # fmt: skip
+    assert status == 0, err
+    rows = pd.read_csv(tmp_path / "compare.csv").set_index("searcher")
+    assert list(rows.index) == ["exact", "moa", "duo", "per-layer", "recall", "uniform"]
+    for name, row in rows.iterrows():
+        assert name in out
+        assert Plan.load(tmp_path / f"{name}.json").density(300) == row["density@300"] <= 0.5
+        assert row["true_loss@600"] > 0
+    assert (rows["loss@300"] + rows["loss@600"]).idxmin() == "exact"
+
+
+def test_validate_then_tune_in_one_folder(call, profiled, tmp_path, tiny_model_dir):
+    out_folder = tmp_path / "out"
+    assert call(profiled, "--density", 0.5, "--front-steps", 1, "--output", out_folder)[0] == 0
+    options = ["--model", tiny_model_dir, "--lengths", 300, "--samples", 2]
+    status, out, err = call("validate", out_folder, *options)
+    assert status == 0, err
+    assert "chosen" in out
+    measured = sorted((out_folder / "validation").iterdir())
+    tune = ["tune", profiled, "--density", 0.5, *options, "--trials", 6, "--output", out_folder]
+    status, out, err = call(*tune)
+    assert status == 0, err
+    assert "6 complete" in out
+    plan = Plan.load(out_folder / "plan.json")
+    assert plan.provenance.searcher == "tune"
+    assert plan.provenance.knobs["exponent"] > 0
+    assert plan.density(600) <= 0.5
+    assert set(measured) <= set((out_folder / "validation").iterdir())  # the front's plans weren't measured again
+    assert "6 complete" in call(*tune)[1]
+    assert "trials" in one_line(call(*tune[:-4], "--trials", 0, "--output", out_folder))
+    refused = one_line(call(*tune[:3], 0.4, *tune[4:]))
+    assert "density" in refused
+
+
+def test_tune_over_densities_writes_the_front_of_loss_and_density(call, profiled, tmp_path, tiny_model_dir):
+    status, out, err = call(
+        "tune", profiled, "--densities", 0.3, 0.9, "--model", tiny_model_dir, "--lengths", 300, "--samples", 2,
+        "--trials", 6, "--workers", 2, "--output", tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    plans = [Plan.load(path) for path in sorted((tmp_path / "front").glob("plan-*.json"))]
+    assert plans
+    assert all(plan.density(600) <= 0.9 for plan in plans)
+    assert "density" in out
+
+
+def test_serve_refuses_files(call):
+    assert "sqlite" in one_line(call("serve", "sqlite:///x.db")).lower()
+
+
+def test_help_names_the_other_commands(call):
+    status, out, _ = call("--help")
+    assert status == 0
+    for command in search.COMMANDS:
+        assert f"moa-search {command}" in " ".join(out.split())
+
+
+def test_a_front_that_is_none(call, tmp_path):
+    assert "no front" in one_line(call("validate", tmp_path, "--model", "demo"))
+    assert json.dumps(str(tmp_path))[1:-1] in one_line(call("validate", tmp_path, "--model", "demo"))
