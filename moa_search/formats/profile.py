@@ -112,7 +112,7 @@ class ProfileHeader(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     native_layers: tuple[int, ...] = ()
     weights_hash: str | None = Field(default=None, description="tells checkpoints of one architecture apart")
-    weights_bytes: int | None = Field(default=None, ge=1, description="memory of the model's weights")
+    weights_bytes: int | None = Field(default=None, ge=1, description="memory of the model's weights at 16 bits each")
 
     @model_validator(mode="after")
     def _lengths_increase(self) -> ProfileHeader:

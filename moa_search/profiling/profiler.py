@@ -36,6 +36,9 @@ from moa_search.version import __version__
 
 __all__ = ["Progress", "profile_samples", "require_profilable"]
 
+BYTES_PER_WEIGHT = 2
+"""What a model is served with, whatever type it was profiled in."""
+
 Progress = Callable[[int, int], None]
 """Called with the tokens done and the tokens in all."""
 
@@ -204,6 +207,7 @@ def _pool(
         lengths=tuple(entry.header for entry in by_length.values()),
         native_layers=tuple(meter.native),
         weights_hash=settings["weights"],
+        weights_bytes=BYTES_PER_WEIGHT * sum(parameter.numel() for parameter in meter.model.parameters()),
         versions={
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,
