@@ -23,11 +23,11 @@ import itertools
 import numpy as np
 
 from moa_search import Profile
-from moa_search.search.exact import solve_exact
 from moa_search.search.extrapolation import extrapolate
 from moa_search.search.losses import rule_losses
-from moa_search.search.problem import Problem
 from moa_search.search.rules import rule_grid
+from moa_search.search.solver.exact import solve_exact
+from moa_search.search.solver.problem import Problem
 from moa_search.spans import span
 
 DENSITIES = (0.5, 0.25, 0.125)

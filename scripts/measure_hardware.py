@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from moa_search.search.hardware import Hardware
+from moa_search.search.budgets.hardware import Hardware
 
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
 MATRIX_WIDTH = {"cuda": 8192, "cpu": 512}

@@ -23,9 +23,9 @@ import numpy.typing as npt
 from search_instances import make_problem
 
 from moa_search.errors import SolverError
-from moa_search.search.exact import solve_exact
-from moa_search.search.highs import INFINITY, Entries, solve_integer_program
-from moa_search.search.problem import Problem
+from moa_search.search.solver.exact import solve_exact
+from moa_search.search.solver.highs import INFINITY, Entries, solve_integer_program
+from moa_search.search.solver.problem import Problem
 
 SIZES = ("30x3x50", "32x8x100", "32x32x100", "80x8x100", "40x40x200", "120x128x200")
 LIMITS = ("none", "2")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.search.problem import Problem
+from moa_search.search.solver.problem import Problem
 from moa_search.spans import BETA_ONE, SpanRule, span
 
 __all__ = ["BUDGET_LENGTHS", "make_problem", "make_rules"]

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
-
-from moa_search.search.quiet import quiet
-from moa_search.search.tuning import prepare, summarise
 from tests.moa_search.search.tuning_helpers import SPACE, tuning
 
+from moa_search.search.tuning.loop import prepare, summarise
+from moa_search.search.tuning.quiet import quiet
+
 TRIALS, WORKERS, SECONDS = 40, 4, 0.4
-PROGRAM = "tests/moa_search/search/tuning_helpers.py"
+PROGRAM = "tests/moa_search/search/tuning/tuning_helpers.py"
 SEEDS = [SPACE.default, SPACE.of_weights([1, 0]), SPACE.of_weights([0, 1])]
 
 

@@ -50,7 +50,7 @@ def search_options(
     """
     from moa_search.api.common import require_positive
     from moa_search.search import SearchOptions
-    from moa_search.search.hardware import Hardware
+    from moa_search.search.budgets import Hardware
     from moa_search.search.space import parse_floors, parse_weights
 
     if budget_lengths is not None:

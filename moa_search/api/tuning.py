@@ -93,8 +93,7 @@ def tune_plan(
         MoAError: The profile, a budget, the storage or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.errors import ConfigError
-    from moa_search.search.knobs import KnobSpace
-    from moa_search.search.tuning import Tuning, tune, tune_in_parallel
+    from moa_search.search.tuning import KnobSpace, Tuning, tune, tune_in_parallel
 
     require_positive(trials=trials, samples=samples, workers=workers, time_limit_s=time_limit_s)
     if densities is not None and (density or len(densities) != 2):
@@ -158,7 +157,7 @@ def serve_study(storage: str, *, port: int = 13000) -> None:
     Raises:
         MoAError: The storage can't be served; the message says why.
     """
-    from moa_search.search.studies import serve_study as serve
+    from moa_search.search.tuning import serve_study as serve
 
     serve(storage, port)
 
@@ -199,7 +198,7 @@ class _Setup:
         """Load the model and draw the samples."""
         from moa_search.formats import ModelSignature
         from moa_search.models import load_model
-        from moa_search.search.decoding import Decoder
+        from moa_search.search.tuning.decoding import Decoder
 
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=device or "auto")
         self.profile.header.model.require(ModelSignature.of(model.config), "the profile")
@@ -235,7 +234,7 @@ class _Run:
 
 def _worker(index: int, device: str | None, tuning: Tuning, setup: _Setup) -> None:
     """Run trials in a process of its own."""
-    from moa_search.search.trials import work
+    from moa_search.search.tuning import work
 
     run = setup.start(device)
     work(tuning, run.decode, run.evaluate, run.cost if tuning.with_cost else None, worker=index)
@@ -250,10 +249,10 @@ def _front_weights(lengths: int) -> list[tuple[float, ...]]:
 
 def _export(tuning: Tuning, summary: Summary, setup: _Setup) -> None:
     """Write the best plan as plan.json, and with two objectives the whole front."""
-    from moa_search.search.decoding import Decoder
     from moa_search.search.output import write_front
     from moa_search.search.searching import Front
     from moa_search.search.tuning import plan_of
+    from moa_search.search.tuning.decoding import Decoder
 
     if not summary.best:
         return

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.errors import SolverError
-from moa_search.search.problem import Problem, Solution
+from moa_search.search.solver import Problem, Solution
 
 __all__ = ["FrontPoint", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
 

@@ -13,10 +13,9 @@ import numpy.typing as npt
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
 from moa_search.formats.profile import Profile
-from moa_search.search.budgets import BudgetRow, BudgetSpec, budget_rows
-from moa_search.search.hardware import Hardware
+from moa_search.search.budgets import BudgetRow, BudgetSpec, Hardware, budget_rows
 from moa_search.search.losses import RuleLosses, rule_losses
-from moa_search.search.problem import Problem, Solution
+from moa_search.search.solver import Problem, Solution
 from moa_search.spans import SpanRule, span
 
 __all__ = ["SearchOptions", "SearchSpace", "density_specs", "parse_floors", "parse_weights"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from moa_search.search.exact import solve_exact
 from moa_search.search.front import FrontPoint, trade_off
 from moa_search.search.searchers.base import Progress, Searcher
+from moa_search.search.solver import solve_exact
 from moa_search.search.space import SearchSpace
 
 __all__ = ["ExactSearcher", "PerLayerSearcher", "RecallSearcher"]

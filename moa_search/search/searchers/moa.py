@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from moa_search.search.exact import solve_exact
 from moa_search.search.front import FrontPoint, epsilon_cells
 from moa_search.search.searchers.base import Progress, Searcher
+from moa_search.search.solver import solve_exact
 from moa_search.search.space import SearchSpace
 from moa_search.spans import DENSE, SpanRule, span
 

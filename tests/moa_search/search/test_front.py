@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from moa_search.search.exact import solve_exact
 from moa_search.search.front import EXTREME, epsilon_cells, knee, lattice, trade_off
-from moa_search.search.problem import Problem, Solution
+from moa_search.search.solver.exact import solve_exact
+from moa_search.search.solver.problem import Problem, Solution
 
 
 class TestLattice:

@@ -1,0 +1,131 @@
+"""Exact solution of a `Problem`, with its proof."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from moa_search.errors import SolverError
+from moa_search.search.solver.assignment import Found, assign
+from moa_search.search.solver.limited import assign_limited
+from moa_search.search.solver.problem import Problem, Solution
+
+__all__ = ["RELATIVE_GAP", "solve_exact"]
+
+RELATIVE_GAP = 1e-6
+"""Relative gap at which a solution counts as optimal."""
+
+LARGE_GAP = 1e-4
+"""The same for problems of so many (head, rule) pairs that a last millionth would take minutes."""
+
+LARGE_PAIRS = 400_000
+
+LIMITED_GAP = 5e-4
+"""The same under a limit of rules per layer, which is much harder to prove."""
+
+OBJECTIVE_SCALE = 1000.0
+"""The sum of the heads' largest losses after scaling."""
+
+QUANTUM = 2.0**-36
+"""Scaled losses are multiples of it, so that rounding in the last bit of the losses changes no plan."""
+
+ABSOLUTE_TOLERANCE = 1e-6
+"""HiGHS takes scaled objectives this close for equal, whatever gap it is told: with losses of 1e-9 it would
+accept any plan as optimal."""
+
+Doubles = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
+
+
+def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, gap: float | None = None) -> Solution:
+    """The best choice of one rule per head, with its dual bound.
+
+    Where losses differ so much that the optimum is lost in HiGHS's tolerances, it solves again without the
+    rules that alone lose more than the plan found. When time runs out, the best choice found is returned with
+    its gap.
+
+    Args:
+        problem: A feasible problem.
+        time_limit_s: Seconds of wall time.
+        gap: Relative gap at which to stop; by default `RELATIVE_GAP`, `LARGE_GAP` or `LIMITED_GAP`. Limits on the
+            search trees can end it earlier, at the same point on every machine.
+
+    Raises:
+        SolverError: No feasible choice was found.
+    """
+    best_losses = np.where(problem.choices, problem.losses, np.inf).min(1)
+    floor = float(best_losses.sum())
+    best_first = _cheapest_among_best(problem, best_losses)
+    if problem.is_feasible(best_first):
+        return Solution(best_first, problem.loss(best_first), floor)
+    deadline = time.monotonic() + time_limit_s
+    gap = _default_gap(problem) if gap is None else gap
+    excess = np.where(problem.choices, problem.losses - best_losses[:, None], np.inf)
+    kept = problem.choices if problem.rule_limit is not None else problem.choices & _undominated(problem)
+    best: Solution | None = None
+    prices: Doubles | None = None
+    while True:
+        worst = float(np.where(kept, excess, 0).max(1).sum())
+        scale = OBJECTIVE_SCALE / worst if worst > 0 else 1.0
+        scaled = np.where(kept, np.round(excess * scale / QUANTUM) * QUANTUM, np.inf)
+        found = _solve(problem, scaled, gap, deadline, prices)
+        if found.choice is None:
+            break
+        tolerance = ABSOLUTE_TOLERANCE + QUANTUM * len(excess)
+        objective = problem.loss(found.choice)
+        bound = floor + max(found.bound - tolerance, 0.0) / scale
+        if best is None or objective <= best.objective:
+            best = Solution(found.choice, objective, min(objective, max(bound, best.bound if best else floor)))
+        # A better plan has no rule that loses more than this one in all.
+        lost = float(excess[np.arange(len(best.choice)), best.choice].sum())
+        promising = kept & (excess <= lost)
+        if lost * scale * RELATIVE_GAP >= 2 * tolerance or (promising == kept).all() or time.monotonic() > deadline:
+            break
+        kept, prices = promising, None
+    if best is None:
+        raise SolverError(
+            f"no plan that keeps all budgets was found within {time_limit_s:g} s; give it more time, or loosen one"
+        )
+    return best
+
+
+def _default_gap(problem: Problem) -> float:
+    if problem.rule_limit is not None:
+        return LIMITED_GAP
+    return RELATIVE_GAP if problem.losses.size <= LARGE_PAIRS else LARGE_GAP
+
+
+def _solve(problem: Problem, losses: Doubles, gap: float, deadline: float, start: Doubles | None) -> Found:
+    if problem.rule_limit is None:
+        return assign(problem, losses, gap=gap, deadline=deadline, start=start)
+    return assign_limited(problem, losses, gap=gap, deadline=deadline)
+
+
+def _cheapest_among_best(problem: Problem, best: Doubles) -> Integers:
+    """Per head, of its rules with the smallest loss the one with the smallest total cost."""
+    ties = problem.choices & (problem.losses <= best[:, None])
+    cost = np.where(ties, problem.costs.astype(float).sum(0)[None, :], np.inf)
+    return np.asarray(cost.argmin(1), dtype=np.int64)
+
+
+def _undominated(problem: Problem) -> Booleans:
+    """``[head, rule]``: no other rule is as good in loss and every cost and better (or earlier) in one.
+
+    Where costs depend on the head every rule is kept.
+    """
+    kept = np.ones(problem.losses.shape, dtype=bool)
+    if problem.head_costs is not None:
+        return kept
+    costs = problem.costs
+    order = np.arange(costs.shape[1])
+    cheaper = (costs[:, :, None] <= costs[:, None, :]).all(0)  # [a, b]: a costs no more than b anywhere
+    same_cost = (costs[:, :, None] == costs[:, None, :]).all(0)
+    earlier = order[:, None] < order[None, :]
+    for head, (loss, possible) in enumerate(zip(problem.losses, problem.choices, strict=True)):
+        no_worse = cheaper & (loss[:, None] <= loss[None, :]) & possible[:, None]
+        equal = same_cost & (loss[:, None] == loss[None, :])
+        kept[head] = ~(no_worse & (~equal | earlier)).any(0)
+    return kept

@@ -1,0 +1,233 @@
+"""The outer loop: Optuna over a few knobs, the exact solver as decoder, true loss as objective."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moa_search.errors import ConfigError, FileFormatError, SolverError
+from moa_search.formats.files import canonical_json
+from moa_search.formats.plan import Plan
+from moa_search.search.tuning.claims import CLAIM, SEED, Reclaimer, claim, state_of
+from moa_search.search.tuning.config import Tuning
+from moa_search.search.tuning.knobs import Knobs, KnobSpace
+from moa_search.search.tuning.trials import PLAN, REASON, SAME_AS, work
+from moa_search.search.tuning.workers import run_workers
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+__all__ = ["Summary", "TrialResult", "plan_of", "prepare", "summarise", "tune", "tune_in_parallel"]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial with values.
+
+    Attributes:
+        number: Its number in the study.
+        values: Loss, then cost where that is an objective.
+        knobs: Its setting.
+        plan: Fingerprint of its plan.
+        is_seed: Whether it was given to the study rather than found by it.
+    """
+
+    number: int
+    values: tuple[float, ...]
+    knobs: Knobs
+    plan: str
+    is_seed: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Where a study stands.
+
+    Attributes:
+        counts: Trials by state, all of Optuna's: ``RUNNING``, ``COMPLETE``, ``PRUNED`` (no feasible plan, or no
+            finite loss), ``FAIL`` (worker gone or stopped, or an error), ``WAITING``.
+        best: The best trial, or with two objectives those that no other beats, by loss; equal plans once, seeds first.
+        seeds_best: Least loss of a seed; None with two objectives, or without such a trial.
+        tuned_best: Least loss of a trial that isn't a seed.
+        reused: Trials that took the values of an earlier one with the same plan.
+        remarks: What went wrong, a line each.
+    """
+
+    counts: dict[str, int]
+    best: tuple[TrialResult, ...]
+    seeds_best: float | None
+    tuned_best: float | None
+    reused: int
+    remarks: tuple[str, ...]
+
+
+def prepare(tuning: Tuning, seeds: Sequence[Knobs], *, take_over: bool = False) -> Study:
+    """What the coordinator does before any worker: make the study, take back lost trials, enqueue the seeds.
+
+    Seeds that the study has already aren't enqueued again.
+
+    Args:
+        tuning: The study.
+        seeds: Settings to try first, such as the front's.
+        take_over: Also take back running trials of other machines, all of whose workers have ended.
+
+    Raises:
+        ConfigError: The study can't be opened or is another's; SQLite has a worker already; a seed doesn't fit.
+    """
+    params = [tuning.space.to_params(knobs) for knobs in seeds]
+    study = tuning.open()
+    Reclaimer(study)(everywhere=take_over)
+    _refuse_second_sqlite_worker(study, tuning)
+    if not tuning.join:
+        _enqueue(study, params)
+    return study
+
+
+def tune(
+    tuning: Tuning,
+    decode: Callable[[Knobs], Plan],
+    evaluate: Callable[[Plan], float],
+    seeds: Sequence[Knobs],
+    cost: Callable[[Plan], float] | None = None,
+    *,
+    take_over: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Run a study in this process, from where it stands; arguments as for `work` and `prepare`."""
+    study = prepare(tuning, seeds, take_over=take_over)
+    work(tuning, decode, evaluate, cost, progress=progress)
+    return summarise(study, tuning.space)
+
+
+def tune_in_parallel(
+    tuning: Tuning,
+    target: Callable[..., None],
+    arguments: Sequence[Any],
+    seeds: Sequence[Knobs],
+    *,
+    devices: Sequence[str] = (),
+    take_over: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Run a study in ``tuning.workers`` processes, from where it stands.
+
+    Args:
+        tuning: The study.
+        target: A module's function ``target(index, device, tuning, *arguments)`` that calls `work` with
+            ``worker=index``.
+        arguments: Passed to it.
+        seeds: As for `prepare`.
+        devices: Given to the workers in turn.
+        take_over: As for `prepare`.
+        progress: Told the trials that have ended and how many there are to be.
+    """
+    study = prepare(tuning, seeds, take_over=take_over)
+    reclaim = Reclaimer(study)
+
+    def watch() -> None:
+        reclaim()
+        if progress is not None:
+            counts = summary_counts(study)
+            progress(min(counts["COMPLETE"] + counts["PRUNED"], tuning.trials), tuning.trials)
+
+    fates = run_workers(tuning.workers, target, [tuning, *arguments], devices, watch=watch)
+    watch()
+    summary = summarise(study, tuning.space)
+    return Summary(**{**vars(summary), "remarks": (*fates, *summary.remarks)})
+
+
+def summarise(study: Study, space: KnobSpace) -> Summary:
+    """Where a study stands."""
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False)
+    complete = [_result(trial, space) for trial in trials if trial.state == TrialState.COMPLETE]
+    single = len(study.directions) == 1
+    remarks = [
+        f"trial {trial.number}: {trial.user_attrs.get(REASON, 'its worker is gone or was stopped')}"
+        for trial in trials
+        if trial.state in (TrialState.FAIL, TrialState.PRUNED)
+    ]
+    remarks += [f"trial {number} runs on {host}" for number, host in Reclaimer(study).elsewhere().items()]
+    return Summary(
+        counts=summary_counts(study),
+        best=_undominated(complete),
+        seeds_best=min((r.values[0] for r in complete if r.is_seed), default=None) if single else None,
+        tuned_best=min((r.values[0] for r in complete if not r.is_seed), default=None) if single else None,
+        reused=sum(SAME_AS in trial.user_attrs for trial in trials),
+        remarks=tuple(remarks),
+    )
+
+
+def summary_counts(study: Study) -> dict[str, int]:
+    """Trials by state, states without any included."""
+    from optuna.trial import TrialState
+
+    counts = Counter(trial.state.name for trial in study.get_trials(deepcopy=False))
+    return {state.name: counts[state.name] for state in TrialState}
+
+
+def plan_of(tuning: Tuning, result: TrialResult, decode: Callable[[Knobs], Plan]) -> Plan:
+    """The plan of a trial: as it was run, or decoded again where another machine ran it.
+
+    Raises:
+        SolverError: Decoded again, it is another plan, as can happen under a time limit.
+    """
+    try:
+        plan = Plan.load(tuning.plan_path(result.plan))
+    except (ConfigError, FileFormatError):
+        plan = decode(result.knobs)
+    if plan.fingerprint != result.plan:
+        raise SolverError(
+            f"trial {result.number} ran another plan than its knobs now give; copy "
+            f"{tuning.plan_path(result.plan).name} from the machine that ran it, or give the solver more time"
+        )
+    return plan
+
+
+def _enqueue(study: Study, seeds: Sequence[dict[str, float | str]]) -> None:
+    from optuna.trial import TrialState
+
+    known = {
+        canonical_json(trial.system_attrs.get("fixed_params"))
+        for trial in study.get_trials(deepcopy=False)
+        # One that failed and was to be tried again has a successor with the same parameters.
+        if SEED in trial.user_attrs and trial.state != TrialState.FAIL
+    }
+    for index, params in enumerate(seeds):
+        if canonical_json(params) not in known:
+            study.enqueue_trial(params, user_attrs={SEED: index})
+            known.add(canonical_json(params))
+
+
+def _refuse_second_sqlite_worker(study: Study, tuning: Tuning) -> None:
+    from optuna.trial import TrialState
+
+    if not (tuning.storage or "").startswith("sqlite"):
+        return
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get(CLAIM, {})
+        if owner and state_of(owner) != "dead" and owner != claim():
+            raise ConfigError(
+                f"{tuning.storage}: process {owner['pid']} on {owner['host']} is at this study, and SQLite serves one "
+                "worker; stop it, or share a journal or PostgreSQL"
+            )
+
+
+def _result(trial: FrozenTrial, space: KnobSpace) -> TrialResult:
+    knobs = space.from_params(trial.params)
+    return TrialResult(
+        trial.number, tuple(trial.values), knobs, str(trial.user_attrs.get(PLAN, "")), SEED in trial.user_attrs
+    )
+
+
+def _undominated(results: Sequence[TrialResult]) -> tuple[TrialResult, ...]:
+    """Results that no other beats in every value, by loss, the earliest of equal ones."""
+    kept: list[TrialResult] = []
+    for result in sorted(results, key=lambda result: (result.values, not result.is_seed, result.number)):
+        if not any(all(a <= b for a, b in zip(other.values, result.values, strict=True)) for other in kept):
+            kept.append(result)
+    return tuple(kept)

@@ -1,0 +1,191 @@
+"""One worker of a study: asks for trials, decodes them into plans and runs the plans until there are enough."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moa_search.errors import BudgetInfeasibleError, SolverError
+from moa_search.formats.files import one_line
+from moa_search.formats.plan import Plan
+from moa_search.search.tuning.claims import CLAIM, Reclaimer, claim, requeue
+from moa_search.search.tuning.config import Tuning
+from moa_search.search.tuning.knobs import Knobs
+from moa_search.search.tuning.quiet import quiet
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+__all__ = ["PLAN", "REASON", "SAME_AS", "work"]
+
+PLAN = "plan"
+"""User attribute of a trial: its plan's fingerprint."""
+
+REASON = "reason"
+"""User attribute of a trial: why it has no value."""
+
+SAME_AS = "same_as"
+"""User attribute of a trial: number of an earlier trial with the same plan, whose values it has."""
+
+POLL_SECONDS = 0.5
+
+
+def work(
+    tuning: Tuning,
+    decode: Callable[[Knobs], Plan],
+    evaluate: Callable[[Plan], float],
+    cost: Callable[[Plan], float] | None = None,
+    *,
+    worker: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run trials until the study has enough, together with any other workers.
+
+    Args:
+        tuning: The study.
+        decode: Plan of a setting of the knobs.
+        evaluate: True loss of a plan.
+        cost: Its cost, where that is an objective.
+        worker: Place of this process among the workers of this machine.
+        progress: Told the trials that have ended, by any worker, and how many there are to be.
+
+    Raises:
+        ConfigError: The study can't be opened.
+        Exception: What ``decode`` or ``evaluate`` raise, but for plans that can't be had.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    assert (cost is not None) == tuning.with_cost, "a cost for two objectives, none for one"
+    study = tuning.open(worker)
+    reclaim = Reclaimer(study)
+    while _has_room(study, tuning, reclaim, progress):
+        objective = _Objective(study, tuning, decode, evaluate, cost)
+        try:
+            with quiet():
+                study.optimize(objective, n_trials=1, catch=(_SurplusError,))
+        except KeyboardInterrupt:
+            _put_back(study, objective.number)
+            raise
+        except (ValueError, UpdateFinishedTrialError):
+            if not objective.returned:
+                raise
+            # This process seemed dead (asleep for minutes, say), and its trial was given to another.
+
+
+class _Objective:
+    """One trial.
+
+    Attributes:
+        number: The trial's, once it has begun.
+        returned: Whether its values were found.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        tuning: Tuning,
+        decode: Callable[[Knobs], Plan],
+        evaluate: Callable[[Plan], float],
+        cost: Callable[[Plan], float] | None,
+    ) -> None:
+        self.number: int | None = None
+        self.returned = False
+        self._study, self._tuning = study, tuning
+        self._decode, self._evaluate, self._cost = decode, evaluate, cost
+
+    def __call__(self, trial: Trial) -> tuple[float, ...]:
+        self.number = trial.number
+        trial.set_user_attr(CLAIM, claim())
+        if self._is_surplus(trial.number):
+            trial.set_user_attr(REASON, "another worker had begun the last trial")
+            raise _SurplusError
+        knobs = self._tuning.space.suggest(trial)
+        try:
+            plan = self._decode(knobs)
+        except (BudgetInfeasibleError, SolverError) as error:
+            raise self._without_value(trial, one_line(error)) from None
+        except Exception as error:
+            trial.set_user_attr(REASON, one_line(f"{type(error).__name__}: {error}"))
+            raise
+        fingerprint = plan.fingerprint
+        values = self._known_values(trial, fingerprint)
+        if values is None:
+            plan.save(self._tuning.plan_path(fingerprint))
+            values = self._values(trial, plan)
+        self.returned = True
+        trial.set_user_attr(PLAN, fingerprint)
+        return values
+
+    def _values(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
+        try:
+            values = [float(self._evaluate(plan))]
+            if self._cost is not None:
+                values.append(float(self._cost(plan)))
+        except Exception as error:
+            trial.set_user_attr(REASON, one_line(f"{type(error).__name__}: {error}"))
+            raise
+        if not all(map(math.isfinite, values)):
+            raise self._without_value(trial, f"its loss or cost isn't finite: {', '.join(map(str, values))}")
+        return tuple(values)
+
+    def _known_values(self, trial: Trial, fingerprint: str) -> tuple[float, ...] | None:
+        """Values of an earlier trial with the same plan."""
+        for other in _finished(self._study):
+            if other.user_attrs.get(PLAN) == fingerprint and other.values is not None:
+                trial.set_user_attr(SAME_AS, other.number)
+                return tuple(other.values)
+        return None
+
+    def _is_surplus(self, number: int) -> bool:
+        """Whether workers that looked at the same moment have begun enough trials before this one."""
+        from optuna.trial import TrialState
+
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        before = len(_finished(self._study)) + sum(other.number < number for other in running)
+        return before >= self._tuning.trials
+
+    def _without_value(self, trial: Trial, reason: str) -> Exception:
+        import optuna
+
+        trial.set_user_attr(REASON, reason)
+        return optuna.TrialPruned(reason)
+
+
+class _SurplusError(Exception):
+    """A trial too many."""
+
+
+def _put_back(study: Study, number: int | None) -> None:
+    """Enqueue an interrupted trial again."""
+    from optuna.trial import TrialState
+
+    if number is not None and (trial := study.get_trials(deepcopy=False)[number]).state == TrialState.FAIL:
+        requeue(study, trial, most=None)
+
+
+def _finished(study: Study) -> list[FrozenTrial]:
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _has_room(study: Study, tuning: Tuning, reclaim: Reclaimer, progress: Callable[[int, int], None] | None) -> bool:
+    """Wait until a trial can begin; False once all have ended, or run where nobody would see their workers die."""
+    from optuna.trial import TrialState
+
+    while True:
+        reclaim()
+        finished = len(_finished(study))
+        if progress is not None:
+            progress(min(finished, tuning.trials), tuning.trials)
+        if finished >= tuning.trials:
+            return False
+        running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        if finished + running < tuning.trials:
+            return True
+        if not tuning.has_heartbeat and len(reclaim.elsewhere()) == running:
+            return False
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,177 @@
+"""The outer loop as a whole: seeded, resumed, shared, and with nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from moa_search.errors import ConfigError, SolverError
+from moa_search.search.tuning.claims import claim
+from moa_search.search.tuning.loop import plan_of, prepare, summarise, tune, tune_in_parallel
+from tests.moa_search.search.tuning import tuning_helpers
+from tests.moa_search.search.tuning.tuning_helpers import SPACE, decode, mean_span, true_loss, tuning
+
+SEEDS = [SPACE.default, SPACE.of_weights([1, 0]), SPACE.of_weights([0, 1])]
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch):
+    """A crash of the host isn't at test here, and waiting for its disk would be most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def total(summary):
+    return sum(summary.counts.values())
+
+
+class TestTune:
+    def test_seeds_come_first_and_the_best_is_at_least_as_good(self, tmp_path):
+        shared = tuning(tmp_path, 30)
+        summary = tune(shared, decode, true_loss, SEEDS)
+        assert summary.counts == {"RUNNING": 0, "COMPLETE": 30, "PRUNED": 0, "FAIL": 0, "WAITING": 0}
+        assert summary.seeds_best == min(true_loss(decode(seed)) for seed in SEEDS)
+        assert summary.tuned_best < summary.seeds_best
+        (best,) = summary.best
+        assert best.values == (summary.tuned_best,)
+        assert true_loss(decode(best.knobs)) == summary.tuned_best
+        assert not best.is_seed
+        assert [t.params for t in shared.open().get_trials()[:3]] == [SPACE.to_params(seed) for seed in SEEDS]
+
+    def test_going_on_adds_trials_but_no_seeds(self, tmp_path):
+        tune(tuning(tmp_path, 4), decode, true_loss, SEEDS)
+        again = tune(tuning(tmp_path, 4), decode, true_loss, SEEDS)
+        assert total(again) == 4
+        more = tune(tuning(tmp_path, 7, sampler="random"), decode, true_loss, [*SEEDS, SPACE.of_weights([3, 1])])
+        assert total(more) == 7
+        marks = [t.user_attrs["seed"] for t in tuning(tmp_path, 7).open().get_trials() if "seed" in t.user_attrs]
+        assert marks == [0, 1, 2, 3]
+
+    def test_a_seed_that_failed_is_enqueued_again(self, tmp_path):
+        def broken(plan):
+            raise RuntimeError("made up")
+
+        with pytest.raises(RuntimeError):
+            tune(tuning(tmp_path, 4), decode, broken, SEEDS[:1])
+        summary = tune(tuning(tmp_path, 4), decode, true_loss, SEEDS[:1])
+        assert summary.seeds_best == true_loss(decode(SEEDS[0]))
+        assert summary.remarks == ("trial 0: RuntimeError: made up",)
+
+    @pytest.mark.parametrize(
+        ("field", "change"),
+        [
+            ("profile", {"settings": {"profile": "another", "data": "sha256:1"}}),
+            ("data", {"settings": {"profile": "sha256:0"}}),
+            ("profiled lengths", {"space": replace(SPACE, lengths=(512, 1024))}),
+            ("fixed knobs", {"space": replace(SPACE, fixed={"robust": 1.0})}),
+        ],
+    )
+    def test_other_settings_are_refused_by_name(self, tmp_path, field, change):
+        prepare(tuning(tmp_path, 4), [])
+        with pytest.raises(ConfigError, match=f"was made with {field} "):
+            prepare(replace(tuning(tmp_path, 4), **change), [])
+
+    def test_two_objectives(self, tmp_path):
+        space = replace(SPACE, densities=(0.2, 0.8))
+        shared = replace(tuning(tmp_path, 25), space=space, with_cost=True)
+        summary = tune(shared, decode, true_loss, [space.default], mean_span)
+        assert summary.counts["COMPLETE"] == 25
+        values = [trial.values for trial in shared.open().get_trials()]
+        for result in summary.best:
+            assert not any(loss < result.values[0] and cost < result.values[1] for loss, cost in values)
+        assert len(summary.best) == len({result.values for result in summary.best}) > 3
+        assert all(0.2 <= result.knobs.density <= 0.8 for result in summary.best)
+        assert summary.seeds_best is None
+
+    def test_sqlite_serves_one_worker(self, tmp_path):
+        shared = tuning(tmp_path, 3, storage=f"sqlite:///{tmp_path}/study.db")
+        assert tune(shared, decode, true_loss, SEEDS).counts["COMPLETE"] == 3
+        owner = {"worker": {**claim(), "host": "another"}}
+        shared.open().add_trial(create_trial(state=TrialState.RUNNING, user_attrs=owner))
+        with pytest.raises(ConfigError, match="SQLite serves one worker"):
+            prepare(shared, SEEDS)
+        assert prepare(shared, SEEDS, take_over=True)
+
+    def test_trials_left_on_another_machine_are_told_and_can_be_taken_over(self, tmp_path):
+        shared = tuning(tmp_path, 3)
+        study = prepare(shared, SEEDS)
+        study.ask().set_user_attr("worker", {"host": "another"})
+        summary = tune(shared, decode, true_loss, SEEDS)
+        assert (summary.counts["COMPLETE"], summary.counts["RUNNING"]) == (2, 1)
+        assert summary.remarks == ("trial 0 runs on another",)
+        summary = tune(shared, decode, true_loss, SEEDS, take_over=True)
+        assert (summary.counts["COMPLETE"], summary.counts["RUNNING"], summary.counts["FAIL"]) == (3, 0, 1)
+
+
+class TestPlanOf:
+    def test_the_plan_that_was_run_or_decoded_again(self, tmp_path):
+        shared = tuning(tmp_path, 3)
+        (best,) = tune(shared, decode, true_loss, SEEDS).best
+        assert true_loss(plan_of(shared, best, lambda knobs: pytest.fail("it was saved"))) == best.values[0]
+        shared.plan_path(best.plan).unlink()
+        assert plan_of(shared, best, decode).fingerprint == best.plan
+
+    def test_another_plan_is_refused(self, tmp_path):
+        shared = tuning(tmp_path, 3)
+        (best,) = tune(shared, decode, true_loss, SEEDS).best
+        shared.plan_path(best.plan).write_text("torn")
+        with pytest.raises(SolverError, match="another plan"):
+            plan_of(shared, best, lambda knobs: decode(replace(knobs, density=1.0)))
+
+
+class TestWorkers:
+    def test_processes_share_the_trials(self, tmp_path):
+        seen = []
+        shared = tuning(tmp_path, 14, workers=2)
+        summary = tune_in_parallel(
+            shared, tuning_helpers.worker, [0.05], SEEDS, progress=lambda done, of: seen.append((done, of))
+        )
+        assert summary.counts["COMPLETE"] == 14
+        assert summary.counts["RUNNING"] == summary.counts["WAITING"] == 0
+        assert all("another worker had begun" in remark for remark in summary.remarks)
+        assert summary.tuned_best is not None
+        assert seen[-1] == (14, 14)
+        assert len({trial.user_attrs["worker"]["pid"] for trial in shared.open().get_trials()}) == 2
+
+    def test_killed_workers_lose_nothing(self, tmp_path):
+        """Both workers are killed in the middle of a trial, one after the other, and the study is gone on with."""
+        shared = tuning(tmp_path, 12)
+        study = prepare(shared, SEEDS)
+        workers = [self.start(tmp_path, index) for index in range(2)]
+        killed = [self.kill_at_work(worker, study, after) for worker, after in zip(workers, (2, 5), strict=True)]
+        summary = tune(shared, decode, true_loss, SEEDS)
+        trials = study.get_trials()
+        assert summary.counts["COMPLETE"] == 12
+        assert summary.counts["RUNNING"] == summary.counts["WAITING"] == 0
+        assert {trial.number for trial in trials if trial.state == TrialState.FAIL} == set(killed)
+        for number in killed:
+            tries = [trial for trial in trials if number in trial.system_attrs.get("retry_history", [])]
+            assert all(trial.params == trials[number].params for trial in tries)
+            assert tries[-1].state == TrialState.COMPLETE
+        seeds = [trial.user_attrs["seed"] for trial in trials if "seed" in trial.user_attrs and trial.values]
+        assert sorted(seeds) == [0, 1, 2]
+        assert summarise(study, SPACE) == summary
+
+    def start(self, folder, index):
+        arguments = [str(folder), str(folder / "study.journal"), "12", "0.5", str(index)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen([sys.executable, tuning_helpers.__file__, *arguments], env=environment)
+
+    def kill_at_work(self, worker, study, after):
+        """Kill a worker in the middle of a trial once ``after`` are complete; the trial's number."""
+        while True:
+            assert worker.poll() is None
+            trials = study.get_trials(deepcopy=False)
+            for trial in trials:
+                at_work = trial.user_attrs.get("worker", {}).get("pid") == worker.pid
+                drawn = len(trial.params) == len(SPACE.ranges) + 1
+                if at_work and drawn and trial.state == TrialState.RUNNING and len(trials) > after:
+                    time.sleep(0.1)  # past the last write, during which it holds the journal's lock
+                    worker.send_signal(signal.SIGKILL)
+                    worker.wait()
+                    return trial.number
+            time.sleep(0.02)
