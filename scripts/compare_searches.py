@@ -1,8 +1,8 @@
 """Which criterion, and which searcher, finds the best plans? Held-out scores beside dense attention and uniform spans.
 
 Usage:
-    python scripts/compare_searches.py run criteria|searchers PROFILE FOLDER [--samples 40] [--lengths 1024 2048]
-    python scripts/compare_searches.py table criteria|searchers FOLDER
+    python scripts/compare_searches.py run criteria|searchers|anchors PROFILE FOLDER [--samples 40]
+    python scripts/compare_searches.py table criteria|searchers|anchors FOLDER
 
 ``run`` scores every variant at every length and writes one CSV per cell into FOLDER; a second run goes on where the
 first stopped, and several at once share the work. ``table`` prints Markdown from the CSVs.
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from moa_search import Plan, Profile, load_model, search_plan
 from moa_search.evaluation import compare_variants, summarise
-from moa_search.evaluation.compare import Variant, uniform_like
+from moa_search.evaluation.compare import Variant, as_it_runs, uniform_like
 
 ROWS = {
     "criteria": {name: {"criterion": name} for name in ("recall", "elementwise", "absolute", "signed", "squared")},
@@ -30,6 +30,7 @@ ROWS = {
         "moa": {"searcher": "moa"},
         "exact": {"searcher": "exact"},
     },
+    "anchors": {"prompt": {"anchor": "prompt"}, "exact": {}},
 }
 """Options of moa-search for each row."""
 
@@ -48,7 +49,7 @@ def make_plan(profile: Profile, name: str, options: dict[str, str], density: flo
     path = folder / "plans" / f"{name}-{density:g}{f'-{length}' if only else ''}.json"
     if not path.exists():
         search_plan(profile, density=density, **options, **only).save(path)
-    return Plan.load(path)
+    return as_it_runs(Plan.load(path), length)
 
 
 def make_variants(profile: Profile, rows: str, folder: Path, densities: list[float]) -> list[Variant]:

@@ -18,7 +18,7 @@ from moa_search.formats.plan import Plan
 from moa_search.runtime import applied
 from moa_search.spans import SpanRule
 
-__all__ = ["BASELINES", "Variant", "compare_variants", "make_variants"]
+__all__ = ["BASELINES", "Variant", "as_it_runs", "compare_variants", "make_variants"]
 
 BASELINES = ("dense", "uniform")
 """``dense`` is the untouched model; ``uniform`` gives every head, for each plan and length, one constant span that
@@ -62,7 +62,7 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
             variants.append(Variant(label, partial(uniform_like, plan)))
     taken = {variant.name for variant in variants}
     for name, plan in plans.items():
-        variants.append(Variant(f"plan {name}" if name in taken else name, partial(_always, plan)))
+        variants.append(Variant(f"plan {name}" if name in taken else name, partial(as_it_runs, plan)))
     return variants
 
 
@@ -80,8 +80,9 @@ def _kept(plan: Plan, length: int) -> int:
     return round(plan.density(length) * length)
 
 
-def _always(plan: Plan, length: int) -> Plan:
-    return plan
+def as_it_runs(plan: Plan, length: int) -> Plan:
+    """The plan for prompts of ``length`` tokens: one that is anchored at the prompt's end has constant spans there."""
+    return plan.anchored_at(length) if plan.anchor == "prompt" else plan
 
 
 def compare_variants(

@@ -18,6 +18,7 @@ import torch
 
 from moa_search.calibration import Sample, hash_samples
 from moa_search.errors import ConfigError, MoAError
+from moa_search.evaluation.compare import as_it_runs
 from moa_search.evaluation.loss_cache import DENSE_PLAN, LossCache, LossKey
 from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import Plan
@@ -170,9 +171,9 @@ class TrueLoss:
         return LossKey(fingerprint, self._weights, dtype, self.data_hashes[length], length)
 
     def _measured(self, plan: Plan | None, length: int, report: Callable[[int], None]) -> tuple[float, ...]:
-        if plan is not None and plan.anchor == "prompt":
-            plan = plan.anchored_at(length)
-        scope: AbstractContextManager[Any] = nullcontext() if plan is None else applied(self._model, plan)
+        scope: AbstractContextManager[Any] = nullcontext()
+        if plan is not None:
+            scope = applied(self._model, as_it_runs(plan, length))
         losses = []
         with scope:
             for item in self._items[length]:

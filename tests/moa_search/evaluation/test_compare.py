@@ -37,6 +37,13 @@ class TestVariants:
         assert variants[3].plan_at(300) is short
         assert variants[4].plan_at(500) is longer
 
+    def test_a_plan_anchored_at_the_prompt_runs_with_its_spans_for_the_length(self, signature):
+        prompt = Plan.uniform(SpanRule(0, 128), signature, anchor="prompt")
+        (variant,) = make_variants({"a": prompt}, [], LENGTHS)
+        assert variant.plan_at(300).spans(100) == [[100] * 2] * 2
+        assert variant.plan_at(300).spans(299) == variant.plan_at(300).spans(300) == [[150] * 2] * 2
+        assert variant.plan_at(500).anchor == "position"
+
     def test_one_plan_has_one_baseline_of_its_memory(self, short):
         _, uniform, _ = make_variants({"a": short}, ["dense", "uniform"], LENGTHS)
         assert uniform.name == "uniform"
