@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model("demo")
     variants = make_variants(profile, options.rows, folder, options.densities)
+    if options.only:
+        variants = [variant for variant in variants if variant.name.split(" @ ")[0] in options.only]
     for variant, length, task in itertools.product(variants, options.lengths or profile.lengths, options.tasks):
         target = folder / f"{length}-{task}-{variant.name.replace(' @ ', '-')}.csv"
         claim = target.with_suffix(f".{os.getpid()}.claim")
@@ -123,6 +125,7 @@ def main() -> None:
     measure.add_argument("--lengths", type=int, nargs="+", help="default: the profiled ones")
     measure.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
     measure.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    measure.add_argument("--only", nargs="+", help="rows to measure, such as dense uniform moa; default: all")
     options = parser.parse_args()
     if options.command == "table":
         table(options.rows, options.folder)
