@@ -21,6 +21,9 @@ CORE_ITEMS = (1_000, 4_000, 20_000)
 WHOLE = 100_000
 """Pairs up to which the last core may be the whole problem."""
 
+GOOD_ENOUGH = 1e-4
+"""Relative gap beyond which only the first core tries to go."""
+
 MOST_NODES = 4_000
 """Nodes of one core's search tree: what isn't proven by then hardly ever is."""
 
@@ -73,8 +76,10 @@ def assign(problem: Problem, losses: Doubles, *, gap: float, deadline: float, st
     possible = np.isfinite(losses)
     count = int(possible.sum())
     mixed = _mixed(problem, relaxation)
-    for extra in (*CORE_ITEMS, count):
-        if found.good(gap) or time.monotonic() > deadline:
+    for core_number, extra in enumerate((*CORE_ITEMS, count)):
+        # What one core's search tree can't prove beyond this, larger ones hardly do.
+        enough = max(gap, GOOD_ENOUGH) if core_number else gap
+        if found.good(enough) or time.monotonic() > deadline:
             break
         whole = extra == count
         if whole and count > WHOLE:
@@ -134,8 +139,10 @@ def _solve_core(
     problem: Problem, losses: Doubles, core: Booleans, absolute_gap: float, deadline: float
 ) -> tuple[Integers | None, float]:
     """The best choice among the pairs of ``core``, and a bound for those."""
+    bound = -np.inf
     for margin in (0.0, MARGIN):
-        choice, bound = _solve_pairs(problem, losses, core, absolute_gap, deadline, margin)
+        choice, proven = _solve_pairs(problem, losses, core, absolute_gap, deadline, margin)
+        bound = max(bound, proven)
         if choice is None or problem.is_feasible(choice):
             break
         choice = None

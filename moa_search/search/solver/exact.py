@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -20,7 +21,7 @@ RELATIVE_GAP = 1e-6
 LARGE_GAP = 1e-4
 """The same for problems of so many (head, rule) pairs that a last millionth would take minutes."""
 
-LARGE_PAIRS = 400_000
+LARGE_PAIRS = 25_000
 
 LIMITED_GAP = 5e-4
 """The same under a limit of rules per layer, which is much harder to prove."""
@@ -65,13 +66,13 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, gap: float | No
     gap = _default_gap(problem) if gap is None else gap
     excess = np.where(problem.choices, problem.losses - best_losses[:, None], np.inf)
     kept = problem.choices if problem.rule_limit is not None else problem.choices & _undominated(problem)
+    reduced = _without_common_costs(problem)
     best: Solution | None = None
-    prices: Doubles | None = None
     while True:
         worst = float(np.where(kept, excess, 0).max(1).sum())
         scale = OBJECTIVE_SCALE / worst if worst > 0 else 1.0
         scaled = np.where(kept, np.round(excess * scale / QUANTUM) * QUANTUM, np.inf)
-        found = _solve(problem, scaled, gap, deadline, prices)
+        found = _solve(reduced, scaled, gap, deadline)
         if found.choice is None:
             break
         tolerance = ABSOLUTE_TOLERANCE + QUANTUM * len(excess)
@@ -84,7 +85,7 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, gap: float | No
         promising = kept & (excess <= lost)
         if lost * scale * RELATIVE_GAP >= 2 * tolerance or (promising == kept).all() or time.monotonic() > deadline:
             break
-        kept, prices = promising, None
+        kept = promising
     if best is None:
         raise SolverError(
             f"no plan that keeps all budgets was found within {time_limit_s:g} s; give it more time, or loosen one"
@@ -98,10 +99,23 @@ def _default_gap(problem: Problem) -> float:
     return RELATIVE_GAP if problem.losses.size <= LARGE_PAIRS else LARGE_GAP
 
 
-def _solve(problem: Problem, losses: Doubles, gap: float, deadline: float, start: Doubles | None) -> Found:
+def _solve(problem: Problem, losses: Doubles, gap: float, deadline: float) -> Found:
     if problem.rule_limit is None:
-        return assign(problem, losses, gap=gap, deadline=deadline, start=start)
+        return assign(problem, losses, gap=gap, deadline=deadline)
     return assign_limited(problem, losses, gap=gap, deadline=deadline)
+
+
+def _without_common_costs(problem: Problem) -> Problem:
+    """The same choices under budgets without what every rule takes of them: all that HiGHS has to tell apart."""
+    common = problem.costs.min(1)
+    costs, limits = problem.costs - common[:, None], problem.limits - len(problem.losses) * common
+    reduced = dataclasses.replace(problem, costs=costs, limits=limits)
+    if problem.head_costs is None or problem.head_limits is None:
+        return reduced
+    own = problem.head_costs.min(2)
+    return dataclasses.replace(
+        reduced, head_costs=problem.head_costs - own[:, :, None], head_limits=problem.head_limits - own.sum(1)
+    )
 
 
 def _cheapest_among_best(problem: Problem, best: Doubles) -> Integers:

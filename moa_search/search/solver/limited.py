@@ -8,7 +8,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.search.solver.assignment import Found, assign
+from moa_search.search.solver.assignment import MARGIN, Found, assign
 from moa_search.search.solver.highs import INFINITY, Entries, solve_integer_program
 from moa_search.search.solver.problem import Problem
 from moa_search.search.solver.relaxation import Column, Relaxation, relax
@@ -22,6 +22,9 @@ PERTURBATIONS = (0.03, 0.1, 0.3)
 MOST_COLUMNS = 1_500
 CORE_PAIRS = 200_000
 """(head, rule) pairs up to which the compact integer program is tried."""
+
+WHOLE = 3_000
+"""The same, up to which that program is the whole problem, whatever the limit."""
 
 MOST_NODES = 4_000
 SETS_GAP = 0.3
@@ -47,7 +50,9 @@ def assign_limited(problem: Problem, losses: Doubles, *, gap: float, deadline: f
     """
     if problem.rule_limit == 1:
         return _one_each(problem, losses, gap, deadline)
-    relaxation = relax(problem, losses, deadline)
+    # Prices without the limit are near, and their pricing is fast where enumerating pairs is slow.
+    unlimited = relax(dataclasses.replace(problem, rules_per_layer=None), losses, deadline)
+    relaxation = relax(problem, losses, deadline, unlimited.prices)
     found = Found(None, np.inf, relaxation.bound, relaxation.prices)
     found = _fill(problem, losses, _heaviest(problem, relaxation), found, gap, deadline)
     if not found.good(gap) and time.monotonic() < deadline:
@@ -58,8 +63,28 @@ def assign_limited(problem: Problem, losses: Doubles, *, gap: float, deadline: f
     if found.choice is None:
         cheap = best_assignment(_by_layer(problem, problem.priced(losses, 1e3 * relaxation.prices)), problem.rule_limit)
         found = _fill(problem, losses, cheap, found, gap, deadline)
-    if not found.good(gap) and problem.rule_limit == 2 and found.choice is not None and time.monotonic() < deadline:
-        found = _compact(problem, losses, found, gap, deadline)
+    if not found.good(gap) and time.monotonic() < deadline:
+        if int(np.isfinite(losses).sum()) <= WHOLE:
+            found = _whole(problem, losses, found, gap, deadline)
+        elif problem.rule_limit == 2 and found.choice is not None:
+            found = _compact(problem, losses, found, gap, deadline)
+    return found
+
+
+def _whole(problem: Problem, losses: Doubles, found: Found, gap: float, deadline: float) -> Found:
+    """Binaries for all (head, rule) and (layer, rule): what a small problem is left to."""
+    head, rule = np.nonzero(np.isfinite(losses))
+    layer_of, rule_of = np.nonzero(np.ones((problem.layers, losses.shape[1]), dtype=bool))
+    for margin in (0.0, MARGIN):
+        outcome = _solve_compact(problem, losses, (head, rule), (layer_of, rule_of), found, gap, deadline, margin)
+        if outcome is None:
+            return found
+        choice, bound = outcome
+        if problem.is_feasible(choice):
+            objective = float(losses[np.arange(len(choice)), choice].sum())
+            best = Found(choice, objective, found.bound, found.prices) if objective < found.objective else found
+            bound = max(found.bound, bound if margin == 0 else -np.inf)
+            return dataclasses.replace(best, bound=min(bound, best.objective))
     return found
 
 
@@ -197,6 +222,7 @@ def _solve_compact(
     found: Found,
     gap: float,
     deadline: float,
+    margin: float = 0.0,
 ) -> tuple[Integers, float] | None:
     """Rows: budgets, one rule per head, (head, rule) only with its (layer, rule), and the limit per layer."""
     (head, rule), (layer_of, rule_of) = pairs, uses
@@ -216,12 +242,18 @@ def _solve_compact(
     )
     lower = np.concatenate([np.full(budgets, -INFINITY), np.ones(heads), np.full(count + layers, -INFINITY)])
     upper = np.concatenate(
-        [problem.all_limits / unit, np.ones(heads), np.zeros(count), np.full(layers, float(problem.rule_limit or 0))]
+        [
+            problem.all_limits / unit - margin * np.maximum(1, problem.all_limits / unit),
+            np.ones(heads),
+            np.zeros(count),
+            np.full(layers, float(problem.rule_limit or 0)),
+        ]
     )
-    assert found.choice is not None
-    start = np.zeros(count + len(layer_of))
-    start[:count] = found.choice[head] == rule
-    start[use[np.arange(heads) // problem.heads_per_layer, found.choice]] = 1
+    start = None
+    if found.choice is not None and margin == 0:
+        start = np.zeros(count + len(layer_of))
+        start[:count] = found.choice[head] == rule
+        start[use[np.arange(heads) // problem.heads_per_layer, found.choice]] = 1
     outcome = solve_integer_program(
         np.concatenate([losses[head, rule], np.zeros(len(layer_of))]),
         entries,
