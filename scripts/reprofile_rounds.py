@@ -1,7 +1,7 @@
 """Does profiling the model under its plan, and searching again, find a better plan? Rounds on the demo model.
 
 Usage:
-    python scripts/reprofile_rounds.py run FOLDER [--length 1024] [--density 0.125] [--rounds 3]
+    python scripts/reprofile_rounds.py run FOLDER [--length 1024] [--density 0.125] [--rounds 3] [--control]
     python scripts/reprofile_rounds.py table FOLDER...
 
 Round 0 is the plan of the shipped profile. Every round profiles new samples under the last plan, averages the losses
@@ -76,8 +76,8 @@ class Rounds:
     def profile(self, name: str, plan: Plan | None) -> Profile:
         path = self.folder / f"{name}.safetensors"
         if not path.exists():  # the shipped profile's options, other samples
-            options = {"answers": "dataset", "chat": "never", "seed": 1, "samples": self.samples}
-            profile_model(self.loaded, lengths=[self.length], output=str(path), under_plan=plan, **options)
+            options = {"answers": "dataset", "chat": "never", "seed": 1, "samples": self.samples, "under_plan": plan}
+            profile_model(self.loaded, lengths=[self.length], checkpointing=False, output=str(path), **options)
             print(path.name, flush=True)
         return Profile.load(path)
 
@@ -112,7 +112,7 @@ class Rounds:
             write(compare_variants(*self.loaded, [variant], **options), path)
             print(path.name, flush=True)
 
-    def run(self, rounds: int) -> None:
+    def run(self, rounds: int, control: bool) -> None:
         profiles = [at_length(Profile.load(SHIPPED), self.length)]
         plans = {"plan-0": self.plan("plan-0", profiles)}
         best, lowest = "plan-0", self.validate("plan-0", plans["plan-0"])
@@ -125,8 +125,9 @@ class Rounds:
                 break
             best, lowest = name, loss
         (self.folder / "accepted.txt").write_text(best)
-        plans["control"] = self.plan("control", [profiles[0], self.profile("dense", None)])
-        self.validate("control", plans["control"])
+        if control:
+            plans["control"] = self.plan("control", [profiles[0], self.profile("dense", None)])
+            self.validate("control", plans["control"])
         for name, plan in plans.items():
             self.test(name, plan)
 
@@ -172,6 +173,7 @@ def main() -> None:
     measure.add_argument("--samples", type=int, default=16, help="per profile")
     measure.add_argument("--validation", type=int, default=20, help="prompts per task that decide acceptance")
     measure.add_argument("--items", type=int, default=40, help="test prompts per task")
+    measure.add_argument("--control", action="store_true", help="the control too")
     commands.add_parser("table").add_argument("folders", type=Path, nargs="+")
     options = parser.parse_args()
     if options.command == "table":
@@ -180,7 +182,7 @@ def main() -> None:
     logging.disable_progress_bar()
     options.folder.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(options, name) for name in ("length", "density", "samples", "validation", "items")}
-    Rounds(options.folder, **settings, loaded=load_model("demo")).run(options.rounds)
+    Rounds(options.folder, **settings, loaded=load_model("demo")).run(options.rounds, options.control)
 
 
 if __name__ == "__main__":
