@@ -145,7 +145,8 @@ class LengthProfile:
 
     Attributes:
         header: Length, windows, buckets and counts.
-        loss: Loss of each sample under dense attention, ``[sample]``, in nats per answer token.
+        loss: Loss of each sample, ``[sample]``, in nats per answer token: under dense attention, or under the plan
+            that it was profiled under.
         per_sample: `SAMPLE_STATISTICS`, each ``[sample, layer, kv_head, bucket, window]``.
         mean: `MEAN_STATISTICS`, each ``[layer, kv_head, bucket, window]``.
         error: Standard errors of ``mean``; NaN-free, zero for a single sample.
