@@ -65,10 +65,12 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, gap: float | No
     deadline = time.monotonic() + time_limit_s
     gap = _default_gap(problem) if gap is None else gap
     excess = np.where(problem.choices, problem.losses - best_losses[:, None], np.inf)
-    kept = problem.choices if problem.rule_limit is not None else problem.choices & _undominated(problem)
     reduced = _without_common_costs(problem)
+    kept = problem.choices & _affordable(reduced)
+    if problem.rule_limit is None:
+        kept &= _undominated(problem)
     best: Solution | None = None
-    while True:
+    while kept.any(1).all():
         worst = float(np.where(kept, excess, 0).max(1).sum())
         scale = OBJECTIVE_SCALE / worst if worst > 0 else 1.0
         scaled = np.where(kept, np.round(excess * scale / QUANTUM) * QUANTUM, np.inf)
@@ -116,6 +118,17 @@ def _without_common_costs(problem: Problem) -> Problem:
     return dataclasses.replace(
         reduced, head_costs=problem.head_costs - own[:, :, None], head_limits=problem.head_limits - own.sum(1)
     )
+
+
+def _affordable(reduced: Problem) -> Booleans:
+    """``[head, rule]``: no budget is broken by this rule alone, where other heads may cost nothing.
+
+    Such a rule would also make its budget's other costs too small, beside its own, for HiGHS's tolerance.
+    """
+    fits = np.broadcast_to((reduced.costs <= reduced.limits[:, None]).all(0), reduced.losses.shape)
+    if reduced.head_costs is None or reduced.head_limits is None:
+        return fits
+    return np.asarray(fits & (reduced.head_costs <= reduced.head_limits[:, None, None]).all(0))
 
 
 def _cheapest_among_best(problem: Problem, best: Doubles) -> Integers:

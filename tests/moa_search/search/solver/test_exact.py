@@ -148,6 +148,25 @@ def test_costs_that_differ_in_their_last_digits():
         assert solution.bound <= optimum * (1 + 1e-12)
 
 
+def test_rules_that_break_a_budget_alone_don_t_hide_the_others():
+    """Costs of 10^12 beside a limit of 100: a row in shares of its largest cost would be all tolerance."""
+    rng = np.random.default_rng(1)
+    for _ in range(CASES):
+        losses, costs = rng.lognormal(size=(6, 4)), rng.integers(0, 30, (2, 4))
+        costs[:, 3], losses[:, 3] = 10**12, 0.0
+        problem = Problem(losses, costs, costs[:, rng.integers(0, 3, 6)].sum(1))
+        optimum, solution = best_by_exhaustion(problem), solve_exact(problem)
+        assert solution.objective <= optimum * (1 + RELATIVE_GAP)
+        assert solution.bound <= optimum * (1 + 1e-12)
+
+
+def test_a_head_without_an_affordable_rule_is_told():
+    problem = Problem(np.ones((2, 1)), np.array([[1]]), np.array([5]), head_costs=np.array([[[7], [1]]]))
+    short = Problem(**{**vars(problem), "head_limits": np.array([7])})
+    with pytest.raises(SolverError, match="no plan"):
+        solve_exact(short)
+
+
 SOLVE_AND_PRINT = """
 import numpy as np
 from moa_search.search.solver.exact import solve_exact
