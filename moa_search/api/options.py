@@ -64,6 +64,6 @@ def search_options(
         budget_lengths=budget_lengths,
         hardware=None if hardware is None else Hardware.find(hardware),
         length_weights=parse_weights(length_weights),
-        layer_floors=parse_floors(layer_floor, profile.header.model.num_hidden_layers),
+        layer_floors=parse_floors(layer_floor, profile.header.model.num_hidden_layers, profile.header.native_layers),
         **others,
     )

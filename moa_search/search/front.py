@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -94,20 +95,25 @@ def epsilon_cells(
     solve: Callable[[Problem], Solution],
     *,
     cells: int,
+    weights: Sequence[float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FrontPoint]:
     """The front by ε-constraints, as MoA makes it: one length's loss is minimised, the others' are bounded.
 
     Each length in turn is minimised while every other may lose at most one of ``cells`` - 1 values between its
-    best and what it loses where the first is best. The first point is the one with the smallest sum of losses in
-    units of the worst. Every point's bound is that of its own subproblem.
+    best and what it loses where the first is best. The first point is the one with the smallest weighted sum of
+    losses in units of the worst. Every point's bound is that of its own subproblem.
 
     Args:
         losses: One ``[head, rule]`` per length.
         problem: Costs and limits.
-        solve: Exact solver; raises SolverError for a cell without a choice, which is left out.
+        solve: Exact solver; a cell that it raises SolverError for, since it has no choice, is left out.
         cells: Parts that a length's range of losses is cut into.
+        weights: That the first point is chosen by, one per length; equal ones if None.
         progress: Told the solves done and in all.
+
+    Raises:
+        SolverError: No choice was found even without a bound on the other lengths.
     """
     lengths = range(len(losses))
     worst = _worst(losses, problem)
@@ -116,32 +122,34 @@ def epsilon_cells(
     total = len(losses) * (1 + len(shares))
     solved: list[FrontPoint] = []
 
-    def add(primary: int, asked: Problem) -> tuple[float, ...] | None:
-        try:
-            solution = solve(dataclasses.replace(asked, losses=losses[primary]))
-        except SolverError:
-            solution = None
-        if progress is not None:
-            progress(min(len(solved) + 1, total), total)
-        if solution is None:
-            return None
-        weights = tuple(float(length == primary) for length in lengths)
-        solved.append(FrontPoint(weights, _values(losses, solution.choice), solution))
+    def add(primary: int, bounded: Problem) -> tuple[float, ...]:
+        solution = solve(dataclasses.replace(bounded, losses=losses[primary]))
+        alone_counts = tuple(float(length == primary) for length in lengths)
+        solved.append(FrontPoint(alone_counts, _values(losses, solution.choice), solution))
         return _values(scaled, solution.choice)
 
-    alone = [add(primary, problem) for primary in lengths]
-    for primary, share in itertools.product(lengths, shares):
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    alone = []
+    for primary in lengths:
+        alone.append(add(primary, problem))
+        report(len(alone))
+    for done, (primary, share) in enumerate(itertools.product(lengths, shares), len(alone) + 1):
         others = [length for length in lengths if length != primary]
         limits = []
         for other, part in zip(others, share, strict=True):
-            best, here = alone[other], alone[primary]
-            assert best is not None
-            assert here is not None
-            limits.append(best[other] + (here[other] - best[other]) * part / cells)
-        add(primary, _bounded(problem, [scaled[other] for other in others], limits))
+            best, here = alone[other][other], alone[primary][other]
+            limits.append(best + (here - best) * part / cells)
+        with contextlib.suppress(SolverError):
+            add(primary, _bounded(problem, [scaled[other] for other in others], limits))
+        report(done)
+
+    asked = [1.0] * len(losses) if weights is None else weights
 
     def total_loss(point: FrontPoint) -> float:
-        return sum(value / unit for value, unit in zip(point.losses, worst, strict=True))
+        return sum(w * value / unit for w, value, unit in zip(asked, point.losses, worst, strict=True))
 
     solved.sort(key=total_loss)
     return _undominated(solved)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moa_search.errors import ConfigError
 from moa_search.spans import DENSE, SpanRule, span
 
 __all__ = ["rule_grid"]
@@ -16,8 +15,11 @@ BETAS_256 = (0, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 CONSTANT_BLOCKS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 PER_OCTAVE = 4
 
+POSITIONS = 2**17
+"""Positions at which rules are compared; of more, as many evenly spread ones."""
 
-def rule_grid(lengths: Sequence[int], *, sink: int, block: int, min_span: int | None = None) -> list[SpanRule]:
+
+def rule_grid(lengths: Sequence[int], *, sink: int, block: int) -> list[SpanRule]:
     """Rules ``alpha + beta n`` that differ somewhere up to the longest of ``lengths``.
 
     alpha runs over every block or two near zero, then four values per octave up to the longest length, and
@@ -29,21 +31,11 @@ def rule_grid(lengths: Sequence[int], *, sink: int, block: int, min_span: int | 
         lengths: Profiled and budgeted lengths in tokens.
         sink: Tokens always kept.
         block: Tokens that the smallest span adds to the sink.
-        min_span: Leave out rules that keep fewer tokens at any of ``lengths``; None for any number. Shorter prompts
-            aren't held to it, so that spans may still grow with the context.
 
     Returns:
-        Rules in ascending order; the smallest span, or ``min_span`` at any length, and dense are always among them.
-
-    Raises:
-        ConfigError: ``min_span`` leaves no rule but dense.
+        Rules in ascending order; the smallest span and dense are always among them.
     """
     longest, smallest = max(lengths), sink + block
-    floor = max(min_span or 0, smallest)
-    if min_span is not None and not 0 < min_span < longest:
-        raise ConfigError(
-            f"min_span is {min_span} tokens; it must lie between 1 and {longest - 1}, or only dense is left"
-        )
     blocks = set(CONSTANT_BLOCKS)
     size = CONSTANT_BLOCKS[-1]
     while size * block < longest:
@@ -53,9 +45,8 @@ def rule_grid(lengths: Sequence[int], *, sink: int, block: int, min_span: int | 
     constants = sorted(b * block for b in blocks if b * block < longest)
     negatives = [-block * 2**k for k in range(1, 32) if block * 2**k <= longest // 2]
     candidates = {SpanRule(a, b) for b in BETAS_256 for a in (*constants, *negatives) if b or a > smallest}
-    candidates = {rule for rule in candidates if all(span(n, rule, smallest) >= min(n, floor) for n in lengths)}
-    candidates |= {DENSE, SpanRule(floor, 0)}
-    n = np.arange(1, longest + 1, dtype=np.int64)
+    candidates |= {DENSE, SpanRule(smallest, 0)}
+    n = np.unique(np.linspace(1, longest, min(longest, POSITIONS)).astype(np.int64))
     distinct: dict[bytes, SpanRule] = {}  # by a digest of the spans: the spans themselves would take gigabytes
     for rule in sorted(candidates, key=lambda r: (r.is_dense, -r.beta_256, -abs(r.alpha))):
         distinct[hashlib.sha256(span(n, rule, smallest).tobytes()).digest()] = rule

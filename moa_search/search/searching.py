@@ -14,7 +14,7 @@ from moa_search.search.front import FrontPoint, knee
 from moa_search.search.losses import require_criterion
 from moa_search.search.searchers import Searcher, find_searcher
 from moa_search.search.searchers.base import Progress
-from moa_search.search.space import SearchOptions, SearchSpace
+from moa_search.search.space import SearchOptions, SearchSpace, density_specs
 from moa_search.spans import DENSE
 from moa_search.version import __version__
 
@@ -113,6 +113,7 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
     header = profile.header
     if options.rules_per_layer not in (None, 1, 2, 3):
         raise ConfigError(f"rules_per_layer is {options.rules_per_layer}; it must be 1, 2 or 3, or left out")
+    density_specs(profile, options)  # rules are fitted to its lengths, so an absurd one has to be refused before
     lengths = [*profile.lengths, *(options.budget_lengths or ())]
     rules = searcher.rules(lengths, sink=header.sink, block=header.block)
     return SearchSpace.build(profile, options, rules, searcher.criterion or options.criterion)

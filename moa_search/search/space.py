@@ -15,7 +15,7 @@ from moa_search.errors import BudgetInfeasibleError, ConfigError
 from moa_search.formats.profile import Profile
 from moa_search.search.budgets import BudgetRow, BudgetSpec, Hardware, budget_rows
 from moa_search.search.losses import RuleLosses, rule_losses
-from moa_search.search.solver import Problem, Solution
+from moa_search.search.solver import Problem
 from moa_search.spans import SpanRule, span
 
 __all__ = ["SearchOptions", "SearchSpace", "density_specs", "parse_floors", "parse_weights"]
@@ -163,10 +163,6 @@ class SearchSpace:
             allowed=self.allowed,
         )
 
-    def unproven(self, choice: npt.NDArray[np.int64]) -> Solution:
-        """A choice without a proof."""
-        return Solution(choice, 0.0, 0.0)
-
     def _require_feasible(self) -> None:
         """Each budget alone can be met under the floors; together they are left to the solver."""
         if self.allowed is None:
@@ -184,10 +180,12 @@ def density_specs(profile: Profile, options: SearchOptions) -> list[BudgetSpec]:
     """Budgets from one density for all lengths, or one for each.
 
     Raises:
-        ConfigError: A density isn't in (0, 1], or their number fits neither.
+        ConfigError: A density isn't in (0, 1], their number fits neither, or there are lengths for none.
     """
     densities, lengths = list(options.density), list(options.budget_lengths or profile.lengths)
     if not densities:
+        if options.budget_lengths:
+            raise ConfigError("budget_lengths are where densities hold; give a density too, or leave them out")
         return []
     if len(densities) not in (1, len(lengths)):
         raise ConfigError(f"{len(densities)} densities for {len(lengths)} lengths; give one, or one per length")
@@ -199,13 +197,15 @@ def density_specs(profile: Profile, options: SearchOptions) -> list[BudgetSpec]:
     return [BudgetSpec.density(density, length) for density, length in zip(each, lengths, strict=True)]
 
 
-def parse_floors(texts: Sequence[str], layers: int) -> dict[int, float]:
+def parse_floors(texts: Sequence[str], layers: int, native_layers: Sequence[int] = ()) -> dict[int, float]:
     """``LAYER=DENSITY`` or ``FIRST-LAST=DENSITY``, such as ``0-1=1.0``, as a density by layer.
 
+    Of several floors of a layer the largest holds. Native layers within a range have none.
+
     Raises:
-        ConfigError: A text isn't of that form, or names a layer that there isn't.
+        ConfigError: A text isn't of that form, names a layer that there isn't, or names native layers alone.
     """
-    floors = {}
+    floors: dict[int, float] = {}
     for text in texts:
         form = re.fullmatch(r"(\d+)(?:-(\d+))?=(\d*\.?\d+)", text.strip())
         if not form:
@@ -215,7 +215,12 @@ def parse_floors(texts: Sequence[str], layers: int) -> dict[int, float]:
             raise ConfigError(f"layer_floor: {text!r} names layers outside 0..{layers - 1}")
         if not 0 < density <= 1:
             raise ConfigError(f"layer_floor: {text!r}: a density is over 0 and at most 1")
-        floors.update(dict.fromkeys(range(first, last + 1), density))
+        named = [layer for layer in range(first, last + 1) if layer not in native_layers]
+        if not named:
+            raise ConfigError(
+                f"layer_floor: {text!r} names only layers with the model's own sliding window, which stays"
+            )
+        floors |= {layer: max(density, floors.get(layer, 0.0)) for layer in named}
     return floors
 
 
@@ -223,14 +228,17 @@ def parse_weights(texts: Sequence[str]) -> dict[int, float]:
     """``LENGTH=WEIGHT``, such as ``2048=2``, as a weight by length.
 
     Raises:
-        ConfigError: A text isn't of that form.
+        ConfigError: A text isn't of that form, or a length stands twice.
     """
-    weights = {}
+    weights: dict[int, float] = {}
     for text in texts:
         form = re.fullmatch(r"(\d+)=(\d*\.?\d+)", text.strip())
         if not form:
             raise ConfigError(f"length_weights: {text!r} isn't of the form LENGTH=WEIGHT, such as 2048=2")
-        weights[int(form[1])] = float(form[2])
+        length = int(form[1])
+        if length in weights:
+            raise ConfigError(f"length_weights: {text!r} weighs {length} a second time; keep one of them")
+        weights[length] = float(form[2])
     return weights
 
 
@@ -244,7 +252,7 @@ def _allowed(
     smallest = header.sink + header.block
     lengths = np.array(sorted({*profile.lengths, *(spec.length for spec in specs)}), dtype=np.int64)
     spans = np.stack([span(lengths, rule, smallest) for rule in rules])  # [rule, length]
-    enough = (spans >= np.minimum(options.min_span or 0, lengths)).all(1)
+    enough = (spans >= np.minimum(min(options.min_span or 0, int(lengths[-1])), lengths)).all(1)
     by_layer = []
     for layer in header.searchable_layers:
         floor = options.layer_floors.get(layer, 0.0)

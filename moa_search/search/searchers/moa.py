@@ -42,12 +42,13 @@ class MoASearcher(Searcher):
         return sorted(distinct.values())
 
     def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
-        """See `Searcher.choose`; the first plan has the smallest sum of losses in units of the worst."""
+        """See `Searcher.choose`; the first plan has the smallest weighted sum of losses in units of the worst."""
         limit = min(space.options.rules_per_layer or RULES_PER_LAYER, RULES_PER_LAYER)
         return epsilon_cells(
             space.objectives,
             dataclasses.replace(space.problem, rules_per_layer=limit),
             lambda asked: solve_exact(asked, time_limit_s=space.options.time_limit_s),
             cells=CELLS,
+            weights=tuple(space.weights.values()),
             progress=progress,
         )

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from moa_search.errors import SolverError
 from moa_search.search.front import EXTREME, epsilon_cells, knee, lattice, trade_off
 from moa_search.search.solver.exact import solve_exact
 from moa_search.search.solver.problem import Problem, Solution
@@ -158,6 +159,27 @@ class TestEpsilonCells:
         points = epsilon_cells(losses, problem, solve_roughly, cells=4)
         totals = [sum(value / unit for value, unit in zip(point.losses, units, strict=True)) for point in points]
         assert totals[0] == min(totals)
+        weighted = epsilon_cells(losses, problem, solve_roughly, cells=4, weights=(1.0, 0.0))
+        assert weighted[0].losses[0] == min(point.losses[0] for point in points)
+
+    def test_says_when_nothing_is_found_at_all(self, conflict):
+        def out_of_time(problem):
+            raise SolverError("no time")
+
+        losses, problem = conflict
+        with pytest.raises(SolverError, match="no time"):
+            epsilon_cells(losses, problem, out_of_time, cells=4)
+
+    def test_reports_every_cell_also_those_without_a_choice(self, conflict):
+        def unbounded_only(problem):
+            if problem.head_costs is not None:
+                raise SolverError("none")
+            return solve_roughly(problem)
+
+        losses, problem = conflict
+        seen = []
+        epsilon_cells(losses, problem, unbounded_only, cells=4, progress=lambda done, total: seen.append((done, total)))
+        assert seen == [(done, 8) for done in range(1, 9)]
 
     def test_one_length_has_one_point(self, conflict):
         losses, problem = conflict

@@ -65,11 +65,33 @@ class TestWeights:
         assert parse_weights(["512=1", " 1024=2.5"]) == {512: 1.0, 1024: 2.5}
         with pytest.raises(ConfigError, match="LENGTH=WEIGHT"):
             parse_weights(["512:1"])
+        with pytest.raises(ConfigError, match="second time"):
+            parse_weights(["512=1", "512=2"])
+
+
+class TestBudgetLengths:
+    def test_without_a_density_they_are_refused(self, tiny_profile):
+        with pytest.raises(ConfigError, match="give a density too"):
+            space(tiny_profile, density=(), budgets=["tokens=200@700"], budget_lengths=[700])
+
+    def test_absurd_ones_are_refused_at_once(self, tiny_profile):
+        with pytest.raises(ConfigError, match="the length must lie in"):
+            search_profile(tiny_profile, SearchOptions(density=[0.4], budget_lengths=[10**12]))
 
 
 class TestFloors:
     def test_as_text(self):
         assert parse_floors(["0=1.0", "1-2=.5"], 3) == {0: 1.0, 1: 0.5, 2: 0.5}
+        assert parse_floors(["0=.75", "0-1=.5"], 3) == {0: 0.75, 1: 0.5}
+
+    def test_layers_with_a_window_of_their_own_have_none(self):
+        assert parse_floors(["0-2=.5"], 3, [0]) == {1: 0.5, 2: 0.5}
+        with pytest.raises(ConfigError, match="names only layers with the model's own sliding window"):
+            parse_floors(["0=.5"], 3, [0])
+
+    def test_a_min_span_beyond_all_lengths_leaves_dense(self, tiny_profile):
+        huge = search_profile(tiny_profile, SearchOptions(density=[1.0], min_span=10**30, front_steps=0)).chosen
+        assert huge.density(512) == huge.density(1024) == 1
 
     @pytest.mark.parametrize(
         ("text", "words"),
