@@ -89,17 +89,7 @@ def compare_searchers(
         anchor=anchor,
         time_limit_s=time_limit_s,
     )
-    rows = []
-    candidates = compare(statistics, options, list(dict.fromkeys(searchers)), progress)
-    for candidate in candidates:
-        row: dict[str, object] = {"searcher": candidate.searcher}
-        for length, (loss, error) in candidate.losses.items():
-            row |= {f"density@{length}": candidate.plan.density(length)}
-            row |= {f"loss@{length}": loss, f"loss_error@{length}": error}
-        rows.append(row | {"cpu_s": candidate.seconds})
-        if output is not None:
-            candidate.plan.save(Path(output) / f"{candidate.searcher}.json")
-    table = pd.DataFrame(rows)
+    truth = None
     if validate is not None:
         network, tokenizer = model_and_tokenizer(validate, dtype="auto", device="auto")
         statistics.header.model.require(ModelSignature.of(network.config), "the profile")
@@ -111,6 +101,18 @@ def compare_searchers(
             samples=samples,
             cache_folder=None if output is None else Path(output) / "validation",
         )
+    rows = []
+    candidates = compare(statistics, options, list(dict.fromkeys(searchers)), progress)
+    for candidate in candidates:
+        row: dict[str, object] = {"searcher": candidate.searcher}
+        for length, (loss, error) in candidate.losses.items():
+            row |= {f"density@{length}": candidate.plan.density(length)}
+            row |= {f"loss@{length}": loss, f"loss_error@{length}": error}
+        rows.append(row | {"cpu_s": candidate.seconds})
+        if output is not None:
+            candidate.plan.save(Path(output) / f"{candidate.searcher}.json")
+    table = pd.DataFrame(rows)
+    if truth is not None:
         for index, candidate in enumerate(candidates):
             losses = truth.loss(candidate.plan)
             for length in truth.lengths:

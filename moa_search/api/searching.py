@@ -7,7 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Criterion, Progress, Searcher, require_positive, require_writable_folder
+from moa_search.api.common import (
+    Criterion,
+    Progress,
+    Searcher,
+    model_and_tokenizer,
+    require_positive,
+    require_writable_folder,
+)
 from moa_search.api.options import DEFAULT_DENSITY, load_profile, search_options
 from moa_search.api.validating import validate_front
 
@@ -81,7 +88,7 @@ def search_front(
         MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.errors import ConfigError
-    from moa_search.formats import Plan
+    from moa_search.formats import ModelSignature, Plan
     from moa_search.search import search_densities, search_profile
     from moa_search.search.output import write_front
 
@@ -94,6 +101,10 @@ def search_front(
         raise ConfigError("validate needs an output folder")
     require_writable_folder(output)
     statistics = load_profile(profile)
+    network = None
+    if validate is not None:  # before the search: a wrong model is told at once, and nothing is written
+        network = model_and_tokenizer(validate, dtype="auto", device="auto")
+        statistics.header.model.require(ModelSignature.of(network[0].config), "the profile")
     options = search_options(
         statistics,
         density=density,
@@ -123,8 +134,8 @@ def search_front(
             from moa_search.inspection import save_density_plot
 
             save_density_plot(front, Path(output) / "front" / "densities.png")
-    if validate is not None and output is not None:
-        validate_front(output, model=validate, progress=progress)
+    if network is not None and output is not None:
+        validate_front(output, model=network, progress=progress)
         front = replace(front, chosen_index=_chosen(front, Plan.load(Path(output) / "plan.json")))
     return front
 

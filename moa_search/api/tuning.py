@@ -93,6 +93,8 @@ def tune_plan(
         MoAError: The profile, a budget, the storage or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.errors import ConfigError
+    from moa_search.search.searchers import find_searcher
+    from moa_search.search.searching import make_space
     from moa_search.search.tuning import KnobSpace, Tuning, tune, tune_in_parallel
 
     require_positive(trials=trials, samples=samples, workers=workers, time_limit_s=time_limit_s)
@@ -110,6 +112,7 @@ def tune_plan(
         criterion=criteria[0],
         time_limit_s=time_limit_s,
     )
+    make_space(statistics, options, find_searcher("exact"))  # no trial could keep a budget that is refused here
     space = KnobSpace(
         tuple(statistics.lengths),
         tuple(dict.fromkeys(criteria)),
@@ -187,6 +190,8 @@ class _Setup:
             "density": list(options.density),
             "budget": list(options.budgets),
             "budget_lengths": list(options.budget_lengths or ()),
+            "hardware": None if options.hardware is None else options.hardware.model_dump(),
+            "weights_bytes": options.weights_bytes,
             "sources": list(self.sources),
             "sample lengths": list(self.lengths),
             "samples": self.samples,
@@ -234,8 +239,11 @@ class _Run:
 
 def _worker(index: int, device: str | None, tuning: Tuning, setup: _Setup) -> None:
     """Run trials in a process of its own."""
+    from transformers.utils import logging
+
     from moa_search.search.tuning import work
 
+    logging.disable_progress_bar()  # it would write across the bar of all workers
     run = setup.start(device)
     work(tuning, run.decode, run.evaluate, run.cost if tuning.with_cost else None, worker=index)
 

@@ -23,7 +23,7 @@ from moa_search.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["build_parser", "open_console", "parse", "run"]
+__all__ = ["EXIT_BAD_INPUT", "build_parser", "open_console", "parse", "run"]
 
 NOT_FLAGS = ("progress",)
 NAMES_OF_TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import compare_searchers, search_front, serve_study, tune_plan, validate_front
-from moa_search.cli.command import open_console, run
+from moa_search.cli.command import EXIT_BAD_INPUT, open_console, run
+from moa_search.formats.files import nearest
 
 __all__ = ["COMMANDS", "main", "show", "show_comparison", "show_study", "show_validation"]
 
@@ -39,6 +41,8 @@ def show(front: Front, *, output: str, validate: str | None, **options: Any) -> 
         why = "the best on held-out samples"
     elif front.densities:
         why = "the knee of the losses" if front.has_knee else "the first density asked for"
+    elif options.get("searcher") == "uniform":
+        why = "what uses most of the budgets"
     elif options.get("length_weights"):
         why = "the lengths weigh as asked"
     print(f"{output}/plan.json is the plan to use ({why}); all {len(front.plans)} in {output}/front")
@@ -102,6 +106,10 @@ def main() -> NoReturn:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in runners:
         runners[command](f"moa-search {command}", sys.argv[2:])
+    hint = nearest(command, COMMANDS)
+    if hint and not os.path.exists(command):
+        print(f"moa-search: error: {command!r} is neither a profile nor a command{hint}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
     run(
         "moa-search",
         search_front,

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moa_search.formats.files import atomic_write
-from moa_search.inspection.tables import predicted_loss
+from moa_search.inspection.tables import predicted_loss, with_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,8 @@ SHOWN_REMARKS = 5
 
 def front_table(front: Front) -> Table:
     """The plans of a front with density and predicted loss at every length, the chosen one marked."""
-    table = Table(title="Front", title_justify="left")
+    criterion = front.chosen.provenance.criterion if front.chosen.provenance else None
+    table = Table(title="Front" + (f", predicted loss by {criterion}" if criterion else ""), title_justify="left")
     table.add_column("plan", justify="right", no_wrap=True)
     if front.densities:
         table.add_column("asked", justify="right")
@@ -138,7 +139,7 @@ def comparison_table(rows: pd.DataFrame, criterion: str) -> Table:
         for length in lengths:
             cells += [
                 f"{row[f'density@{length}']:.1%}",
-                _with_error(row[f"loss@{length}"], row[f"loss_error@{length}"]),
+                with_error(row[f"loss@{length}"], row[f"loss_error@{length}"]),
             ]
         cells += [_with_error(row[f"true_loss@{length}"], row[f"true_error@{length}"]) for length in truths]
         table.add_row(row["searcher"], *cells, f"{row['cpu_s']:.1f}")

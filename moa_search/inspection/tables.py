@@ -24,6 +24,7 @@ __all__ = [
     "rule_table",
     "score_tables",
     "span_table",
+    "with_error",
 ]
 
 
@@ -148,4 +149,9 @@ def predicted_loss(metrics: LengthMetrics) -> str:
     """A predicted loss with its standard error, as far as they are known."""
     if metrics.loss is None:
         return ""
-    return f"{metrics.loss:.4g}" + ("" if metrics.loss_error is None else f" ± {metrics.loss_error:.1g}")
+    return with_error(metrics.loss, metrics.loss_error)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number in four digits with its standard error in one, where that is known; losses are of any size."""
+    return f"{value:.4g}" + ("" if error is None or error != error else f" ± {error:.1g}")

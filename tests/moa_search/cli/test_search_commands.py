@@ -140,6 +140,34 @@ def test_tune_over_densities_writes_the_front_of_loss_and_density(call, profiled
     assert "density" in out
 
 
+def test_tune_refuses_budgets_that_no_plan_keeps_before_it_makes_a_study(call, profiled, tmp_path, tiny_model_dir):
+    tune = ["tune", profiled, "--model", tiny_model_dir, "--output", tmp_path / "out", "--density", 0.001]
+    assert "can't be met" in one_line(call(*tune))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_goes_on_with_the_device_and_weights_it_was_made_with(call, profiled, tmp_path, tiny_model_dir):
+    tune = [
+        "tune", profiled, "--model", tiny_model_dir, "--lengths", 300, "--samples", 2, "--trials", 2,
+        "--output", tmp_path, "--budget", "decode=1ms@600", "--hardware", "h200", "--weights-bytes",
+    ]  # fmt: skip
+    status, _, err = call(*tune, 1000)
+    assert status == 0, err
+    assert "weights_bytes 1000, not 2000" in one_line(call(*tune, 2000))
+    assert "h200" in one_line(call(*[word if word != "h200" else "l40s" for word in tune], 1000))
+
+
+@pytest.mark.parametrize("command", [[], ["compare"]], ids=["search", "compare"])
+def test_a_model_that_cannot_be_loaded_is_told_before_anything_is_written(call, profiled, tmp_path, command):
+    result = call(*command, profiled, "--density", 0.5, "--validate", tmp_path / "none", "--output", tmp_path / "out")
+    assert "neither a folder" in one_line(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_command(call):
+    assert "did you mean 'validate'" in one_line(call("validat", "out"))
+
+
 def test_serve_refuses_files(call):
     assert "sqlite" in one_line(call("serve", "sqlite:///x.db")).lower()
 
