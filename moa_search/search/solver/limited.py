@@ -95,6 +95,8 @@ def _one_each(problem: Problem, losses: Doubles, gap: float, deadline: float) ->
     if problem.head_costs is not None:
         by_layer = problem.head_costs.reshape(-1, problem.layers, size, losses.shape[1]).sum(2)
         whole = dataclasses.replace(whole, head_costs=by_layer, head_limits=problem.head_limits)
+    if not np.isfinite(whole.losses).any(1).all():  # a layer whose heads share no possible rule
+        return Found(None, np.inf, -np.inf, np.zeros(len(problem.all_limits)))
     found = assign(whole, whole.losses, gap=gap, deadline=deadline)
     choice = None if found.choice is None else np.repeat(found.choice, size)
     return dataclasses.replace(found, choice=choice)

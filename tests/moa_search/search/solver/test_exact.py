@@ -160,6 +160,16 @@ def test_rules_that_break_a_budget_alone_don_t_hide_the_others():
         assert solution.bound <= optimum * (1 + 1e-12)
 
 
+def test_heads_of_a_layer_that_share_no_rule_are_told():
+    allowed = np.array([[True, False], [False, True]])
+    problem = Problem(np.ones((2, 2)), np.array([[1, 2]]), np.array([1]), 2, 1, allowed)
+    with pytest.raises(SolverError, match="no plan"):
+        solve_exact(problem)
+    loose = Problem(np.ones((2, 2)), np.array([[1, 2]]), np.array([9]), 2, 1, allowed)
+    with pytest.raises(SolverError, match="no plan"):
+        solve_exact(loose)
+
+
 def test_a_head_without_an_affordable_rule_is_told():
     problem = Problem(np.ones((2, 1)), np.array([[1]]), np.array([5]), head_costs=np.array([[[7], [1]]]))
     short = Problem(**{**vars(problem), "head_limits": np.array([7])})
