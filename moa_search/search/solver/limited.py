@@ -53,6 +53,8 @@ def assign_limited(problem: Problem, losses: Doubles, *, gap: float, deadline: f
     # Prices without the limit are near, and their pricing is fast where enumerating pairs is slow.
     unlimited = relax(dataclasses.replace(problem, rules_per_layer=None), losses, deadline)
     relaxation = relax(problem, losses, deadline, unlimited.prices)
+    if not np.isfinite(relaxation.bound):  # no set of so few rules serves all heads of some layer
+        return Found(None, np.inf, -np.inf, relaxation.prices)
     found = Found(None, np.inf, relaxation.bound, relaxation.prices)
     found = _fill(problem, losses, _heaviest(problem, relaxation), found, gap, deadline)
     if not found.good(gap) and time.monotonic() < deadline:

@@ -57,7 +57,7 @@ def _best_pairs(priced: Doubles) -> Integers:
     """``[layer, 2]``."""
     layers, heads, rules = priced.shape
     at_once = max(1, CHUNK_BYTES // (8 * heads * rules))
-    pairs = np.empty((layers, 2), dtype=np.int64)
+    pairs = np.zeros((layers, 2), dtype=np.int64)  # stays so where no two rules serve all heads
     for top in range(0, layers, at_once):
         table = np.ascontiguousarray(priced[top : top + at_once].transpose(1, 2, 0))  # [head, rule, layer]
         best = np.full(table.shape[2], np.inf)

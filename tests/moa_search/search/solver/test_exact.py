@@ -160,14 +160,20 @@ def test_rules_that_break_a_budget_alone_don_t_hide_the_others():
         assert solution.bound <= optimum * (1 + 1e-12)
 
 
-def test_heads_of_a_layer_that_share_no_rule_are_told():
-    allowed = np.array([[True, False], [False, True]])
-    problem = Problem(np.ones((2, 2)), np.array([[1, 2]]), np.array([1]), 2, 1, allowed)
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_heads_of_a_layer_that_so_few_rules_cannot_serve_are_told(most):
+    """Each head may have one rule alone, another than all others."""
+    heads = most + 1
+    problem = Problem(
+        np.ones((heads, heads + 1)),
+        np.arange(heads + 1)[None],
+        np.array([99]),
+        heads,
+        most,
+        np.eye(heads, heads + 1) > 0,
+    )
     with pytest.raises(SolverError, match="no plan"):
         solve_exact(problem)
-    loose = Problem(np.ones((2, 2)), np.array([[1, 2]]), np.array([9]), 2, 1, allowed)
-    with pytest.raises(SolverError, match="no plan"):
-        solve_exact(loose)
 
 
 def test_a_head_without_an_affordable_rule_is_told():
