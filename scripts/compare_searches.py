@@ -90,16 +90,17 @@ def run(options: argparse.Namespace) -> None:
 
 def table(rows: str, folder: Path) -> None:
     items = pd.concat([pd.read_csv(path) for path in sorted(folder.glob("*.csv"))])
-    summary = summarise(items).set_index(["task", "length", "variant"])
+    summary = summarise(items)
     print("Means [95 % bootstrap interval]; left of gap = share of uniform's extra NLL over dense that remains\n")
     for task, length in itertools.product(TASKS, sorted(items["length"].unique())):
-        here = summary.loc[task, length]
+        here = summary[(summary["task"] == task) & (summary["length"] == length)].set_index("variant")
+        if here.empty:  # a run may have been stopped midway
+            continue
         counts = sorted(set(here["n"]))
         metric = items[items["task"] == task]["metric"].iloc[0]
         print(f"**{task}, {length} tokens, n = {' or '.join(map(str, counts))}**\n")
         print(f"| plan | KV kept | answer NLL | left of gap | {metric} |\n|---|---|---|---|---|")
-        names = ["dense"] + [f"{n} @ {d:g}" for d in sorted(DENSITIES, reverse=True) for n in ("uniform", *ROWS[rows])]
-        for name in (name for name in names if name in here.index):  # a run may have been stopped midway
+        for name in _ordered(here.index, rows):
             row, dense = here.loc[name], here.loc["dense"]
             left = ""
             uniform = f"uniform @ {name.split(' @ ')[-1]}"
@@ -110,6 +111,17 @@ def table(rows: str, folder: Path) -> None:
                 f"| {left} | {row['score']:.2f} [{row['score_low']:.2f}, {row['score_high']:.2f}] |"
             )
         print()
+
+
+def _ordered(measured: pd.Index, rows: str) -> list[str]:
+    """The variants that were measured, by density, in the order of the rows; others, such as a tuned plan, last."""
+    known = ["uniform", *ROWS[rows]]
+
+    def place(name: str) -> tuple[float, int, str]:
+        kind, _, density = name.partition(" @ ")
+        return -float(density or 1), known.index(kind) if kind in known else len(known), kind
+
+    return sorted(measured, key=place)
 
 
 def main() -> None:
