@@ -55,8 +55,13 @@ def front_table(front: Front) -> Table:
 
 
 def budget_lines(front: Front) -> list[str]:
-    """For each budget of the chosen plan what was asked and what it uses, densities aside."""
-    return [f"{escape(asked)}: uses {used}" for asked, used in front.spent if not asked.startswith("density=")]
+    """For each budget of the chosen plan what was asked and what it uses, densities in the front's table aside."""
+    shown = {f"@{metrics.length}" for metrics in front.chosen.predicted}
+    return [
+        f"{escape(asked)}: uses {used}"
+        for asked, used in front.spent
+        if not (asked.startswith("density=") and any(asked.endswith(length) for length in shown))
+    ]
 
 
 def plot_densities(front: Front) -> Figure:

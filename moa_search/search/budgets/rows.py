@@ -19,7 +19,7 @@ from moa_search.search.budgets.hardware import HARDWARE, Hardware
 from moa_search.search.budgets.specs import TOKEN_KINDS, BudgetSpec
 from moa_search.spans import SpanRule, span
 
-__all__ = ["BudgetRow", "BudgetSpec", "budget_rows", "smallest", "used"]
+__all__ = ["BudgetRow", "budget_rows", "used"]
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,6 @@ def budget_rows(
         seen[what] = spec.text
         rows.append(measures.row(spec))
     return rows
-
-
-def smallest(
-    spec: str | BudgetSpec,
-    rules: Sequence[SpanRule],
-    header: ProfileHeader,
-    *,
-    anchor: Literal["position", "prompt"] = "position",
-    hardware: Hardware | None = None,
-    weights_bytes: int | None = None,
-    bytes_per_element: int = 2,
-) -> str:
-    """The least amount that could stand in ``spec``, in its unit, rounded up; arguments as for `budget_rows`.
-
-    Raises:
-        ConfigError: The text can't be read, or hardware or weights aren't given.
-    """
-    spec = _parsed(spec)
-    measures = _Measures(rules, header, anchor, hardware, weights_bytes, bytes_per_element)
-    return spec.show(measures.least(measures.measure(spec)), up=True)
 
 
 def used(row: BudgetRow, choice: npt.NDArray[np.int64]) -> str:

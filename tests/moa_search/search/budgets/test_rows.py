@@ -15,7 +15,8 @@ from moa_search.formats.profile import LengthHeader, ProfileHeader
 from moa_search.formats.signature import ModelSignature
 from moa_search.search.budgets.cost_model import CostModel
 from moa_search.search.budgets.hardware import Hardware
-from moa_search.search.budgets.rows import BudgetSpec, budget_rows, smallest, used
+from moa_search.search.budgets.rows import budget_rows, used
+from moa_search.search.budgets.specs import BudgetSpec
 from moa_search.spans import DENSE, SpanRule
 
 RULES = [SpanRule(48, 0), SpanRule(200, 0), SpanRule(0, 64), SpanRule(-64, 128), DENSE]
@@ -127,8 +128,9 @@ def test_the_integers_keep_exactly_what_was_asked(case, tried):
 def test_the_smallest_value_named_is_feasible_and_hardly_more_than_needed(case):
     kind, number, _, text, length, batch, anchor, _ = case
     assume(number)
-    options = {"anchor": anchor, "hardware": DEVICE, "weights_bytes": WEIGHTS}
-    value = smallest(text, RULES, HEADER, **options)
+    with pytest.raises(BudgetInfeasibleError) as refused:
+        rows_of(re.sub(r"=[0-9.]+", "=0.000000001", text), anchor=anchor)
+    value = re.search(r"already take ([^ ]+)", str(refused.value))[1]
     (row,) = rows_of(f"{kind}={value}{text[text.index('@') :]}", anchor=anchor)
     cheapest = min(amount_of(kind, [rule] * HEADS, length, batch, anchor) for rule in range(len(RULES)))
     assert cheapest <= row.spec.amount / (10**12 if kind in ("decode", "prefill") else 1) <= cheapest * 1.001 + 1e-15
