@@ -56,7 +56,10 @@ def test_shipped_plans_are_what_the_search_finds(profile, name, density):
     assert shipped.provenance.profile == profile.checksum
     assert shipped.provenance.gap <= 1e-6
     if first.provenance.versions == shipped.provenance.versions:
-        assert first == shipped
+        assert first.patterns == shipped.patterns
+        # Sums differ in their last digits between processors, and so do bounds.
+        assert first.provenance.objective == pytest.approx(shipped.provenance.objective, rel=1e-9)
+        assert first.provenance.dual_bound == pytest.approx(shipped.provenance.dual_bound, rel=1e-6)
 
 
 def test_generation_equals_whole_forward_passes_under_explicit_masks(demo, profile):
