@@ -1,0 +1,94 @@
+"""Which implementation runs: Triton kernels or their plain torch references.
+
+``impl`` is ``"triton"``, ``"torch"`` or ``"auto"``. What an implementation can't do is an error, never another
+result in silence; ``"auto"`` takes Triton for CUDA tensors that it supports and no gradient is asked of, torch
+for everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["HEAD_DIMS", "BackendUnavailableError", "Impl", "choose", "interpreting", "multiprocessors"]
+
+Impl = Literal["auto", "triton", "torch"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+HEAD_DIMS = range(1, 257)
+"""Head dimensions that kernels take; they are padded to the next power of two, at least 16."""
+
+OLDEST_CAPABILITY = (8, 0)
+
+INTERPRETED_MULTIPROCESSORS = 4
+
+
+class BackendUnavailableError(RuntimeError):
+    """The implementation asked for can't run on these tensors, this device or these versions."""
+
+
+def choose(impl: str, *tensors: Tensor, head_dim: int) -> Literal["triton", "torch"]:
+    """The implementation to run.
+
+    Args:
+        impl: What was asked for.
+        *tensors: Inputs in half or single precision, all on one device.
+        head_dim: Of keys and values.
+
+    Raises:
+        ValueError: ``impl`` is unknown.
+        BackendUnavailableError: Triton was asked for and can't run; says why.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f'impl is {impl!r}; it must be "auto", "triton" or "torch"')
+    if impl == "torch":
+        return "torch"
+    reason = _obstacle(tensors, head_dim)
+    if impl == "auto":
+        return "torch" if reason or tensors[0].device.type != "cuda" else "triton"
+    if reason:
+        raise BackendUnavailableError(f'{reason}; use impl="torch" or "auto"')
+    return "triton"
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when they were first imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    return _multiprocessors(device) if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _obstacle(tensors: tuple[Tensor, ...], head_dim: int) -> str | None:
+    """Why Triton kernels can't run on these tensors, or None."""
+    device = tensors[0].device
+    if importlib.util.find_spec("triton") is None:
+        return "Triton isn't installed (pip install triton, on Linux)"
+    if device.type != "cuda" and not interpreting():
+        return f"Triton kernels need a CUDA device, not {device.type!r}, or TRITON_INTERPRET=1 to be tried without one"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need"
+    if any(other.device != device for other in tensors):
+        return "tensors lie on several devices"
+    if tensors[0].dtype not in DTYPES:
+        return f"Triton kernels take float16, bfloat16 and float32, not {str(tensors[0].dtype).removeprefix('torch.')}"
+    if any(other.dtype != tensors[0].dtype for other in tensors):
+        return "tensors differ in type"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim is {head_dim}; Triton kernels take 1 to {HEAD_DIMS[-1]}"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "Triton kernels have no gradient here; use torch.no_grad()"
+    return None

@@ -1,0 +1,31 @@
+"""Functions that several kernels call on the device."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["LN2", "LOG2E", "MASKED", "oldest_key", "soft_cap"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+MASKED = tl.constexpr(-1.0e30)
+"""Score of a hidden key: finite, so that a tile without any visible key makes no NaN."""
+
+
+@triton.jit
+def oldest_key(position, sink, min_span, alpha, beta_256, sliding_window):
+    """`HeadSpans.oldest_key` in 32 bits; positions below 2**30, ``(beta_256 * n) >> 8`` without overflow."""
+    n = position + 1
+    span = tl.maximum(min_span, alpha + (n >> 8) * beta_256 + (((n & 255) * beta_256) >> 8))
+    return n - tl.minimum(span - sink, sliding_window)
+
+
+@triton.jit
+def soft_cap(scores, CAP: tl.constexpr):
+    """``CAP * tanh(scores / CAP)``, by exp2 alone: Triton's interpreter and all versions have it."""
+    ratio = scores * (1.0 / CAP)
+    decay = tl.math.exp2(-2.0 * LOG2E * tl.abs(ratio))
+    size = (1.0 - decay) / (1.0 + decay)
+    return CAP * tl.where(ratio < 0, -size, size)
