@@ -48,6 +48,53 @@ class Case:
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {}
 
 
+def prefill_cases(arch: str) -> Iterator[Case]:
+    from moa_kernels.launch import padded, table_config
+    from moa_kernels.prefill import MERGE_ROWS, kernel
+
+    pointers = {"Query": "*bf16", "Key": "*bf16", "Value": "*bf16", "Out": "*bf16", "Lse": "*fp32", "Work": "*i32"}
+    pointers |= dict.fromkeys(("PartialAcc", "PartialTotal", "PartialTop"), "*fp32") | {"Spans": "*i32"}
+    strides = [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bht"]
+    numbers = {"scale_log2": "fp32"} | dict.fromkeys(("sliding_window", "queries", "keys", "heads", *strides), "i32")
+    for dim in HEAD_DIMS:
+        config = table_config("prefill", arch, dim, 2)
+        shape = {"DIM": dim, "BLOCK_M": config.block_m, "BLOCK_D": padded(dim)}
+        for extras in (False, True):  # padding, soft cap, sink logits and shared work, or none of them
+            optional = {"Starts": "*i32", "Ends": "*i32", "Logits": "*bf16"}
+            flags = {"HAS_STARTS": extras, "HAS_ENDS": extras, "HAS_LOGITS": extras}
+            types = pointers | numbers | (optional if extras else {})
+            constants = shape | flags | ({} if extras else dict.fromkeys(optional))
+            yield Case(
+                f"prefill-{dim}{'-extras' if extras else ''}",
+                kernel.prefill_kernel,
+                types,
+                constants
+                | {"GROUP": 4, "BLOCK_N": config.block_n, "CAP": 30.0 if extras else 0.0, "SPLIT": extras}
+                | {"UPCAST": False, "PRECISION": "tf32", "STAGES": config.num_stages},
+                (*pointers, *strides),
+                config.num_warps,
+                config.num_stages,
+            )
+        if dim not in (64, 128, 256):
+            continue  # padded like 128
+        merged = {"Out", "Lse", "PartialAcc", "PartialTotal", "PartialTop", "queries", "keys", "heads"}
+        merged |= {"stride_ob", "stride_oh", "stride_ot"}
+        yield Case(
+            f"prefill-merge-{dim}",
+            kernel.merge_kernel,
+            {name: kind for name, kind in (pointers | numbers).items() if name in merged} | {"Shared": "*i32"},
+            shape
+            | {"ROWS": MERGE_ROWS}
+            | dict.fromkeys(("Starts", "Ends", "Logits"))
+            | dict.fromkeys(("HAS_STARTS", "HAS_ENDS", "HAS_LOGITS"), False),
+            ("Out", "Lse", "PartialAcc", "PartialTotal", "PartialTop", "Shared", "stride_ob", "stride_oh", "stride_ot"),
+            tensor_cores=False,
+        )
+
+
+CASES["prefill"] = prefill_cases
+
+
 def compiled(case: Case, arch: str) -> dict[str, Any]:
     """Registers, spills, shared memory and counts of instructions."""
     import triton
