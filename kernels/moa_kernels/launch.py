@@ -148,7 +148,7 @@ def _fill(kernel: str, rows: dict[int, tuple[int, int, int, int]], arch: str) ->
 
 # block_m, block_n, num_warps, num_stages. Chosen to compile without spills (tests/moa_kernels/test_compile.py).
 _fill("prefill", dict.fromkeys((16, 32, 64), (128, 128, 8, 2)) | {128: (128, 64, 8, 3), 256: (64, 32, 8, 3)}, "sm_90")
-_fill("prefill", dict.fromkeys((16, 32, 64), (128, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 64, 8, 2)}, "sm_80")
+_fill("prefill", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")
 _fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)}, "sm_86")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 3)) | {256: (16, 32, 4, 3)}, "sm_90")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 3)) | {256: (16, 32, 4, 3)}, "sm_80")

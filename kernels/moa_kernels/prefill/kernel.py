@@ -11,60 +11,15 @@ __all__ = ["merge_kernel", "prefill_kernel"]
 
 
 @triton.jit
-def _attend_tile(
-    acc,
-    total,
-    top,
-    query,
-    Key,
-    Value,
-    key_tile,
-    value_tile,
-    stride_key,
-    stride_value,
-    block,
-    row,
-    oldest,
-    first,
-    last,
-    sink_end,
-    sliding_window,
-    scale_log2,
-    DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK: tl.constexpr,
-    CAP: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of keys into the running softmax: ``acc`` and ``total`` are in units of ``2 ** top``."""
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = (block * BLOCK_N).to(tl.int64)
-    keys = Key + start * stride_key + key_tile
-    values = Value + start * stride_value + value_tile
-    offs_d = tl.arange(0, BLOCK_D)
-    if MASK:
-        # A key that no row may read can hold NaN, and 0 * NaN would reach the output.
-        real = (column >= first) & (column < last)
-        k = tl.load(keys, mask=(offs_d < DIM)[:, None] & real[None, :], other=0.0)
-        v = tl.load(values, mask=real[:, None] & (offs_d < DIM)[None, :], other=0.0)
-    elif BLOCK_D == DIM:
-        k = tl.load(keys)
-        v = tl.load(values)
-    else:
-        k = tl.load(keys, mask=(offs_d < DIM)[:, None], other=0.0)
-        v = tl.load(values, mask=(offs_d < DIM)[None, :], other=0.0)
-    if UPCAST:
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
-    scores = tl.dot(query, k, input_precision=PRECISION)
-    scores = soft_cap(scores * (scale_log2 * LN2), CAP) * LOG2E if CAP > 0 else scores * scale_log2
-    if MASK:
-        near = (column[None, :] >= oldest[:, None]) | (
-            (column < sink_end)[None, :] & (column[None, :] > row[:, None] - sliding_window)
-        )
-        scores = tl.where(near & (column[None, :] <= row[:, None]) & real[None, :], scores, MASKED)
+def _load_tile(states, mask, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr):
+    """Keys or values; ``mask`` says what to read where ``MASK``, else only which dimensions exist."""
+    tile = tl.load(states, mask=mask, other=0.0) if MASK or BLOCK_D != DIM else tl.load(states)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def _accumulate(acc, total, top, scores, v, PRECISION: tl.constexpr):
+    """A tile's scores, in units of log 2, into the running softmax: ``acc`` and ``total`` stand for ``2 ** top``."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.math.exp2(scores - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
@@ -220,6 +175,7 @@ def prefill_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    offs_d_real = offs_d < DIM
     for index in tl.range(cut_begin, cut_end, num_stages=STAGES):
         key_block = tl.where(
             index < after_diagonal,
@@ -230,16 +186,39 @@ def prefill_kernel(
                 tl.where(index < after_sink, sink_whole_to + index - after_edge, sink_from + index - after_sink),
             ),
         )
-        acc, total, top = _attend_tile(
-            acc, total, top, query, Key, Value, key_tile, value_tile, stride_kt, stride_vt, key_block, row, oldest,
-            first, reach, sink_end, sliding_window, scale_log2, DIM, BLOCK_N, BLOCK_D, True, CAP, UPCAST, PRECISION,
-        )  # fmt: skip
-    for index in tl.range(whole_begin, whole_end, num_stages=STAGES):
-        key_block = tl.where(index < sink_whole, sink_whole_from + index, whole_from + index - sink_whole)
-        acc, total, top = _attend_tile(
-            acc, total, top, query, Key, Value, key_tile, value_tile, stride_kt, stride_vt, key_block, row, oldest,
-            first, reach, sink_end, sliding_window, scale_log2, DIM, BLOCK_N, BLOCK_D, False, CAP, UPCAST, PRECISION,
-        )  # fmt: skip
+        column = key_block * BLOCK_N + offs_n
+        at = (key_block * BLOCK_N).to(tl.int64)
+        # A key that no row may read can hold NaN, and 0 * NaN would reach the output.
+        real = (column >= first) & (column < reach)
+        key_mask, value_mask = offs_d_real[:, None] & real[None, :], real[:, None] & offs_d_real[None, :]
+        k = _load_tile(Key + at * stride_kt + key_tile, key_mask, DIM, BLOCK_D, True, UPCAST)
+        v = _load_tile(Value + at * stride_vt + value_tile, value_mask, DIM, BLOCK_D, True, UPCAST)
+        scores = tl.dot(query, k, input_precision=PRECISION) * scale_log2
+        scores = soft_cap(scores * LN2, CAP) * LOG2E if CAP > 0 else scores
+        seen = (column[None, :] >= oldest[:, None]) | (
+            (column < sink_end)[None, :] & (column[None, :] > row[:, None] - sliding_window)
+        )
+        scores = tl.where(seen & (column[None, :] <= row[:, None]) & real[None, :], scores, MASKED)
+        acc, total, top = _accumulate(acc, total, top, scores, v, PRECISION)
+
+    # The next tile's scores are computed while this one's softmax runs: their products keep the tensor cores busy.
+    if whole_begin < whole_end:
+        key_block = tl.where(whole_begin < sink_whole, sink_whole_from, whole_from - sink_whole) + whole_begin
+        at = (key_block * BLOCK_N).to(tl.int64)
+        k = _load_tile(Key + at * stride_kt + key_tile, offs_d_real[:, None], DIM, BLOCK_D, False, UPCAST)
+        scores = tl.dot(query, k, input_precision=PRECISION)
+        for index in tl.range(whole_begin, whole_end, num_stages=STAGES):
+            following = tl.minimum(index + 1, whole_end - 1)
+            next_block = tl.where(following < sink_whole, sink_whole_from, whole_from - sink_whole) + following
+            next_at = (next_block * BLOCK_N).to(tl.int64)
+            k = _load_tile(Key + next_at * stride_kt + key_tile, offs_d_real[:, None], DIM, BLOCK_D, False, UPCAST)
+            next_scores = tl.dot(query, k, input_precision=PRECISION)
+            v = _load_tile(Value + at * stride_vt + value_tile, offs_d_real[None, :], DIM, BLOCK_D, False, UPCAST)
+            scores = scores * scale_log2
+            scores = soft_cap(scores * LN2, CAP) * LOG2E if CAP > 0 else scores
+            acc, total, top = _accumulate(acc, total, top, scores, v, PRECISION)
+            scores = next_scores
+            at = next_at
 
     if SPLIT:
         slot = tl.load(item + 4)
