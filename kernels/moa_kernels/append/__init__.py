@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moa_kernels.append.reference import append_tokens as reference
+from moa_kernels.append import reference
 from moa_kernels.backends import choose
 from moa_kernels.rings import RingLayout
 
@@ -72,9 +72,11 @@ def _append_tokens(
     impl: str,
 ) -> None:
     """`append_tokens` on what an operator takes."""
-    run = reference
+    run = reference.append_tokens
     if choose(impl, keys, values, new_keys, new_values, head_dim=None, dtypes=STORABLE) == "triton":
-        from moa_kernels.append.kernel import append_tokens as run
+        from moa_kernels.append import kernel
+
+        run = kernel.append_tokens
     run(keys, values, new_keys, new_values, lens, RingLayout.from_flat(layout), counts)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moa_kernels.backends import choose
-from moa_kernels.decode.reference import span_decode as reference
+from moa_kernels.decode import reference
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 
@@ -93,9 +93,11 @@ def _span_decode(
 ) -> tuple[Tensor, Tensor]:
     """`span_decode` on what an operator takes; ``softcap`` 0 means none."""
     rings, heads = RingLayout.from_flat(layout), HeadSpans.from_flat(spans, sliding_window)
-    run = reference
+    run = reference.span_decode
     if choose(impl, query, keys, values, head_dim=query.shape[-1]) == "triton":
-        from moa_kernels.decode.kernel import span_decode as run
+        from moa_kernels.decode import kernel
+
+        run = kernel.span_decode
     return run(query, keys, values, lens, rings, heads, scale, softcap, sink_logits)
 
 

@@ -23,9 +23,10 @@ def span_decode(
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `moa_kernels.decode.span_decode`, in float32 or wider; ``softcap`` 0 means none."""
-    batch, _, new, head_dim = query.shape
+    heads, new = query.shape[1:3]
+    kv_heads = len(spans.heads)
     wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(wide).view(batch, len(spans.heads), -1, new, head_dim)
+    grouped = query.to(wide).unflatten(1, (kv_heads, heads // kv_heads))
     query_at = lens[:, None] - new + torch.arange(new, device=lens.device)
     outputs, lses = [], []
     for head, (offset, capacity) in enumerate(zip(layout.offsets, layout.capacities, strict=True)):
@@ -43,7 +44,7 @@ def span_decode(
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
         lse = scores.logsumexp(-1)
         if sink_logits is not None:
-            lse = torch.logaddexp(lse, sink_logits.to(wide).view(len(spans.heads), -1)[head][:, None])
+            lse = torch.logaddexp(lse, sink_logits.to(wide).view(kv_heads, -1)[head][:, None])
         dead = lse == -torch.inf
         outputs.append((scores - lse.masked_fill(dead, 0)[..., None]).exp() @ value)
         lses.append(lse)
