@@ -173,7 +173,7 @@ _fill("prefill", dict.fromkeys((16, 32, 64), (128, 64, 4, 3)) | {128: (128, 32, 
 _fill("prefill", dict.fromkeys((16, 32, 64), (128, 32, 4, 3)) | {128: (64, 32, 4, 2), 256: (64, 16, 4, 2)}, "sm_86")
 # decode: block_m is the most rows of a tile; fewer are padded to a power of two, at least 16.
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 3)}, "sm_90")
-_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 3)}, "sm_80")
+_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 2)}, "sm_80")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 2)) | {256: (32, 32, 4, 2)}, "sm_86")
 _fill("influence", dict.fromkeys((16, 32, 64), (128, 64, 8, 3)) | {128: (128, 64, 8, 2), 256: (64, 64, 8, 2)}, "sm_90")
 _fill("influence", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")

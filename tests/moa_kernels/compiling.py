@@ -49,7 +49,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {}
 
 
 def decode_cases(arch: str) -> Iterator[Case]:
-    """One new token under GQA 4; eight under GQA 8, which fill tiles of rows; float32; very many pairs."""
+    """One new token under GQA 4; eight under GQA 8, all options on, which fill tiles of rows; float32; many pairs."""
     from moa_kernels.decode.kernel import MERGED_AT_ONCE, merge_kernel, rows_and_warps, split_kernel
     from moa_kernels.launch import padded, table_config
 
@@ -69,7 +69,8 @@ def decode_cases(arch: str) -> Iterator[Case]:
         types |= dict.fromkeys(("sliding_window", "pairs", "kv_heads", *strides), "i32")
         constants = {
             "TARGET_TILES": 792, "PLANS": max(pairs // 1024, 1), "BLOCK_P": min(pairs, 1024), "GROUP": group,
-            "NEW": new, "HEAD_DIM": head_dim, "SOFTCAP": 0.0, "HAS_SINK_LOGITS": False, "UPCAST": False,
+            "NEW": new, "HEAD_DIM": head_dim, "SOFTCAP": 30.0 if new > 1 else 0.0, "HAS_SINK_LOGITS": new > 1,
+            "UPCAST": False,
             "BLOCK_M": block_m,
             "BLOCK_N": config.block_n, "BLOCK_D": padded(head_dim),
         }  # fmt: skip

@@ -68,7 +68,7 @@ def small(new=1, head_dim=16, lens=(70, 45), dtype=torch.float32):
     return query, keys, values, counts
 
 
-@pytest.mark.parametrize("tiles", [1, 7, 40])
+@pytest.mark.parametrize("tiles", [1, 7, 12])
 def test_two_runs_give_equal_bits(tiles, monkeypatch, poison):
     arguments = small(new=3, dtype=torch.float16)
     with tiles_of(monkeypatch, tiles):
@@ -80,7 +80,7 @@ def test_two_runs_give_equal_bits(tiles, monkeypatch, poison):
 def test_the_number_of_tiles_only_rounds(monkeypatch):
     arguments = small(new=2)
     results = []
-    for tiles in (1, 2, 11, 60):
+    for tiles in (1, 5, 20):
         with tiles_of(monkeypatch, tiles):
             results.append(span_decode(*arguments, LAYOUT, SPANS, impl="triton"))
     for output, lse in results[1:]:
