@@ -14,10 +14,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moa_kernels.backends import interpreting
 
-__all__ = ["TABLE", "LaunchConfig", "cache_file", "forget_tuned", "launch_config", "overridden", "padded", "save_tuned"]
+__all__ = [
+    "COMPILER_OPTIONS",
+    "TABLE",
+    "LaunchConfig",
+    "cache_file",
+    "forget_tuned",
+    "launch_config",
+    "overridden",
+    "padded",
+    "rows_contiguous",
+    "save_tuned",
+]
+
+
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+"""Passed with every launch: Triton 3.9 warns where it's left out, later versions change its default."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,11 @@ _overrides: dict[str, LaunchConfig] = {}
 def padded(head_dim: int) -> int:
     """The head dimension of tiles: the next power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its last dimension isn't contiguous: kernels take any other strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def launch_config(kernel: str, device: torch.device, head_dim: int, itemsize: int) -> LaunchConfig:
@@ -150,9 +171,10 @@ def _fill(kernel: str, rows: dict[int, tuple[int, int, int, int]], arch: str) ->
 _fill("prefill", dict.fromkeys((16, 32, 64), (128, 128, 8, 2)) | {128: (128, 64, 8, 3), 256: (64, 32, 8, 3)}, "sm_90")
 _fill("prefill", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")
 _fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)}, "sm_86")
-_fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 3)) | {256: (16, 32, 4, 3)}, "sm_90")
-_fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 3)) | {256: (16, 32, 4, 3)}, "sm_80")
-_fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 2)) | {256: (16, 32, 4, 2)}, "sm_86")
+# decode: block_m is the most rows of a tile; fewer are padded to a power of two, at least 16.
+_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 3)}, "sm_90")
+_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 2)}, "sm_80")
+_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 2)) | {256: (32, 32, 4, 2)}, "sm_86")
 _fill("influence", dict.fromkeys((16, 32, 64), (128, 64, 8, 3)) | {128: (128, 64, 8, 2), 256: (64, 64, 8, 2)}, "sm_90")
 _fill("influence", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")
 _fill("influence", dict.fromkeys((16, 32, 64), (64, 64, 4, 2)) | {128: (64, 32, 4, 2), 256: (32, 32, 8, 2)}, "sm_86")

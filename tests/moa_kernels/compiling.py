@@ -95,9 +95,77 @@ def prefill_cases(arch: str) -> Iterator[Case]:
 CASES["prefill"] = prefill_cases
 
 
+def decode_cases(arch: str) -> Iterator[Case]:
+    """One new token under GQA 4; eight under GQA 8, all options on, which fill tiles of rows; float32; many pairs."""
+    from moa_kernels.decode.kernel import MERGED_AT_ONCE, merge_kernel, rows_and_warps, split_kernel
+    from moa_kernels.launch import padded, table_config
+
+    pointers = dict.fromkeys(("layout", "spans", "ends"), "*i32") | {"lens": "*i64"}
+    pointers |= dict.fromkeys(("sink_logits", "lse", "partial", "tops", "totals"), "*fp32")
+    tensors = ("query", "keys", "values", "output")
+    variants = [(head_dim, "bf16", 4, 1, 128) for head_dim in HEAD_DIMS]
+    variants += [(head_dim, "bf16", 8, 8, 128) for head_dim in HEAD_DIMS]
+    variants += [(head_dim, "fp32", 4, 1, 128) for head_dim in (64, 128, 256)]
+    variants += [(128, "bf16", 4, 1, 8192)]
+    for head_dim, dtype, group, new, pairs in variants:
+        itemsize = 4 if dtype == "fp32" else 2
+        config = table_config("decode", arch, head_dim, itemsize)
+        block_m, num_warps = rows_and_warps(config, group * new, itemsize)
+        types = pointers | dict.fromkeys(tensors, f"*{dtype}") | {"scale": "fp32"}
+        strides = [name for name in split_kernel.arg_names if name.endswith("_stride")]
+        types |= dict.fromkeys(("sliding_window", "pairs", "kv_heads", *strides), "i32")
+        constants = {
+            "TARGET_TILES": 792, "PLANS": max(pairs // 1024, 1), "BLOCK_P": min(pairs, 1024), "GROUP": group,
+            "NEW": new, "HEAD_DIM": head_dim, "SOFTCAP": 30.0 if new > 1 else 0.0, "HAS_SINK_LOGITS": new > 1,
+            "UPCAST": False,
+            "BLOCK_M": block_m,
+            "BLOCK_N": config.block_n, "BLOCK_D": padded(head_dim),
+        }  # fmt: skip
+        note = f"decode-{head_dim}-{dtype}-{group}x{new}-{pairs}"
+        yield Case(
+            note, split_kernel, types, constants, aligned=(*tensors, "partial", *strides),
+            num_warps=num_warps, num_stages=config.num_stages, tensor_cores=dtype != "fp32",
+        )  # fmt: skip
+        if new == 1 and pairs == 128:
+            names = [name for name in merge_kernel.arg_names if name.islower()]
+            constants = {
+                "ROWS": group * new, "NEW": new, "HEAD_DIM": head_dim, "HAS_SINK_LOGITS": True,
+                "BLOCK_T": MERGED_AT_ONCE, "BLOCK_D": padded(head_dim),
+            }  # fmt: skip
+            yield Case(
+                f"merge-{head_dim}-{dtype}", merge_kernel, {name: types[name] for name in names}, constants,
+                aligned=("partial", "output"), tensor_cores=False,
+            )  # fmt: skip
+
+
+def append_cases(arch: str) -> Iterator[Case]:
+    """A decoding step and a prefill of 16-bit keys and values, with padding."""
+    from moa_kernels.append.kernel import DECODE_TOKENS, PREFILL_TOKENS, append_kernel
+    from moa_kernels.launch import padded
+
+    names = [name for name in append_kernel.arg_names if name.islower()]
+    states = ("keys", "values", "new_keys", "new_values")
+    strides = tuple(name for name in names if name.endswith("_stride"))
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(states, "*i16") | {"layout": "*i32"}
+    types |= {"lens": "*i64", "counts": "*i64"}
+    for head_dim in HEAD_DIMS:
+        for tokens in (DECODE_TOKENS, PREFILL_TOKENS):
+            constants = {"HAS_COUNTS": True, "KEY_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_T": tokens}
+            constants |= {"BLOCK_K": padded(head_dim), "BLOCK_V": padded(head_dim)}
+            yield Case(
+                f"append-{head_dim}-{tokens}", append_kernel, types, constants, aligned=(*states, *strides),
+                tensor_cores=False,
+            )  # fmt: skip
+
+
+CASES["decode"] = decode_cases
+CASES["append"] = append_cases
+
+
 def compiled(case: Case, arch: str) -> dict[str, Any]:
     """Registers, spills, shared memory and counts of instructions."""
     import triton
+    from moa_kernels.launch import COMPILER_OPTIONS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -111,7 +179,7 @@ def compiled(case: Case, arch: str) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **COMPILER_OPTIONS}
     kernel = triton.compile(source, target=target, options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
