@@ -26,6 +26,6 @@ def oldest_key(position, sink, min_span, alpha, beta_256, sliding_window):
 def soft_cap(scores, CAP: tl.constexpr):
     """``CAP * tanh(scores / CAP)``, by exp2 alone: Triton's interpreter and all versions have it."""
     ratio = scores * (1.0 / CAP)
-    decay = tl.math.exp2(-2.0 * LOG2E * tl.abs(ratio))
+    decay = tl.math.exp2(tl.abs(ratio) * (LOG2E * -2.0))  # a constant stands on the right: the interpreter wants it so
     size = (1.0 - decay) / (1.0 + decay)
-    return CAP * tl.where(ratio < 0, -size, size)
+    return tl.where(ratio < 0, -size, size) * CAP
