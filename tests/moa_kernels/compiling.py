@@ -32,6 +32,7 @@ class Case:
         num_warps: Warps of a program.
         num_stages: Pipeline stages.
         tensor_cores: Whether it must use them.
+        max_registers: Per thread, or None.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = True
+    max_registers: int | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,7 +58,7 @@ def influence_cases(arch: str) -> Iterator[Case]:
 
     tensors = ("Q", "K", "V", "GRAD")
     pointers = dict.fromkeys(tensors, "*bf16") | {"ROWS": "*fp32", "PARTIAL": "*fp32"}
-    pointers |= {"PASSED": "*i32", "WINDOWS": "*i32"}
+    pointers |= dict.fromkeys(("PASSED", "NEXT", "WINDOWS"), "*i32")
     kernels = {"aligned": (aligned_kernel, 64), "banded": (banded_kernel, 1), "rows": (row_statistics_kernel, 1)}
     shapes = [(head_dim, 4096, False) for head_dim in HEAD_DIMS] + [(128, 64, False), (128, 4096, True)]
     for head_dim, bucket_rows, extras in shapes:
@@ -68,11 +70,13 @@ def influence_cases(arch: str) -> Iterator[Case]:
             constants = {"CAP": 30.0 if extras else None, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
             constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "UPCAST": False}
             constants |= {} if extras else {"SINK_LOGITS": None}
+            constants |= {} if name == "rows" else {"LANES": cut.lanes(int(arch[3]))}
             types |= {"SINK_LOGITS": "*fp32"}
             types = {argument: kind for argument, kind in types.items() if argument not in constants}
             yield Case(
                 f"influence-{name}-{head_dim}-{cut.block_m}x{cut.block_n}{'-extras' if extras else ''}", kernel, types,
                 constants, aligned=(*tensors, "ROWS", *strides), num_warps=cut.num_warps, num_stages=cut.num_stages,
+                max_registers=cut.max_registers,
             )  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def compiled(case: Case, arch: str) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
     kernel = triton.compile(source, target=target, options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -35,20 +35,17 @@ def test_statistics_equal_whole_matrices(
     grad_out = torch.randn(heads, n, 8, dtype=torch.float64)
     sinks = torch.randn(heads, dtype=torch.float64) * 2 if has_sinks else None
     windows = [*(w for w in windows if w < n), n]
-    expected = direct(query, key, value, grad_out, windows, row_buckets, sink, 0.35, softcap, sinks)
-    statistics = influence_statistics(
-        query,
-        key,
-        value,
-        grad_out,
-        windows=windows,
-        row_buckets=row_buckets,
-        bucket_rows=-(-n // row_buckets),
-        sink=sink,
-        scale=0.35,
-        softcap=softcap,
-        sink_logits=sinks,
-    )
+    options = {
+        "windows": windows,
+        "row_buckets": row_buckets,
+        "bucket_rows": -(-n // row_buckets),
+        "sink": sink,
+        "scale": 0.35,
+        "softcap": softcap,
+        "sink_logits": sinks,
+    }
+    expected = direct(query, key, value, grad_out, **options)
+    statistics = influence_statistics(query, key, value, grad_out, **options)
     assert tuple(statistics) == STATISTICS
     for name in STATISTICS:
         # 1e-9 relative, as promised; sums of signed terms that cancel are compared with what they are sums of.

@@ -27,10 +27,6 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 COUNT = tl.constexpr(len(STATISTICS))
 
-LANES = tl.constexpr(8)
-"""Running sums are kept apart for columns of different index modulo 8. Those of one index lie in one thread's part of
-a matrix unit's result, so the loop over keys moves nothing between threads."""
-
 
 @triton.jit
 def _rows_of(X, first, stop, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
@@ -40,7 +36,7 @@ def _rows_of(X, first, stop, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
     if HEAD_DIM < BLOCK_D:
         there = there & (d < HEAD_DIM)[None, :]
     start = X + tl.cast(first, tl.int64) * stride
-    return tl.load(start + row[:, None].to(tl.int64) * stride + d[None, :], mask=there, other=0.0)
+    return tl.load(start + (row[:, None] * stride + d[None, :]), mask=there, other=0.0)
 
 
 @triton.jit
@@ -70,9 +66,13 @@ def _effect(attention, gain, row_gain, share):
 
 
 @triton.jit
-def _lanes(x):
-    """Sums over the columns of equal index modulo LANES, ``[row, LANES]``."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // LANES, LANES]), 1)
+def _lanes(x, LANES: tl.constexpr):
+    """Sums over the columns ``2 * (LANES * a + lane) + b``, ``[row, LANES]``.
+
+    With one lane for each thread that shares a row of the matrix units' results, these sums stay within threads.
+    """
+    parts = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * LANES), LANES, 2])
+    return tl.sum(tl.sum(parts, 3), 1)
 
 
 @triton.jit
@@ -159,7 +159,8 @@ def _row_tile(
 @triton.jit
 def _sunk(
     q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
-    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention and gain of the sink keys, each ``[row, LANES]``."""
     mass = tl.zeros([i.shape[0], LANES], tl.float32)
@@ -172,18 +173,18 @@ def _sunk(
         gain = _product(grad, v, UPCAST)
         j = (first + tl.arange(0, BLOCK_N))[None, :]
         attention = tl.where((j < sink) & (j <= i[:, None]), tl.math.exp2(score - shift[:, None]), 0.0)
-        mass += _lanes(attention)
-        gained += _lanes(attention * gain)
+        mass += _lanes(attention, LANES)
+        gained += _lanes(attention * gain, LANES)
     return mass, gained
 
 
 @triton.jit
 def aligned_kernel(
-    Q, K, V, GRAD, SINK_LOGITS, ROWS, PASSED, PARTIAL,
+    Q, K, V, GRAD, SINK_LOGITS, ROWS, PASSED, NEXT, PARTIAL,
     n, heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
     CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
+    LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics for windows that are multiples of BLOCK_N, which lets every pair of tiles be visited once.
 
@@ -192,7 +193,8 @@ def aligned_kernel(
     So it passes the end of window ``m * BLOCK_N`` within this very tile, the same for all rows of group g: columns
     above ``rr`` are nearer than it, the others farther.
 
-    ``PASSED[t + g]`` is the number of windows below ``m * BLOCK_N``. ``PARTIAL[heads, tiles, GROUPS, COUNT, bands]``
+    ``PASSED[t + g]`` is the number of windows below ``m * BLOCK_N``, ``NEXT[t]`` the first tile from t on that a
+    window ends in or that the diagonal crosses. ``PARTIAL[heads, tiles, GROUPS, COUNT, bands]``
     must hold zeros; its last band is what lies beyond the last window.
     """
     GROUPS: tl.constexpr = BLOCK_M // BLOCK_N
@@ -216,26 +218,34 @@ def aligned_kernel(
     KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
     mass, gained = _sunk(
         q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
-        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, UPCAST,
+        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
     effects = tl.zeros([BLOCK_M, LANES], tl.float32)
     place = PARTIAL + ((head * tiles + tile).to(tl.int64) * GROUPS + g) * COUNT * bands
     key_tiles = tl.maximum(tl.cdiv(i0 + BLOCK_M - sink, BLOCK_N), 0)
-    for t in tl.range((i0 + BLOCK_M - 1 - last) // BLOCK_N, key_tiles):
+    sunk = (i0 + BLOCK_M - sink) // BLOCK_N
+    nearest = (i0 + BLOCK_M - 1 - last) // BLOCK_N
+    masked = nearest
+    for t in tl.range(nearest, key_tiles):
         first = i0 + (BLOCK_M - BLOCK_N) - t * BLOCK_N
         k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
         v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
         score = _score(_product(q, k, UPCAST), scale, CAP)
         gain = _product(grad, v, UPCAST)
         attention = tl.math.exp2(score - shift[:, None])
-        if (t < GROUPS) | (first < sink) | (tl.load(PASSED + t + GROUPS) > tl.load(PASSED + t)):
+        if t == masked:
+            masked = tl.maximum(t + 1, tl.minimum(tl.load(NEXT + t + 1), sunk))
             seen = (first + column <= i[:, None]) & (first + column >= sink)
             attention = tl.where(seen, attention, 0.0)
             effect = _effect(attention, gain, row_gain, share)
+            # Both parts at once, so that the tile's registers are free for what follows.
             nearer = tl.where(near, attention, 0.0)
-            mass += _lanes(nearer)
-            gained += _lanes(nearer * gain)
-            effects += _lanes(tl.where(near, effect, 0.0))
+            farther = attention - nearer
+            mass += _lanes(nearer, LANES)
+            gained += _lanes(nearer * gain, LANES)
+            effects += _lanes(tl.where(near, effect, 0.0), LANES)
+            far_mass, far_gained = _lanes(farther, LANES), _lanes(farther * gain, LANES)
+            far_effects = _lanes(tl.where(near, 0.0, effect), LANES)
             # Rows whose window reaches into the sink keep everything.
             cut = i0 + (GROUPS - 1 - t) * BLOCK_N + r % BLOCK_N >= sink
             row_mass = tl.sum(mass, 1)
@@ -245,15 +255,13 @@ def aligned_kernel(
             passing = tl.load(PASSED + t + g + 1) > window
             _store(place + window, bands, passing, delta, tl.sum(effects, 1) * share, recall, GROUPS)
             passing_row = tl.load(PASSED + t + r // BLOCK_N + 1) > tl.load(PASSED + t + r // BLOCK_N)
-            effects = tl.where(passing_row[:, None], 0.0, effects)
-            farther = attention - nearer
-            mass += _lanes(farther)
-            gained += _lanes(farther * gain)
-            effects += _lanes(tl.where(near, 0.0, effect))
+            mass += far_mass
+            gained += far_gained
+            effects = tl.where(passing_row[:, None], 0.0, effects) + far_effects
         else:
-            mass += _lanes(attention)
-            gained += _lanes(attention * gain)
-            effects += _lanes(_effect(attention, gain, row_gain, share))
+            mass += _lanes(attention, LANES)
+            gained += _lanes(attention * gain, LANES)
+            effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
     beyond = _by_group(tl.sum(effects, 1) * share, GROUPS)
     tl.store(place + 3 * bands + tl.load(PASSED + key_tiles + g), beyond)
 
@@ -264,7 +272,7 @@ def banded_kernel(
     n, heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
     CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
+    LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics for any windows, band of distances by band: tiles that windows end in are visited on both sides.
 
@@ -288,7 +296,7 @@ def banded_kernel(
     KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
     mass, gained = _sunk(
         q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
-        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, UPCAST,
+        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
     place = PARTIAL + (head * tiles + tile).to(tl.int64) * COUNT * bands + tl.arange(0, 1)
     nearest = 0
@@ -303,9 +311,9 @@ def banded_kernel(
             distance = i[:, None] - (first + tl.arange(0, BLOCK_N))[None, :]
             within = (distance >= nearest) & (distance < window)
             attention = tl.where(within, tl.math.exp2(score - shift[:, None]), 0.0)
-            mass += _lanes(attention)
-            gained += _lanes(attention * gain)
-            effects += _lanes(_effect(attention, gain, row_gain, share))
+            mass += _lanes(attention, LANES)
+            gained += _lanes(attention * gain, LANES)
+            effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
         # Rows whose window reaches into the sink keep everything; no window ends beyond the last.
         cut = i - window >= sink
         row_mass = tl.sum(mass, 1)

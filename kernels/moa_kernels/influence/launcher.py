@@ -26,8 +26,11 @@ MOST_BYTES = 2**28
 SMALLEST_TILE = 16
 """Triton's matrix products take no fewer rows or keys."""
 
-FEWEST_WARPS = 4
-"""A warp group: Hopper's matrix unit takes no fewer."""
+MOST_REGISTERS = 255
+"""Per thread."""
+
+FEWEST_WARPS, WARP_GROUP_ROWS = 4, 64
+"""Hopper's matrix units serve groups of four warps and tiles of 64 rows."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Tiling:
         block_n: Keys of a tile.
         num_warps: Warps of a program.
         num_stages: Tiles of keys in flight.
+        max_registers: Per thread, or None.
         aligned: Whether every window shorter than the sequence is a multiple of ``block_n``.
     """
 
@@ -46,12 +50,21 @@ class Tiling:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None
     aligned: bool
 
     @property
     def groups(self) -> int:
         """Parts of a tile of rows that windows end in at different tiles of keys."""
         return self.block_m // self.block_n if self.aligned else 1
+
+    def lanes(self, capability: int) -> int:
+        """Threads that share a row of a product; another number is slower, not wrong.
+
+        Args:
+            capability: The device's major one. A warp group of Hopper's takes whole rows, warps before may halve them.
+        """
+        return 4 if capability >= 9 and self.block_m >= WARP_GROUP_ROWS else 8
 
 
 def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int) -> Tiling:
@@ -69,7 +82,9 @@ def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int) -> Ti
     unit = math.gcd(*windows)
     block_n = min(config.block_n, block_m, unit & -unit)
     aligned = block_n >= SMALLEST_TILE
-    return Tiling(block_m, block_n if aligned else config.block_n, num_warps, config.num_stages, aligned)
+    block_n = block_n if aligned else config.block_n
+    registers = config.max_registers and min(MOST_REGISTERS, config.max_registers * config.num_warps // num_warps)
+    return Tiling(block_m, block_n, num_warps, config.num_stages, registers, aligned)
 
 
 def influence_totals(
@@ -116,8 +131,9 @@ def influence_totals(
             )  # fmt: skip
             by_tile = partial.view(-1, group, tiles // bucket_tiles, bucket_tiles * cut.groups, *shape[2:])
             summed = by_tile.sum((1, 3), dtype=torch.float64).permute(2, 0, 1, 3)
-            summed[3] = summed[3].flip(-1).cumsum(-1).flip(-1).roll(-1, -1)  # farther bands, for each window
-            totals[:, shared, : summed.shape[2], : len(shorter)] = summed[..., :-1].float()
+            # A window masks the bands beyond it. Not by cumsum, which may change from run to run on a GPU.
+            summed[3] = summed[3] @ summed.new_ones(summed.shape[-1], summed.shape[-1]).tril(-1)
+            totals[:, shared, : summed.shape[2], : len(shorter)] = summed[..., :-1]
     totals[4] += _recall_of_whole_rows(rows, logits, kv_heads, windows, row_buckets, bucket_rows, sink)
     return totals
 
@@ -150,7 +166,7 @@ def row_statistics(
         query, key, value, grad_out, sink_logits, rows, n, heads, heads // key.shape[0], scale,
         *_strides(query, key, value, grad_out),
         **_constants(head_dim, softcap, query.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
     )  # fmt: skip
     return rows
 
@@ -185,15 +201,16 @@ def _launch(
     heads, n, head_dim = query.shape
     tiles, bands = partial.shape[1], len(windows) + 1
     if cut.aligned:
-        kernel, table = aligned_kernel, _passed(windows, n, cut.block_m, cut.block_n, query.device)
+        kernel, tables = aligned_kernel, _crossings(windows, n, cut.block_m, cut.block_n, query.device)
     else:
-        kernel, table = banded_kernel, _ended(windows, query.device)
+        kernel, tables = banded_kernel, (_ended(windows, query.device),)
     kernel[(tiles * heads,)](
-        query, key, value, grad_out, sink_logits, rows, table, partial,
+        query, key, value, grad_out, sink_logits, rows, *tables, partial,
         n, heads, heads // key.shape[0], min(sink, n), scale, bucket_rows, -(-bucket_rows // cut.block_m), tiles, bands,
         *_strides(query, key, value, grad_out),
         **_constants(head_dim, softcap, query.dtype), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
+        LANES=cut.lanes(torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9),
+        num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
     )  # fmt: skip
 
 
@@ -221,11 +238,18 @@ def _slices(count: int, bytes_each: int) -> Iterator[slice]:
 
 
 @functools.lru_cache(maxsize=64)
-def _passed(windows: tuple[int, ...], n: int, block_m: int, block_n: int, device: torch.device) -> Tensor:
-    """How many windows are below each multiple of ``block_n``, from one group of rows before 0 on."""
+def _crossings(
+    windows: tuple[int, ...], n: int, block_m: int, block_n: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`aligned_kernel`'s ``PASSED`` and ``NEXT``."""
     groups = block_m // block_n
-    ends = torch.arange(1 - groups, (n + block_m) // block_n + 2) * block_n
-    return torch.searchsorted(torch.tensor(windows), ends, out_int32=True).to(device)
+    key_tiles = -(-(n + block_m) // block_n) + 1
+    ends = torch.arange(1 - groups, key_tiles + 1) * block_n
+    passed = torch.searchsorted(torch.tensor(windows), ends, out_int32=True)
+    tile = torch.arange(key_tiles, dtype=torch.int32)
+    crossed = (passed[groups:] > passed[:-groups]) | (tile < groups)
+    ahead = torch.where(crossed, tile, key_tiles).flip(0).cummin(0).values.flip(0)
+    return passed.to(device), ahead.int().to(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,17 +266,19 @@ def _recall_of_whole_rows(
     bucket_rows: int,
     sink: int,
 ) -> Tensor:
-    """Attention that rows keep whose window and sink cover all keys: 1, less the sink logit's. ``[kv_heads, bucket, window]``."""  # noqa: E501
-    n, device = rows.shape[2], rows.device
-    start = (torch.arange(row_buckets, device=device) * bucket_rows).clamp_max(n)[:, None]
-    stop = (start + bucket_rows).clamp_max(n)
-    whole = (torch.tensor(windows, device=device) + sink).clamp_max(n)
-    whole = torch.minimum(torch.maximum(whole, start), stop)
-    group = rows.shape[0] // kv_heads
+    """What rows attend whose window and sink cover all their keys: 1, less the sink logit's weight.
+
+    Returns:
+        ``[kv_heads, bucket, window]``.
+    """
+    n, device, group = rows.shape[2], rows.device, rows.shape[0] // kv_heads
+    starts = torch.tensor([min(n, bucket * bucket_rows) for bucket in range(row_buckets + 1)], device=device)
+    start, stop = starts[:-1, None], starts[1:, None]
+    whole = torch.minimum(torch.maximum(torch.tensor(windows, device=device) + sink, start), stop)
     if sink_logits is None:
-        return ((whole - start) * float(group)).expand(kv_heads, -1, -1)
-    shift, share = rows[:, 0].double(), rows[:, 1].double()
-    kept = 1 - share * torch.exp2(sink_logits.double()[:, None] * math.log2(math.e) - shift)
-    until = kept.view(kv_heads, group, n).sum(1).cumsum(-1)
-    until = torch.cat([until.new_zeros(kv_heads, 1), until], -1)
-    return (until[:, whole] - until[:, start]).float()
+        return ((whole - start) * group).expand(kv_heads, -1, -1)
+    weight = rows[:, 1] * torch.exp2(sink_logits[:, None] * math.log2(math.e) - rows[:, 0])
+    kept = (1 - weight).view(kv_heads, group, n).sum(1, dtype=torch.float64)
+    ends = torch.cat([starts, whole.flatten()]).unique()
+    until = torch.stack([kept[:, :end].sum(-1) for end in ends.tolist()], -1)
+    return until[:, torch.searchsorted(ends, whole)] - until[:, torch.searchsorted(ends, start)]
