@@ -10,7 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,12 +45,14 @@ class LaunchConfig:
         block_n: Keys of a tile.
         num_warps: Warps of a program.
         num_stages: Tiles in flight.
+        max_registers: Per thread; fewer let more programs share a multiprocessor. None leaves it to the assembler.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 TABLE: dict[tuple[str, str, int], LaunchConfig] = {}
@@ -93,7 +95,7 @@ def table_config(kernel: str, arch: str, head_dim: int, itemsize: int) -> Launch
     config = TABLE[kernel, arch, padded(head_dim)]
     if itemsize <= 2:
         return config
-    return LaunchConfig(config.block_m, max(16, config.block_n // 2), config.num_warps, min(config.num_stages, 2))
+    return replace(config, block_n=max(16, config.block_n // 2), num_stages=min(config.num_stages, 2))
 
 
 @contextlib.contextmanager
@@ -162,12 +164,12 @@ def _tuned(device_name: str) -> dict[str, LaunchConfig]:
         raise ValueError(f"{path} isn't a file of tuned settings ({error}); delete it or tune again") from None
 
 
-def _fill(kernel: str, rows: dict[int, tuple[int, int, int, int]], arch: str) -> None:
+def _fill(kernel: str, rows: dict[int, tuple[int, ...]], arch: str) -> None:
     for head_dim, numbers in rows.items():
         TABLE[kernel, arch, head_dim] = LaunchConfig(*numbers)
 
 
-# block_m, block_n, num_warps, num_stages. Chosen to compile without spills (tests/moa_kernels/test_compile.py).
+# block_m, block_n, num_warps, num_stages, max_registers. Chosen to compile without spills (tests/moa_kernels/test_compile.py).
 _fill("prefill", dict.fromkeys((16, 32, 64), (128, 128, 8, 2)) | {128: (128, 64, 8, 3), 256: (64, 32, 8, 3)}, "sm_90")
 _fill("prefill", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")
 _fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)}, "sm_86")
@@ -175,8 +177,9 @@ _fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4,
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 3)}, "sm_90")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 2)}, "sm_80")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 2)) | {256: (32, 32, 4, 2)}, "sm_86")
-_fill("influence", dict.fromkeys((16, 32, 64), (128, 64, 8, 3)) | {128: (128, 64, 8, 2), 256: (64, 64, 8, 2)}, "sm_90")
-_fill("influence", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")
-_fill("influence", dict.fromkeys((16, 32, 64), (64, 64, 4, 2)) | {128: (64, 32, 4, 2), 256: (32, 32, 8, 2)}, "sm_86")
+# 128 registers, so that one program's products run beside the other's arithmetic.
+_fill("influence", dict.fromkeys((16, 32, 64, 128), (128, 32, 8, 3, 128)) | {256: (128, 32, 8, 2)}, "sm_90")
+_fill("influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 3)) | {256: (64, 16, 4, 2)}, "sm_80")
+_fill("influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)) | {256: (32, 16, 4, 2)}, "sm_86")
 for _kernel in ("prefill", "decode", "influence"):
     _fill(_kernel, dict.fromkeys((16, 32, 64, 128, 256), (32 if _kernel != "decode" else 16, 32, 4, 2)), "interpreter")

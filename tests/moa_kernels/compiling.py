@@ -32,6 +32,7 @@ class Case:
         num_warps: Warps of a program.
         num_stages: Pipeline stages.
         tensor_cores: Whether it must use them.
+        max_registers: Per thread, or None.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = True
+    max_registers: int | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -162,6 +164,39 @@ CASES["decode"] = decode_cases
 CASES["append"] = append_cases
 
 
+def influence_cases(arch: str) -> Iterator[Case]:
+    """All three kernels as launched for long samples, and at head_dim 128 as for short ones and with all options."""
+    from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
+    from moa_kernels.influence.launcher import tiling
+    from moa_kernels.launch import padded, table_config
+
+    tensors = ("Q", "K", "V", "GRAD")
+    pointers = dict.fromkeys(tensors, "*bf16") | {"ROWS": "*fp32", "PARTIAL": "*fp32"}
+    pointers |= dict.fromkeys(("PASSED", "NEXT", "WINDOWS"), "*i32")
+    kernels = {"aligned": (aligned_kernel, 64), "banded": (banded_kernel, 1), "rows": (row_statistics_kernel, 1)}
+    shapes = [(head_dim, 4096, False) for head_dim in HEAD_DIMS] + [(128, 64, False), (128, 4096, True)]
+    for head_dim, bucket_rows, extras in shapes:
+        config = table_config("influence", arch, head_dim, 2)
+        for name, (kernel, unit) in kernels.items():
+            cut = config if name == "rows" else tiling(config, [unit], bucket_rows)
+            strides = tuple(argument for argument in kernel.arg_names if argument.startswith("stride_"))
+            types = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | {"scale": "fp32"}
+            constants = {"CAP": 30.0 if extras else None, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+            constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "UPCAST": False}
+            constants |= {} if extras else {"SINK_LOGITS": None}
+            constants |= {} if name == "rows" else {"LANES": cut.lanes(int(arch[3]))}
+            types |= {"SINK_LOGITS": "*fp32"}
+            types = {argument: kind for argument, kind in types.items() if argument not in constants}
+            yield Case(
+                f"influence-{name}-{head_dim}-{cut.block_m}x{cut.block_n}{'-extras' if extras else ''}", kernel, types,
+                constants, aligned=(*tensors, "ROWS", *strides), num_warps=cut.num_warps, num_stages=cut.num_stages,
+                max_registers=cut.max_registers,
+            )  # fmt: skip
+
+
+CASES["influence"] = influence_cases
+
+
 def compiled(case: Case, arch: str) -> dict[str, Any]:
     """Registers, spills, shared memory and counts of instructions."""
     import triton
@@ -180,6 +215,8 @@ def compiled(case: Case, arch: str) -> dict[str, Any]:
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **COMPILER_OPTIONS}
+
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
     kernel = triton.compile(source, target=target, options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,13 +1,4 @@
-"""Influence of shorter windows on the loss: the torch reference of the profiling pass.
-
-For a query row i with attention ``A_ij``, output gradient ``dO_i`` and ``g_ij = dO_i . v_j``, restricting the
-row to a kept set S renormalises its softmax, and the loss changes to first order by
-
-    delta_i(S) = dO_i . (o_i(S) - o_i) = (sum_S A_ij g_ij) / (sum_S A_ij) - D_i,    D_i = sum_j A_ij g_ij
-
-so two running sums per row, over keys ordered from nearest to farthest after the sink, give every window at
-once.
-"""
+"""The profiling pass in torch, chunked over rows: runs anywhere, and what the Triton kernels are tested against."""
 
 from __future__ import annotations
 
@@ -19,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "influence_statistics"]
+__all__ = ["SMALLEST_COMPLEMENT", "STATISTICS", "influence_totals"]
 
 STATISTICS = ("squared", "signed", "absolute", "elementwise", "recall")
 
@@ -32,7 +23,7 @@ SMALLEST_COMPLEMENT = 1e-6
 """Lower bound of ``1 - A`` in the single-entry effect: the first row has A = 1, giving 0 / 0."""
 
 
-def influence_statistics(
+def influence_totals(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -43,31 +34,12 @@ def influence_statistics(
     bucket_rows: int,
     sink: int,
     scale: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """What every candidate window would cost, from one layer's tensors and its output's gradient.
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """`STATISTICS` as one tensor ``[statistic, kv_heads, bucket, window]``; see `influence_statistics`.
 
-    Memory is linear in N. Accumulates in float32, or float64 for float64 inputs. Fastest where the windows
-    have a common divisor of some dozens.
-
-    Args:
-        query: ``[heads, N, head_dim]``.
-        key: ``[kv_heads, N, head_dim]``; consecutive query heads share a KV head.
-        value: ``[kv_heads, N, head_dim]``.
-        grad_out: Gradient of the attention's output, ``[heads, N, head_dim]``.
-        windows: Candidate windows in tokens, increasing; a window counts the query and excludes the sink.
-        row_buckets: Number of slices of the rows.
-        bucket_rows: Rows per slice; ``row_buckets * bucket_rows >= N``.
-        sink: First tokens that are always kept.
-        scale: Factor of the scores.
-        softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
-        sink_logits: ``[heads]``, one more logit per head that takes weight but has no value (GPT-OSS); it is
-            always kept.
-
-    Returns:
-        `STATISTICS` (design section 3), each ``[kv_heads, bucket, window]`` in the accumulation type, summed
-        over the rows of the bucket and the query heads of the KV head.
+    Fastest where the windows have a common divisor of some dozens.
     """
     kv_heads, n, wide = key.shape[0], query.shape[1], torch.promote_types(query.dtype, torch.float32)
     group = query.shape[0] // kv_heads
@@ -96,7 +68,7 @@ def influence_statistics(
             bucket = torch.arange(start, stop, device=query.device) // bucket_rows
             member = (bucket == torch.arange(first, last, device=query.device)[:, None]).to(wide)
             totals[:, head, first:last] += member @ by_row
-    return dict(zip(STATISTICS, totals, strict=True))
+    return totals
 
 
 def _chunks(n: int, group: int, device: str) -> list[tuple[int, int]]:

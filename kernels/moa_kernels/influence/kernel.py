@@ -1,0 +1,323 @@
+"""The profiling pass in Triton: every candidate window of every row, while keys stream by from near to far.
+
+A program takes a tile of query rows of one head, first adds up the sink keys and then walks away from the diagonal.
+Two products per tile of keys, ``Q K^T`` and ``dO V^T``, and three running sums per row: attention, attention times
+``g``, and the single-entry effects since the last window. Where a row passes the end of a window, the first two say
+what that window costs. Each sum over some rows has its own place in a buffer and is added up in float64 in a fixed
+order: results are the same from run to run.
+
+Attention is ``share_i * exp2(score_ij - shift_i)``, with scores in powers of two. Where ``shift`` is the row's largest
+score, that is right to the last bits near 1; ``exp2(score - lse)`` would carry the rounding of ``lse``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moa_kernels.device import LOG2E, MASKED, soft_cap
+from moa_kernels.influence.reference import SMALLEST_COMPLEMENT, STATISTICS
+
+__all__ = ["aligned_kernel", "banded_kernel", "row_statistics_kernel"]
+
+EPSILON = tl.constexpr(SMALLEST_COMPLEMENT)
+
+TINY = tl.constexpr(1.1754943508222875e-38)
+"""Least normal number: what divides where all kept attention is below it."""
+
+COUNT = tl.constexpr(len(STATISTICS))
+
+
+@triton.jit
+def _rows_of(X, first, stop, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``first``, ``first + 1``, ... as ``[ROWS, BLOCK_D]``; zeros outside of ``0 <= row < stop`` and HEAD_DIM."""
+    row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    there = ((first + row >= 0) & (first + row < stop))[:, None]
+    if HEAD_DIM < BLOCK_D:
+        there = there & (d < HEAD_DIM)[None, :]
+    start = X + tl.cast(first, tl.int64) * stride
+    return tl.load(start + (row[:, None] * stride + d[None, :]), mask=there, other=0.0)
+
+
+@triton.jit
+def _product(a, b, UPCAST: tl.constexpr):
+    """``a @ b.T`` in float32. The interpreter multiplies bfloat16 wrongly; UPCAST avoids it."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+
+@triton.jit
+def _score(product, scale, CAP: tl.constexpr):
+    """Scores in powers of two."""
+    if CAP is None:
+        score = product * (scale * LOG2E)
+    else:
+        score = soft_cap(product * scale, CAP) * LOG2E
+    return score
+
+
+@triton.jit
+def _effect(attention, gain, row_gain, share):
+    """Single-entry effects ``|A (g - D) / (1 - A)|`` over ``share``."""
+    root = tl.math.rsqrt(tl.maximum(1.0 - attention * share[:, None], EPSILON))
+    return attention * tl.abs(gain - row_gain[:, None]) * (root * root)
+
+
+@triton.jit
+def _lanes(x, LANES: tl.constexpr):
+    """Sums over the columns ``2 * (LANES * a + lane) + b``, ``[row, LANES]``.
+
+    With one lane for each thread that shares a row of the matrix units' results, these sums stay within threads.
+    """
+    parts = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * LANES), LANES, 2])
+    return tl.sum(tl.sum(parts, 3), 1)
+
+
+@triton.jit
+def _by_group(x, GROUPS: tl.constexpr):
+    """Sums over consecutive rows, ``[GROUPS]``."""
+    return tl.sum(tl.reshape(x, [GROUPS, x.shape[0] // GROUPS]), 1)
+
+
+@triton.jit
+def _store(place, bands, mask, delta, effect, recall, GROUPS: tl.constexpr):
+    """Write `STATISTICS` of one window, summed over the rows of each group."""
+    tl.store(place, _by_group(delta * delta, GROUPS), mask=mask)
+    tl.store(place + bands, _by_group(delta, GROUPS), mask=mask)
+    tl.store(place + 2 * bands, _by_group(tl.abs(delta), GROUPS), mask=mask)
+    tl.store(place + 3 * bands, _by_group(effect, GROUPS), mask=mask)
+    tl.store(place + 4 * bands, _by_group(recall, GROUPS), mask=mask)
+
+
+@triton.jit
+def row_statistics_kernel(
+    Q, K, V, GRAD, SINK_LOGITS, ROWS, n, heads, group, scale,
+    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
+    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Shift, share and ``D_i`` of every row into ``ROWS[heads, 3, n]``, by online softmax."""
+    tile = tl.cdiv(n, BLOCK_M) - 1 - tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    own, shared = head.to(tl.int64), (head // group).to(tl.int64)
+    i0 = tile * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
+    q = _rows_of(Q + own * stride_qh, i0, n, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_M)
+    grad = _rows_of(GRAD + own * stride_gh, i0, n, stride_gn, HEAD_DIM, BLOCK_D, BLOCK_M)
+    if SINK_LOGITS is None:
+        shift = tl.full([BLOCK_M], MASKED, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        shift = tl.zeros([BLOCK_M], tl.float32) + tl.load(SINK_LOGITS + head) * LOG2E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    weighted = tl.zeros([BLOCK_M], tl.float32)
+    for first in tl.range(0, tl.minimum(i0 + BLOCK_M, n), BLOCK_N):
+        k = _rows_of(K + shared * stride_kh, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = _rows_of(V + shared * stride_vh, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = _score(_product(q, k, UPCAST), scale, CAP)
+        gain = _product(grad, v, UPCAST)
+        if first + BLOCK_N > i0:
+            score = tl.where((first + tl.arange(0, BLOCK_N))[None, :] <= i[:, None], score, MASKED)
+        larger = tl.maximum(shift, tl.max(score, 1))
+        attention = tl.math.exp2(score - larger[:, None])
+        decay = tl.math.exp2(shift - larger)
+        total = total * decay + tl.sum(attention, 1)
+        weighted = weighted * decay + tl.sum(attention * gain, 1)
+        shift = larger
+    place = ROWS + own * 3 * n + i
+    tl.store(place, shift, mask=i < n)
+    tl.store(place + n, 1.0 / total, mask=i < n)
+    tl.store(place + 2 * n, weighted / total, mask=i < n)
+
+
+@triton.jit
+def _row_tile(
+    Q, GRAD, SINK_LOGITS, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A tile's queries, gradients, shift, share, ``D_i``, and weight of the sink logit over ``share``.
+
+    Rows from ``stop`` on are all zeros, and so is all that they add to a statistic.
+    """
+    own = head.to(tl.int64)
+    q = _rows_of(Q + own * stride_qh, i0, stop, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_M)
+    grad = _rows_of(GRAD + own * stride_gh, i0, stop, stride_gn, HEAD_DIM, BLOCK_D, BLOCK_M)
+    i = i0 + tl.arange(0, BLOCK_M)
+    place = ROWS + own * 3 * n + i
+    shift = tl.load(place, mask=i < stop, other=0.0)
+    share = tl.load(place + n, mask=i < stop, other=0.0)
+    row_gain = tl.load(place + 2 * n, mask=i < stop, other=0.0)
+    if SINK_LOGITS is None:
+        always = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        always = tl.math.exp2(tl.load(SINK_LOGITS + head) * LOG2E - shift)
+    return q, grad, shift, share, row_gain, always
+
+
+@triton.jit
+def _sunk(
+    q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
+    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attention and gain of the sink keys, each ``[row, LANES]``."""
+    mass = tl.zeros([i.shape[0], LANES], tl.float32)
+    gained = tl.zeros([i.shape[0], LANES], tl.float32)
+    # Few keys: a pipeline wouldn't pay for its registers.
+    for first in tl.range(0, tl.minimum(sink, last + 1), BLOCK_N, num_stages=1):
+        k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = _score(_product(q, k, UPCAST), scale, CAP)
+        gain = _product(grad, v, UPCAST)
+        j = (first + tl.arange(0, BLOCK_N))[None, :]
+        attention = tl.where((j < sink) & (j <= i[:, None]), tl.math.exp2(score - shift[:, None]), 0.0)
+        mass += _lanes(attention, LANES)
+        gained += _lanes(attention * gain, LANES)
+    return mass, gained
+
+
+@triton.jit
+def aligned_kernel(
+    Q, K, V, GRAD, SINK_LOGITS, ROWS, PASSED, NEXT, PARTIAL,
+    n, heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
+    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
+    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Statistics for windows that are multiples of BLOCK_N, which lets every pair of tiles be visited once.
+
+    Tiles of keys are aligned to the tile of rows: number t holds the keys ``i0 + BLOCK_M - (t + 1) * BLOCK_N`` and
+    on. Row ``r = BLOCK_N * g + rr`` is ``m * BLOCK_N + rr - column`` away from them, with ``m = t + g + 1 - GROUPS``.
+    So it passes the end of window ``m * BLOCK_N`` within this very tile, the same for all rows of group g: columns
+    above ``rr`` are nearer than it, the others farther.
+
+    ``PASSED[t + g]`` is the number of windows below ``m * BLOCK_N``, ``NEXT[t]`` the first tile from t on that a
+    window ends in or that the diagonal crosses. ``PARTIAL[heads, tiles, GROUPS, COUNT, bands]``
+    must hold zeros; its last band is what lies beyond the last window.
+    """
+    GROUPS: tl.constexpr = BLOCK_M // BLOCK_N
+    # Long rows first; the query heads of a KV head at the same time, to share its keys in the cache.
+    tile = tiles - 1 - tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    bucket = tile // bucket_tiles
+    i0 = bucket * bucket_rows + (tile % bucket_tiles) * BLOCK_M
+    stop = tl.minimum((bucket + 1) * bucket_rows, n)
+    if i0 >= stop:
+        return
+    last = tl.minimum(i0 + BLOCK_M, stop) - 1
+    r, column, g = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :], tl.arange(0, GROUPS)
+    i = i0 + r
+    near = column > (r % BLOCK_N)[:, None]
+    q, grad, shift, share, row_gain, always = _row_tile(
+        Q, GRAD, SINK_LOGITS, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+        HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    shared = (head // group).to(tl.int64)
+    KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
+    mass, gained = _sunk(
+        q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
+        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
+    )  # fmt: skip
+    effects = tl.zeros([BLOCK_M, LANES], tl.float32)
+    place = PARTIAL + ((head * tiles + tile).to(tl.int64) * GROUPS + g) * COUNT * bands
+    key_tiles = tl.maximum(tl.cdiv(i0 + BLOCK_M - sink, BLOCK_N), 0)
+    sunk = (i0 + BLOCK_M - sink) // BLOCK_N
+    nearest = (i0 + BLOCK_M - 1 - last) // BLOCK_N
+    masked = nearest
+    for t in tl.range(nearest, key_tiles):
+        first = i0 + (BLOCK_M - BLOCK_N) - t * BLOCK_N
+        k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = _score(_product(q, k, UPCAST), scale, CAP)
+        gain = _product(grad, v, UPCAST)
+        attention = tl.math.exp2(score - shift[:, None])
+        if t == masked:
+            masked = tl.maximum(t + 1, tl.minimum(tl.load(NEXT + t + 1), sunk))
+            seen = (first + column <= i[:, None]) & (first + column >= sink)
+            attention = tl.where(seen, attention, 0.0)
+            effect = _effect(attention, gain, row_gain, share)
+            # Both parts at once, so that the tile's registers are free for what follows.
+            nearer = tl.where(near, attention, 0.0)
+            farther = attention - nearer
+            mass += _lanes(nearer, LANES)
+            gained += _lanes(nearer * gain, LANES)
+            effects += _lanes(tl.where(near, effect, 0.0), LANES)
+            far_mass, far_gained = _lanes(farther, LANES), _lanes(farther * gain, LANES)
+            far_effects = _lanes(tl.where(near, 0.0, effect), LANES)
+            # Rows whose window reaches into the sink keep everything.
+            cut = i0 + (GROUPS - 1 - t) * BLOCK_N + r % BLOCK_N >= sink
+            row_mass = tl.sum(mass, 1)
+            delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass + always, TINY) - row_gain, 0.0)
+            recall = tl.where(cut, row_mass * share, 0.0)
+            window = tl.load(PASSED + t + g)
+            passing = tl.load(PASSED + t + g + 1) > window
+            _store(place + window, bands, passing, delta, tl.sum(effects, 1) * share, recall, GROUPS)
+            passing_row = tl.load(PASSED + t + r // BLOCK_N + 1) > tl.load(PASSED + t + r // BLOCK_N)
+            mass += far_mass
+            gained += far_gained
+            effects = tl.where(passing_row[:, None], 0.0, effects) + far_effects
+        else:
+            mass += _lanes(attention, LANES)
+            gained += _lanes(attention * gain, LANES)
+            effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
+    beyond = _by_group(tl.sum(effects, 1) * share, GROUPS)
+    tl.store(place + 3 * bands + tl.load(PASSED + key_tiles + g), beyond)
+
+
+@triton.jit
+def banded_kernel(
+    Q, K, V, GRAD, SINK_LOGITS, ROWS, WINDOWS, PARTIAL,
+    n, heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
+    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
+    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Statistics for any windows, band of distances by band: tiles that windows end in are visited on both sides.
+
+    ``WINDOWS`` ends with one more, larger than any distance. ``PARTIAL[heads, tiles, 1, COUNT, bands]`` must hold
+    zeros; its last band is what lies beyond the last window.
+    """
+    tile = tiles - 1 - tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    bucket = tile // bucket_tiles
+    i0 = bucket * bucket_rows + (tile % bucket_tiles) * BLOCK_M
+    stop = tl.minimum((bucket + 1) * bucket_rows, n)
+    if i0 >= stop:
+        return
+    last = tl.minimum(i0 + BLOCK_M, stop) - 1
+    i = i0 + tl.arange(0, BLOCK_M)
+    q, grad, shift, share, row_gain, always = _row_tile(
+        Q, GRAD, SINK_LOGITS, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+        HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    shared = (head // group).to(tl.int64)
+    KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
+    mass, gained = _sunk(
+        q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
+        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
+    )  # fmt: skip
+    place = PARTIAL + (head * tiles + tile).to(tl.int64) * COUNT * bands + tl.arange(0, 1)
+    nearest = 0
+    for band in range(bands):
+        window = tl.load(WINDOWS + band)
+        effects = tl.zeros([BLOCK_M, LANES], tl.float32)
+        for first in tl.range(tl.maximum(i0 - window + 1, sink), last - nearest + 1, BLOCK_N):
+            k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
+            v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
+            score = _score(_product(q, k, UPCAST), scale, CAP)
+            gain = _product(grad, v, UPCAST)
+            distance = i[:, None] - (first + tl.arange(0, BLOCK_N))[None, :]
+            within = (distance >= nearest) & (distance < window)
+            attention = tl.where(within, tl.math.exp2(score - shift[:, None]), 0.0)
+            mass += _lanes(attention, LANES)
+            gained += _lanes(attention * gain, LANES)
+            effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
+        # Rows whose window reaches into the sink keep everything; no window ends beyond the last.
+        cut = i - window >= sink
+        row_mass = tl.sum(mass, 1)
+        delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass + always, TINY) - row_gain, 0.0)
+        recall = tl.where(cut, row_mass * share, 0.0)
+        _store(place + band, bands, tl.arange(0, 1) == 0, delta, tl.sum(effects, 1) * share, recall, 1)
+        nearest = window

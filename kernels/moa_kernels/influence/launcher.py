@@ -1,0 +1,284 @@
+"""Launches the profiling kernels and adds up what they leave."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moa_kernels.backends import interpreting
+from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
+from moa_kernels.influence.reference import STATISTICS
+from moa_kernels.launch import LaunchConfig, launch_config, padded
+from moa_kernels.spans import FOREVER
+
+__all__ = ["Tiling", "influence_totals", "row_statistics", "tiling"]
+
+MOST_BYTES = 2**28
+"""Heads are done in slices where a temporary tensor would be larger."""
+
+SMALLEST_TILE = 16
+"""Triton's matrix products take no fewer rows or keys."""
+
+MOST_REGISTERS = 255
+"""Per thread."""
+
+FEWEST_WARPS, WARP_GROUP_ROWS = 4, 64
+"""Hopper's matrix units serve groups of four warps and tiles of 64 rows."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How rows and keys are cut.
+
+    Attributes:
+        block_m: Rows of a tile.
+        block_n: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Tiles of keys in flight.
+        max_registers: Per thread, or None.
+        aligned: Whether every window shorter than the sequence is a multiple of ``block_n``.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+    aligned: bool
+
+    @property
+    def groups(self) -> int:
+        """Parts of a tile of rows that windows end in at different tiles of keys."""
+        return self.block_m // self.block_n if self.aligned else 1
+
+    def lanes(self, capability: int) -> int:
+        """Threads that share a row of a product; another number is slower, not wrong.
+
+        Args:
+            capability: The device's major one. A warp group of Hopper's takes whole rows, warps before may halve them.
+        """
+        return 4 if capability >= 9 and self.block_m >= WARP_GROUP_ROWS else 8
+
+
+def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int) -> Tiling:
+    """Cut so that no tile of rows spans two buckets, and if possible that windows end with tiles of keys.
+
+    Args:
+        config: The largest tiles.
+        windows: Those shorter than the sequence.
+        bucket_rows: Rows per bucket.
+    """
+    block_m = config.block_m
+    while block_m >= 2 * max(SMALLEST_TILE, bucket_rows):
+        block_m //= 2
+    num_warps = max(min(FEWEST_WARPS, config.num_warps), config.num_warps * block_m // config.block_m)
+    unit = math.gcd(*windows)
+    block_n = min(config.block_n, block_m, unit & -unit)
+    aligned = block_n >= SMALLEST_TILE
+    block_n = block_n if aligned else config.block_n
+    registers = config.max_registers and min(MOST_REGISTERS, config.max_registers * config.num_warps // num_warps)
+    return Tiling(block_m, block_n, num_warps, config.num_stages, registers, aligned)
+
+
+def influence_totals(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    *,
+    windows: Sequence[int],
+    row_buckets: int,
+    bucket_rows: int,
+    sink: int,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """`STATISTICS` as one float32 tensor ``[statistic, kv_heads, bucket, window]``; see `influence_statistics`."""
+    heads, n, head_dim = query.shape
+    kv_heads = key.shape[0]
+    group = heads // kv_heads
+    query, key, value, grad_out = (_rows_contiguous(x) for x in (query, key, value, grad_out))
+    logits = None if sink_logits is None else sink_logits.float().contiguous()
+    options = {"scale": scale, "softcap": softcap}
+    if out is None or lse is None:
+        rows = row_statistics(query, key, value, grad_out, sink_logits=logits, **options)
+    else:
+        rows = _given_rows(grad_out, out, lse)
+    totals = query.new_zeros(len(STATISTICS), kv_heads, row_buckets, len(windows), dtype=torch.float32)
+    shorter = tuple(window for window in windows if window < n)  # the others keep everything
+    if shorter:
+        config = launch_config("influence", query.device, head_dim, query.element_size())
+        cut = tiling(config, shorter, bucket_rows)
+        bucket_tiles = -(-bucket_rows // cut.block_m)
+        tiles = -(-n // bucket_rows) * bucket_tiles
+        shape = (tiles, cut.groups, len(STATISTICS), len(shorter) + 1)
+        for shared in _slices(kv_heads, 4 * group * math.prod(shape)):
+            own = slice(shared.start * group, shared.stop * group)
+            partial = query.new_zeros(own.stop - own.start, *shape, dtype=torch.float32)
+            _launch(
+                query[own], key[shared], value[shared], grad_out[own], None if logits is None else logits[own],
+                rows[own], partial, cut, shorter, sink=sink, bucket_rows=bucket_rows, **options,
+            )  # fmt: skip
+            by_tile = partial.view(-1, group, tiles // bucket_tiles, bucket_tiles * cut.groups, *shape[2:])
+            summed = by_tile.sum((1, 3), dtype=torch.float64).permute(2, 0, 1, 3)
+            # A window masks the bands beyond it. Not by cumsum, which may change from run to run on a GPU.
+            summed[3] = summed[3] @ summed.new_ones(summed.shape[-1], summed.shape[-1]).tril(-1)
+            totals[:, shared, : summed.shape[2], : len(shorter)] = summed[..., :-1]
+    totals[4] += _recall_of_whole_rows(rows, logits, kv_heads, windows, row_buckets, bucket_rows, sink)
+    return totals
+
+
+def row_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Shift, share and ``D_i`` of every row, ``[heads, 3, N]``; attention is ``share * 2 ** (score - shift)``.
+
+    Args:
+        query: ``[heads, N, head_dim]``, its last dimension contiguous, as in the other tensors.
+        key: ``[kv_heads, N, head_dim]``.
+        value: ``[kv_heads, N, head_dim]``.
+        grad_out: ``[heads, N, head_dim]``.
+        scale: Factor of the scores.
+        softcap: As for `influence_statistics`.
+        sink_logits: Float32 ``[heads]``.
+    """
+    heads, n, head_dim = query.shape
+    config = launch_config("influence", query.device, head_dim, query.element_size())
+    rows = query.new_empty(heads, 3, n, dtype=torch.float32)
+    row_statistics_kernel[(triton.cdiv(n, config.block_m) * heads,)](
+        query, key, value, grad_out, sink_logits, rows, n, heads, heads // key.shape[0], scale,
+        *_strides(query, key, value, grad_out),
+        **_constants(head_dim, softcap, query.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+    )  # fmt: skip
+    return rows
+
+
+def _given_rows(grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """As `row_statistics`, from the attention's output and log-sum-exp."""
+    heads, n, head_dim = out.shape
+    rows = out.new_ones(heads, 3, n, dtype=torch.float32)
+    rows[:, 0] = lse * math.log2(math.e)
+    for some in _slices(heads, 4 * n * head_dim):
+        rows[some, 2] = (grad_out[some].float() * out[some]).sum(-1)
+    return rows
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    sink_logits: Tensor | None,
+    rows: Tensor,
+    partial: Tensor,
+    cut: Tiling,
+    windows: tuple[int, ...],
+    *,
+    sink: int,
+    scale: float,
+    softcap: float | None,
+    bucket_rows: int,
+) -> None:
+    """Fill ``partial[heads, tile, group of rows, statistic, window or beyond]``."""
+    heads, n, head_dim = query.shape
+    tiles, bands = partial.shape[1], len(windows) + 1
+    if cut.aligned:
+        kernel, tables = aligned_kernel, _crossings(windows, n, cut.block_m, cut.block_n, query.device)
+    else:
+        kernel, tables = banded_kernel, (_ended(windows, query.device),)
+    kernel[(tiles * heads,)](
+        query, key, value, grad_out, sink_logits, rows, *tables, partial,
+        n, heads, heads // key.shape[0], min(sink, n), scale, bucket_rows, -(-bucket_rows // cut.block_m), tiles, bands,
+        *_strides(query, key, value, grad_out),
+        **_constants(head_dim, softcap, query.dtype), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        LANES=cut.lanes(torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9),
+        num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
+    )  # fmt: skip
+
+
+def _constants(head_dim: int, softcap: float | None, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "CAP": softcap,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded(head_dim),
+        "UPCAST": interpreting() and dtype == torch.bfloat16,
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _slices(count: int, bytes_each: int) -> Iterator[slice]:
+    """Cut ``range(count)`` into parts of at most `MOST_BYTES`."""
+    step = max(1, MOST_BYTES // bytes_each)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+@functools.lru_cache(maxsize=64)
+def _crossings(
+    windows: tuple[int, ...], n: int, block_m: int, block_n: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`aligned_kernel`'s ``PASSED`` and ``NEXT``."""
+    groups = block_m // block_n
+    key_tiles = -(-(n + block_m) // block_n) + 1
+    ends = torch.arange(1 - groups, key_tiles + 1) * block_n
+    passed = torch.searchsorted(torch.tensor(windows), ends, out_int32=True)
+    tile = torch.arange(key_tiles, dtype=torch.int32)
+    crossed = (passed[groups:] > passed[:-groups]) | (tile < groups)
+    ahead = torch.where(crossed, tile, key_tiles).flip(0).cummin(0).values.flip(0)
+    return passed.to(device), ahead.int().to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _ended(windows: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([*windows, FOREVER], dtype=torch.int32, device=device)
+
+
+def _recall_of_whole_rows(
+    rows: Tensor,
+    sink_logits: Tensor | None,
+    kv_heads: int,
+    windows: Sequence[int],
+    row_buckets: int,
+    bucket_rows: int,
+    sink: int,
+) -> Tensor:
+    """What rows attend whose window and sink cover all their keys: 1, less the sink logit's weight.
+
+    Returns:
+        ``[kv_heads, bucket, window]``.
+    """
+    n, device, group = rows.shape[2], rows.device, rows.shape[0] // kv_heads
+    starts = torch.tensor([min(n, bucket * bucket_rows) for bucket in range(row_buckets + 1)], device=device)
+    start, stop = starts[:-1, None], starts[1:, None]
+    whole = torch.minimum(torch.maximum(torch.tensor(windows, device=device) + sink, start), stop)
+    if sink_logits is None:
+        return ((whole - start) * group).expand(kv_heads, -1, -1)
+    weight = rows[:, 1] * torch.exp2(sink_logits[:, None] * math.log2(math.e) - rows[:, 0])
+    kept = (1 - weight).view(kv_heads, group, n).sum(1, dtype=torch.float64)
+    ends = torch.cat([starts, whole.flatten()]).unique()
+    until = torch.stack([kept[:, :end].sum(-1) for end in ends.tolist()], -1)
+    return until[:, torch.searchsorted(ends, whole)] - until[:, torch.searchsorted(ends, start)]
