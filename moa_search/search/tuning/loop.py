@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from moa_search.errors import ConfigError, FileFormatError, SolverError
 from moa_search.formats.files import canonical_json
 from moa_search.formats.plan import Plan
-from moa_search.search.tuning.claims import CLAIM, SEED, Reclaimer, claim, state_of
+from moa_search.search.tuning.claims import CLAIM, REASON, SEED, Reclaimer, claim, state_of
 from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs, KnobSpace
-from moa_search.search.tuning.trials import PLAN, REASON, SAME_AS, work
+from moa_search.search.tuning.trials import PLAN, SAME_AS, work
 from moa_search.search.tuning.workers import run_workers
 
 if TYPE_CHECKING:
