@@ -186,6 +186,17 @@ def test_nothing_is_written_when_samples_or_storage_are_wrong(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_study_that_no_worker_could_begin_is_none(call, profiled, tmp_path, tiny_model_dir):
+    tune = [
+        "tune", profiled, "--model", tiny_model_dir, "--density", 0.5, "--lengths", 300, "--samples", 2, "--trials", 2,
+        "--output", tmp_path / "out",
+    ]  # fmt: skip
+    assert "no worker could begin" in one_line(call(*tune, "--workers", 2, "--sources", "nosuch.jsonl"))
+    status, out, err = call(*tune)
+    assert status == 0, err
+    assert "2 complete" in out
+
+
 def test_an_error_stands_alone(call, tmp_path):
     (tmp_path / "foreign.safetensors").write_text("hi")
     _, _, err = call(tmp_path / "foreign.safetensors", "--output", tmp_path / "out")
