@@ -8,6 +8,7 @@ import pytest
 
 from moa_search import Plan, api
 from moa_search.cli import search
+from moa_search.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +196,13 @@ def test_a_study_that_no_worker_could_begin_is_none(call, profiled, tmp_path, ti
     status, out, err = call(*tune)
     assert status == 0, err
     assert "2 complete" in out
+
+
+@pytest.mark.parametrize("length", [0, 2**27 + 1, 10**30])
+def test_lengths_that_nobody_has_are_refused(profiled, tmp_path, length):
+    plan = api.search_plan(str(profiled), density=0.5)
+    with pytest.raises(ConfigError, match=f"lengths: {length} is out of range"):
+        api.inspect_plan(plan, lengths=[300, length])
 
 
 def test_an_error_stands_alone(call, tmp_path):
