@@ -178,7 +178,7 @@ def influence_cases(arch: str) -> Iterator[Case]:
     for head_dim, bucket_rows, extras in shapes:
         config = table_config("influence", arch, head_dim, 2)
         for name, (kernel, unit) in kernels.items():
-            cut = config if name == "rows" else tiling(config, [unit], bucket_rows)
+            cut = config if name == "rows" else tiling(config, [unit], bucket_rows, capped=extras)
             strides = tuple(argument for argument in kernel.arg_names if argument.startswith("stride_"))
             types = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | {"scale": "fp32"}
             constants = {"CAP": 30.0 if extras else None, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}

@@ -63,7 +63,8 @@ def roundings(
     sink_logits: Tensor | None,
 ) -> dict[str, Tensor]:
     """How much each statistic changes where the numbers that it is made of change relatively: sums of terms that
-    cancel are as far off as their terms are large. A soft cap rounds scores as if they were as large as itself.
+    cancel are as far off as their terms are large. A score's rounding grows with the score, and changes its attention
+    by as much; a soft cap rounds scores as if they were as large as itself.
     """
     exact = direct(
         query, key, value, grad_out, windows=windows, row_buckets=row_buckets, bucket_rows=bucket_rows, sink=sink,
@@ -75,7 +76,11 @@ def roundings(
     terms = terms.sum(-1)
     linear, square = (_by_bucket(x, group, row_buckets, bucket_rows)[..., None] for x in (terms, terms**2))
     found = {"squared": square, "signed": linear, "absolute": linear, "elementwise": linear, "recall": exact["recall"]}
-    return {name: size * (1 + (softcap or 0)) for name, size in found.items()}
+    if sink_logits is not None:  # what is kept comes as 1 less the weight of the sink logit
+        ones = torch.ones(scores.shape[:2], dtype=scores.dtype)
+        found["recall"] = _by_bucket(ones, group, row_buckets, bucket_rows)[..., None]
+    largest = float(scores.abs().max()) if softcap is None else softcap
+    return {name: size * (1 + largest) for name, size in found.items()}
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
