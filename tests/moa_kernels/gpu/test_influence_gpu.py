@@ -1,0 +1,56 @@
+"""Profiling compiled for the GPU at hand, beside the torch reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moa_kernels.influence import STATISTICS, influence_statistics
+from moa_kernels.prefill import span_prefill
+from moa_kernels.spans import HeadSpans
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def problem(length, dim, dtype):
+    generator = torch.Generator("cuda").manual_seed(length + dim)
+
+    def randn(heads):
+        return torch.randn(heads, length, dim, generator=generator, device="cuda").to(dtype)
+
+    tensors = [randn(6), randn(2), randn(2), randn(6)]
+    windows = [*range(64, 1025, 64), 1536, 2048, length]
+    options = {"row_buckets": 32, "bucket_rows": -(-length // 32), "sink": 16, "scale": dim**-0.5}
+    return tensors, {**options, "windows": sorted(set(windows))}
+
+
+@pytest.mark.parametrize("length", [2048, 4099])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16), (256, torch.bfloat16)])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_equals_the_reference(length, dim, dtype, aligned):
+    tensors, options = problem(length, dim, dtype)
+    if not aligned:
+        options["windows"] = [1, 37, 100, *options["windows"][5:]]
+    found = influence_statistics(*tensors, **options, impl="triton")
+    exact = influence_statistics(*(x.double() for x in tensors), **options, impl="torch")
+    plain = influence_statistics(*(x.float() for x in tensors), **options, impl="torch")
+    for name in STATISTICS:
+        yardstick = (plain[name] - exact[name]).abs().max()
+        scale = exact["absolute" if name == "signed" else name].abs().max()
+        assert (found[name] - exact[name]).abs().max() <= 2 * yardstick + 1e-5 * scale, name
+
+
+def test_two_runs_agree_to_the_bit():
+    tensors, options = problem(4096, 128, torch.bfloat16)
+    first, second = (influence_statistics(*tensors, **options, impl="triton") for _ in range(2))
+    for name in STATISTICS:
+        assert torch.equal(first[name], second[name])
+
+
+def test_the_forward_pass_may_give_output_and_log_sum_exp():
+    tensors, options = problem(2048, 128, torch.bfloat16)
+    out, lse = span_prefill(*(x[None] for x in tensors[:3]), HeadSpans.dense(2), impl="triton")
+    given = influence_statistics(*tensors, **options, out=out[0], lse=lse[0], impl="triton")
+    alone = influence_statistics(*tensors, **options, impl="triton")
+    for name in STATISTICS:
+        scale = alone["absolute" if name == "signed" else name].abs().max()
+        assert (given[name] - alone[name]).abs().max() <= 2e-2 * scale, name
