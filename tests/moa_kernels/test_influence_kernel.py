@@ -69,17 +69,19 @@ def poisoned(values: Tensor, spare: int, by_row: bool) -> Tensor:
 def problem(seed: int) -> Problem:
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     group = draw.choice((1, 1, 3, 8))
-    n = 1 + int(draw.choice((5, 60, 130, 200) if group == 1 else (5, 50, 80)) * draw.random())
-    kv_heads = 2 if group < 8 and n < 50 and draw.random() < 0.5 else 1
+    n = 1 + int(draw.choice({1: (5, 60, 130, 200), 3: (5, 50, 80), 8: (5, 40)}[group]) * draw.random())
+    kv_heads = 2 if group < 8 and n < 40 and draw.random() < 0.5 else 1
     dtype, head_dim = draw.choice(DTYPES), draw.choice((8, 16, 24, 40, 64))
     unit = draw.choice([unit for unit in (16, 16, 32, 48, 64, 1, 6) if unit < n] or [1, 16])
+    if unit < 16:
+        n = min(n, 60)  # the banded kernel takes long in the interpreter
     ends = {unit * draw.randint(1, max(1, (n - 1) // unit)) for _ in range(draw.randint(1, 6))}
     windows = sorted(ends | set(draw.choice(([], [n], [n + 5]))))
-    row_buckets = draw.choice((1, 1, 2, 3, 8, 32))
+    row_buckets = draw.choice((1, 2, 3, 8 if n < 100 else 5, 32 if n < 40 else 1))
     sinks = torch.randn(group * kv_heads, generator=generator) * 2 if draw.random() < 0.3 else None
     shapes = [(group * kv_heads, n, head_dim), *[(kv_heads, n, head_dim)] * 2, (group * kv_heads, n, head_dim)]
     tensors = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
-    block_m = draw.choice((16, 32, 64, 128) if n < 40 else (32, 64, 128))
+    block_m = draw.choice((16, 32, 64, 128) if n < 40 else (64, 128))
     return Problem(
         [poisoned(tensor, draw.randint(0, 5), draw.random() < 0.5) for tensor in tensors],
         {
@@ -203,7 +205,9 @@ def test_operator_keeps_its_promises() -> None:
 def test_compiles_as_one_graph(impl: str) -> None:
     case = problem(11)
     expected = case.run(impl)
-    found = torch.compile(case.run, fullgraph=True, backend="aot_eager")(impl)
+    compiled = torch.compile(influence_statistics, fullgraph=True, backend="aot_eager")
+    with overridden("influence", case.config):
+        found = compiled(*case.tensors, **case.options, impl=impl)
     for name in STATISTICS:
         assert torch.equal(found[name], expected[name])
 
