@@ -20,6 +20,7 @@ __all__ = [
     "ProfileVersionError",
     "ProfilingError",
     "SolverError",
+    "TuningError",
     "UnsupportedInputError",
 ]
 
@@ -78,6 +79,10 @@ class BudgetInfeasibleError(MoAError):
 
 class SolverError(MoAError):
     """The solver ended without a usable solution."""
+
+
+class TuningError(MoAError):
+    """No worker of a study could go on."""
 
 
 class BackendUnavailableError(MoAError):

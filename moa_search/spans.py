@@ -28,6 +28,9 @@ BLOCK_TOKENS = 32
 BETA_ONE = 256
 """``beta_256`` of beta = 1. Multiples of 1/256 give every device the same integer."""
 
+SLICE = 2**20
+"""Positions that are added up at a time."""
+
 IntsT = TypeVar("IntsT")
 """An ``int``, an int64 NumPy array or an int64 torch tensor."""
 
@@ -98,9 +101,11 @@ def density(rules: Iterable[SpanRule], length: int, min_span: int) -> float:
 
 def attention_density(rules: Iterable[SpanRule], length: int, min_span: int) -> float:
     """Mean over heads of the share of causal query-key pairs computed in a prefill of ``length`` tokens."""
-    n = np.arange(1, length + 1, dtype=np.int64)
     counts: dict[SpanRule, int] = {}
     for rule in rules:
         counts[rule] = counts.get(rule, 0) + 1
-    kept = sum(int(span(n, rule, min_span).sum()) * count for rule, count in counts.items())
-    return kept / (sum(counts.values()) * int(n.sum()))
+    kept = 0
+    for first in range(1, length + 1, SLICE):  # millions of positions at once would take gigabytes
+        n = np.arange(first, min(first + SLICE, length + 1), dtype=np.int64)
+        kept += sum(int(span(n, rule, min_span).sum()) * count for rule, count in counts.items())
+    return kept / (sum(counts.values()) * (length * (length + 1) // 2))

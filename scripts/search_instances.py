@@ -13,7 +13,7 @@ import numpy.typing as npt
 from moa_search.search.solver.problem import Problem
 from moa_search.spans import BETA_ONE, SpanRule, span
 
-__all__ = ["BUDGET_LENGTHS", "make_problem", "make_rules"]
+__all__ = ["BUDGET_LENGTHS", "Curves", "make_problem", "make_rules"]
 
 BUDGET_LENGTHS = tuple(2048 * 2**k for k in range(7))
 PROFILED = {2048: 0.1, 4096: 0.2, 8192: 0.3, 32768: 0.4}
@@ -52,7 +52,7 @@ def make_problem(layers: int, heads: int, rules: int, *, density: float = 0.25, 
     limits = np.array([int(density * length * size) for length in BUDGET_LENGTHS], dtype=np.int64)
     losses = np.zeros((size, rules))
     scale = rng.lognormal(0, 1.6, size) * np.repeat(rng.lognormal(0, 0.7, layers), heads)
-    curves = _Curves(size, rng)
+    curves = Curves(size, rng)
     for length, weight in PROFILED.items():
         effect = scale * rng.lognormal(0, 0.2, size) * (length / 2048) ** 0.3
         losses += weight * effect[:, None] * curves.at(length, _spans(chosen, [length])[0])
@@ -79,7 +79,7 @@ def _spans(rules: list[SpanRule], lengths: tuple[int, ...] | list[int]) -> Integ
     return np.array([[span(length, rule, SINK + BLOCK) for rule in rules] for length in lengths], dtype=np.int64)
 
 
-class _Curves:
+class Curves:
     """For each head, the part of its effect that a window misses: 1 for no window, 0 for all."""
 
     def __init__(self, heads: int, rng: np.random.Generator) -> None:

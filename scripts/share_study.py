@@ -18,10 +18,10 @@ from pathlib import Path
 
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
-from tests.moa_search.search.tuning_helpers import SPACE, tuning
 
 from moa_search.search.tuning.loop import prepare, summarise
 from moa_search.search.tuning.quiet import quiet
+from tests.moa_search.search.tuning.tuning_helpers import SPACE, tuning
 
 TRIALS, WORKERS, SECONDS = 40, 4, 0.4
 PROGRAM = "tests/moa_search/search/tuning/tuning_helpers.py"

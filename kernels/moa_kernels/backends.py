@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -33,13 +34,16 @@ class BackendUnavailableError(RuntimeError):
     """The implementation asked for can't run on these tensors, this device or these versions."""
 
 
-def choose(impl: str, *tensors: Tensor, head_dim: int) -> Literal["triton", "torch"]:
+def choose(
+    impl: str, *tensors: Tensor, head_dim: int | None, dtypes: Sequence[torch.dtype] = DTYPES
+) -> Literal["triton", "torch"]:
     """The implementation to run.
 
     Args:
         impl: What was asked for.
-        *tensors: Inputs in half or single precision, all on one device.
-        head_dim: Of keys and values.
+        *tensors: Inputs of one of ``dtypes``, all on one device.
+        head_dim: Of keys and values; None for a kernel that takes any.
+        dtypes: What the kernel takes; half or single precision by default.
 
     Raises:
         ValueError: ``impl`` is unknown.
@@ -49,7 +53,7 @@ def choose(impl: str, *tensors: Tensor, head_dim: int) -> Literal["triton", "tor
         raise ValueError(f'impl is {impl!r}; it must be "auto", "triton" or "torch"')
     if impl == "torch":
         return "torch"
-    reason = _obstacle(tensors, head_dim)
+    reason = _obstacle(tensors, head_dim, dtypes)
     if impl == "auto":
         return "torch" if reason or tensors[0].device.type != "cuda" else "triton"
     if reason:
@@ -72,7 +76,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _obstacle(tensors: tuple[Tensor, ...], head_dim: int) -> str | None:
+def _obstacle(tensors: tuple[Tensor, ...], head_dim: int | None, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why Triton kernels can't run on these tensors, or None."""
     device = tensors[0].device
     if importlib.util.find_spec("triton") is None:
@@ -83,11 +87,12 @@ def _obstacle(tensors: tuple[Tensor, ...], head_dim: int) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need"
     if any(other.device != device for other in tensors):
         return "tensors lie on several devices"
-    if tensors[0].dtype not in DTYPES:
-        return f"Triton kernels take float16, bfloat16 and float32, not {str(tensors[0].dtype).removeprefix('torch.')}"
+    if tensors[0].dtype not in dtypes:
+        names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, tensors[0].dtype)]
+        return f"this Triton kernel takes {', '.join(names[:-1])}, not {names[-1]}"
     if any(other.dtype != tensors[0].dtype for other in tensors):
         return "tensors differ in type"
-    if head_dim not in HEAD_DIMS:
+    if head_dim is not None and head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}; Triton kernels take 1 to {HEAD_DIMS[-1]}"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "Triton kernels have no gradient here; use torch.no_grad()"

@@ -27,5 +27,9 @@ def soft_cap(scores, CAP: tl.constexpr):
     """``CAP * tanh(scores / CAP)``, by exp2 alone: Triton's interpreter and all versions have it."""
     ratio = scores * (1.0 / CAP)
     decay = tl.math.exp2(tl.abs(ratio) * (LOG2E * -2.0))  # a constant stands on the right: the interpreter wants it so
-    size = (1.0 - decay) / (1.0 + decay)
-    return tl.where(ratio < 0, -size, size) * CAP
+    far = (1.0 - decay) / (1.0 + decay)
+    far = tl.where(ratio < 0, -far, far)
+    # Where tanh is nearly linear, 1 - decay would lose digits: its series, to half a unit in the last place.
+    square = ratio * ratio
+    near = ratio + ratio * square * (square * (square * (square * (62 / 2835) - 17 / 315) + 2 / 15) - 1 / 3)
+    return tl.where(square < 0.0625, near, far) * CAP

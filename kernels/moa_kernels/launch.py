@@ -14,10 +14,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moa_kernels.backends import interpreting
 
-__all__ = ["TABLE", "LaunchConfig", "cache_file", "forget_tuned", "launch_config", "overridden", "padded", "save_tuned"]
+__all__ = [
+    "COMPILER_OPTIONS",
+    "TABLE",
+    "LaunchConfig",
+    "cache_file",
+    "forget_tuned",
+    "launch_config",
+    "overridden",
+    "padded",
+    "rows_contiguous",
+    "save_tuned",
+]
+
+
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+"""Passed with every launch: Triton 3.9 warns where it's left out, later versions change its default."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,11 @@ _overrides: dict[str, LaunchConfig] = {}
 def padded(head_dim: int) -> int:
     """The head dimension of tiles: the next power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its last dimension isn't contiguous: kernels take any other strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def launch_config(kernel: str, device: torch.device, head_dim: int, itemsize: int) -> LaunchConfig:
@@ -149,12 +170,13 @@ def _fill(kernel: str, rows: dict[int, tuple[int, ...]], arch: str) -> None:
 
 
 # block_m, block_n, num_warps, num_stages, max_registers. Chosen to compile without spills (tests/moa_kernels/test_compile.py).
-_fill("prefill", dict.fromkeys((16, 32, 64), (128, 64, 4, 3)) | {128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}, "sm_90")
-_fill("prefill", dict.fromkeys((16, 32, 64), (128, 64, 4, 3)) | {128: (128, 32, 4, 3), 256: (64, 32, 4, 2)}, "sm_80")
-_fill("prefill", dict.fromkeys((16, 32, 64), (128, 32, 4, 3)) | {128: (64, 32, 4, 2), 256: (64, 16, 4, 2)}, "sm_86")
-_fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 3)) | {256: (16, 32, 4, 3)}, "sm_90")
-_fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 3)) | {256: (16, 32, 4, 3)}, "sm_80")
-_fill("decode", dict.fromkeys((16, 32, 64, 128), (16, 64, 4, 2)) | {256: (16, 32, 4, 2)}, "sm_86")
+_fill("prefill", dict.fromkeys((16, 32, 64), (128, 128, 8, 2)) | {128: (128, 64, 8, 3), 256: (64, 32, 8, 3)}, "sm_90")
+_fill("prefill", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")
+_fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)}, "sm_86")
+# decode: block_m is the most rows of a tile; fewer are padded to a power of two, at least 16.
+_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 3)}, "sm_90")
+_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 2)}, "sm_80")
+_fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 2)) | {256: (32, 32, 4, 2)}, "sm_86")
 # 128 registers, so that one program's products run beside the other's arithmetic.
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (128, 32, 8, 3, 128)) | {256: (128, 32, 8, 2)}, "sm_90")
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 3)) | {256: (64, 16, 4, 2)}, "sm_80")

@@ -56,7 +56,7 @@ class RingLayout:
         return sum(self.capacities)
 
     def tensor(self, device: torch.device) -> Tensor:
-        """int32 ``[kv_heads, 3]``: offset, sink, ring slots (at least 1). Made once per device."""
+        """int32 ``[kv_heads, 3]``: offset, sink, capacity. Made once per device: a CUDA graph may capture it."""
         return _tensor(self, device)
 
     def slot(self, head: int, position: Tensor) -> Tensor:
@@ -86,5 +86,5 @@ class RingLayout:
 
 @functools.lru_cache(maxsize=4096)
 def _tensor(layout: RingLayout, device: torch.device) -> Tensor:
-    rings = [max(capacity - sink, 1) for capacity, sink in zip(layout.capacities, layout.sinks, strict=True)]
-    return torch.tensor(list(zip(layout.offsets, layout.sinks, rings, strict=True)), dtype=torch.int32, device=device)
+    columns = zip(layout.offsets, layout.sinks, layout.capacities, strict=True)
+    return torch.tensor(list(columns), dtype=torch.int32, device=device)

@@ -76,6 +76,8 @@ def compare_searchers(
     from moa_search.search.comparing import compare_searchers as compare
 
     require_positive(time_limit_s=time_limit_s, samples=samples)
+    if lengths is not None:
+        require_positive(lengths=min(lengths, default=0))
     require_writable_folder(output)
     statistics = load_profile(profile)
     options = search_options(

@@ -27,11 +27,15 @@ def inspect_plan(plan: str | Plan, *, lengths: Sequence[int] = (), output: str |
     Raises:
         MoAError: The file is no valid plan.
     """
+    from moa_search.errors import ConfigError
     from moa_search.formats import Plan
     from moa_search.inspection import default_lengths, save_heat_map
+    from moa_search.search.budgets.specs import MAX_LENGTH
 
     if lengths:
         require_positive(lengths=min(lengths))
+        if max(lengths) > MAX_LENGTH:
+            raise ConfigError(f"lengths: {max(lengths)} is out of range; it must be at most {MAX_LENGTH}")
     loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     if output is not None:
         require_writable(output)

@@ -96,11 +96,15 @@ def tune_plan(
     from moa_search.search.searchers import find_searcher
     from moa_search.search.searching import make_space
     from moa_search.search.tuning import KnobSpace, Tuning, tune, tune_in_parallel
+    from moa_search.search.tuning.storages import Location
 
     require_positive(trials=trials, samples=samples, workers=workers, time_limit_s=time_limit_s)
+    if lengths is not None:
+        require_positive(lengths=min(lengths, default=0))
     if densities is not None and (density or len(densities) != 2):
         raise ConfigError("densities takes the smallest and the largest one, and density then isn't given")
     require_writable_folder(output)
+    Location.parse(storage, output)  # a wrong one is told before the model is loaded
     statistics = load_profile(profile)
     options = search_options(
         statistics,

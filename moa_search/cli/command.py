@@ -175,13 +175,18 @@ def _with_progress(function: Callable[..., Any], task: str | None, options: dict
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         row = bar.add_task(f"{task}: loading", total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(row, description=task, completed=done, total=total)
 
-        return function(**options, progress=progress)
+        try:
+            return function(**options, progress=progress)
+        except MoAError:
+            bar.live.transient = True  # a bar of what came to nothing isn't left above the error
+            raise
 
 
 def _quiet_transformers() -> None:

@@ -48,7 +48,7 @@ class LossCache:
     absent, and the next measurement replaces it.
 
     Args:
-        folder: Where the files are, made if need be; None keeps losses in memory only.
+        folder: Where the files are, made with the first of them; None keeps losses in memory only.
 
     Raises:
         ConfigError: The folder can't be made or written.
@@ -107,10 +107,9 @@ def _read(path: Path, key: LossKey) -> tuple[float, ...] | None:
 
 
 def _require_folder(folder: Path) -> None:
-    """Find out before the work, not after, that its result can't be kept."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: this folder for measured losses can't be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
+    """Find out before the work, not after, that its result can't be kept; the first result makes the folder."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{folder}: this folder for measured losses can't be made, {there} is a file")
+    if not os.access(there, os.W_OK):
         raise ConfigError(f"{folder}: this folder for measured losses can't be written")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.errors import SolverError
+from moa_search.errors import ConfigError, SolverError
 from moa_search.search.solver import Problem, Solution
 
 __all__ = ["FrontPoint", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
@@ -20,6 +21,9 @@ Doubles = npt.NDArray[np.float64]
 
 EXTREME = 1e-3
 """Share that an extreme plan leaves to the other lengths, so that it isn't needlessly bad there."""
+
+MOST_WEIGHTINGS = 10_000
+"""Of a lattice; every one is a solve."""
 
 LOSS_STEPS = 10**6
 """Whole steps that a bound on a length's loss is counted in."""
@@ -41,12 +45,20 @@ class FrontPoint:
 
 
 def lattice(lengths: int, steps: int) -> list[tuple[float, ...]]:
-    """Distinct weight vectors over ``lengths`` losses in ``steps`` steps; equal weights first, extremes always in."""
-    points = [
-        tuple(part / steps for part in parts)
-        for parts in itertools.product(range(steps + 1), repeat=lengths)
-        if sum(parts) == steps
-    ]
+    """Distinct weight vectors over ``lengths`` losses in ``steps`` steps; equal weights first, extremes always in.
+
+    Raises:
+        ConfigError: There are too many of them to be solved for.
+    """
+    count = math.comb(steps + lengths - 1, lengths - 1)
+    if count > MOST_WEIGHTINGS:
+        raise ConfigError(
+            f"front_steps: {steps} steps over {lengths} lengths are over {MOST_WEIGHTINGS} solves; take fewer steps"
+        )
+    points = []
+    for bars in itertools.combinations(range(steps + lengths - 1), lengths - 1):  # between the parts of a sum
+        ends = (-1, *bars, steps + lengths - 1)
+        points.append(tuple((end - start - 1) / steps for start, end in itertools.pairwise(ends)))
     return list(dict.fromkeys([tuple([1 / lengths] * lengths), *points]))
 
 

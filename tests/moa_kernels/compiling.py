@@ -50,6 +50,120 @@ class Case:
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {}
 
 
+def prefill_cases(arch: str) -> Iterator[Case]:
+    from moa_kernels.launch import padded, table_config
+    from moa_kernels.prefill import MERGE_ROWS, kernel
+
+    pointers = {"Query": "*bf16", "Key": "*bf16", "Value": "*bf16", "Out": "*bf16", "Lse": "*fp32", "Work": "*i32"}
+    pointers |= dict.fromkeys(("PartialAcc", "PartialTotal", "PartialTop"), "*fp32") | {"Spans": "*i32"}
+    strides = [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bht"]
+    numbers = {"scale_log2": "fp32"} | dict.fromkeys(("sliding_window", "queries", "keys", "heads", *strides), "i32")
+    for dim in HEAD_DIMS:
+        config = table_config("prefill", arch, dim, 2)
+        shape = {"DIM": dim, "BLOCK_M": config.block_m, "BLOCK_D": padded(dim)}
+        for extras in (False, True):  # padding, soft cap, sink logits and shared work, or none of them
+            optional = {"Starts": "*i32", "Ends": "*i32", "Logits": "*bf16"}
+            flags = {"HAS_STARTS": extras, "HAS_ENDS": extras, "HAS_LOGITS": extras}
+            types = pointers | numbers | (optional if extras else {})
+            constants = shape | flags | ({} if extras else dict.fromkeys(optional))
+            yield Case(
+                f"prefill-{dim}{'-extras' if extras else ''}",
+                kernel.prefill_kernel,
+                types,
+                constants
+                | {"GROUP": 4, "BLOCK_N": config.block_n, "CAP": 30.0 if extras else 0.0, "SPLIT": extras}
+                | {"UPCAST": False, "PRECISION": "tf32", "STAGES": config.num_stages},
+                (*pointers, *strides),
+                config.num_warps,
+                config.num_stages,
+            )
+        if dim not in (64, 128, 256):
+            continue  # padded like 128
+        merged = {"Out", "Lse", "PartialAcc", "PartialTotal", "PartialTop", "queries", "keys", "heads"}
+        merged |= {"stride_ob", "stride_oh", "stride_ot"}
+        yield Case(
+            f"prefill-merge-{dim}",
+            kernel.merge_kernel,
+            {name: kind for name, kind in (pointers | numbers).items() if name in merged} | {"Shared": "*i32"},
+            shape
+            | {"ROWS": MERGE_ROWS}
+            | dict.fromkeys(("Starts", "Ends", "Logits"))
+            | dict.fromkeys(("HAS_STARTS", "HAS_ENDS", "HAS_LOGITS"), False),
+            ("Out", "Lse", "PartialAcc", "PartialTotal", "PartialTop", "Shared", "stride_ob", "stride_oh", "stride_ot"),
+            tensor_cores=False,
+        )
+
+
+CASES["prefill"] = prefill_cases
+
+
+def decode_cases(arch: str) -> Iterator[Case]:
+    """One new token under GQA 4; eight under GQA 8, all options on, which fill tiles of rows; float32; many pairs."""
+    from moa_kernels.decode.kernel import MERGED_AT_ONCE, merge_kernel, rows_and_warps, split_kernel
+    from moa_kernels.launch import padded, table_config
+
+    pointers = dict.fromkeys(("layout", "spans", "ends"), "*i32") | {"lens": "*i64"}
+    pointers |= dict.fromkeys(("sink_logits", "lse", "partial", "tops", "totals"), "*fp32")
+    tensors = ("query", "keys", "values", "output")
+    variants = [(head_dim, "bf16", 4, 1, 128) for head_dim in HEAD_DIMS]
+    variants += [(head_dim, "bf16", 8, 8, 128) for head_dim in HEAD_DIMS]
+    variants += [(head_dim, "fp32", 4, 1, 128) for head_dim in (64, 128, 256)]
+    variants += [(128, "bf16", 4, 1, 8192)]
+    for head_dim, dtype, group, new, pairs in variants:
+        itemsize = 4 if dtype == "fp32" else 2
+        config = table_config("decode", arch, head_dim, itemsize)
+        block_m, num_warps = rows_and_warps(config, group * new, itemsize)
+        types = pointers | dict.fromkeys(tensors, f"*{dtype}") | {"scale": "fp32"}
+        strides = [name for name in split_kernel.arg_names if name.endswith("_stride")]
+        types |= dict.fromkeys(("sliding_window", "pairs", "kv_heads", *strides), "i32")
+        constants = {
+            "TARGET_TILES": 792, "PLANS": max(pairs // 1024, 1), "BLOCK_P": min(pairs, 1024), "GROUP": group,
+            "NEW": new, "HEAD_DIM": head_dim, "SOFTCAP": 30.0 if new > 1 else 0.0, "HAS_SINK_LOGITS": new > 1,
+            "UPCAST": False,
+            "BLOCK_M": block_m,
+            "BLOCK_N": config.block_n, "BLOCK_D": padded(head_dim),
+        }  # fmt: skip
+        note = f"decode-{head_dim}-{dtype}-{group}x{new}-{pairs}"
+        yield Case(
+            note, split_kernel, types, constants, aligned=(*tensors, "partial", *strides),
+            num_warps=num_warps, num_stages=config.num_stages, tensor_cores=dtype != "fp32",
+        )  # fmt: skip
+        if new == 1 and pairs == 128:
+            names = [name for name in merge_kernel.arg_names if name.islower()]
+            constants = {
+                "ROWS": group * new, "NEW": new, "HEAD_DIM": head_dim, "HAS_SINK_LOGITS": True,
+                "BLOCK_T": MERGED_AT_ONCE, "BLOCK_D": padded(head_dim),
+            }  # fmt: skip
+            yield Case(
+                f"merge-{head_dim}-{dtype}", merge_kernel, {name: types[name] for name in names}, constants,
+                aligned=("partial", "output"), tensor_cores=False,
+            )  # fmt: skip
+
+
+def append_cases(arch: str) -> Iterator[Case]:
+    """A decoding step and a prefill of 16-bit keys and values, with padding."""
+    from moa_kernels.append.kernel import DECODE_TOKENS, PREFILL_TOKENS, append_kernel
+    from moa_kernels.launch import padded
+
+    names = [name for name in append_kernel.arg_names if name.islower()]
+    states = ("keys", "values", "new_keys", "new_values")
+    strides = tuple(name for name in names if name.endswith("_stride"))
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(states, "*i16") | {"layout": "*i32"}
+    types |= {"lens": "*i64", "counts": "*i64"}
+    for head_dim in HEAD_DIMS:
+        for tokens in (DECODE_TOKENS, PREFILL_TOKENS):
+            constants = {"HAS_COUNTS": True, "KEY_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_T": tokens}
+            constants |= {"BLOCK_K": padded(head_dim), "BLOCK_V": padded(head_dim)}
+            yield Case(
+                f"append-{head_dim}-{tokens}", append_kernel, types, constants, aligned=(*states, *strides),
+                tensor_cores=False,
+            )  # fmt: skip
+
+
+CASES["decode"] = decode_cases
+CASES["append"] = append_cases
+
+
 def influence_cases(arch: str) -> Iterator[Case]:
     """All three kernels as launched for long samples, and at head_dim 128 as for short ones and with all options."""
     from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
@@ -86,6 +200,7 @@ CASES["influence"] = influence_cases
 def compiled(case: Case, arch: str) -> dict[str, Any]:
     """Registers, spills, shared memory and counts of instructions."""
     import triton
+    from moa_kernels.launch import COMPILER_OPTIONS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -99,6 +214,8 @@ def compiled(case: Case, arch: str) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **COMPILER_OPTIONS}
+
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
     kernel = triton.compile(source, target=target, options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -107,7 +107,9 @@ def assert_close(found: dict[str, Tensor], case: Problem) -> None:
         error = (found[name].double().cpu() - exact[name]).abs()
         yardstick = (plain[name].double().cpu() - exact[name]).abs().max()
         allowed = 2 * yardstick + torch.finfo(torch.float32).eps * rounding[name]
-        assert (error <= allowed).all(), f"{name}: {error.max():.3g}, torch {yardstick:.3g}, {case.options}, {case.config}"
+        assert (error <= allowed).all(), (
+            f"{name}: {error.max():.3g}, torch {yardstick:.3g}, {case.options}, {case.config}"
+        )
 
 
 @pytest.mark.parametrize("seed", range(CASES))

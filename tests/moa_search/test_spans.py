@@ -121,3 +121,11 @@ def test_rejects_rules_out_of_range(alpha: int, beta_256: int) -> None:
 )
 def test_reads_as_a_formula(rule: SpanRule, text: str) -> None:
     assert str(rule) == text
+
+
+def test_attention_density_of_many_positions_is_the_same_in_slices(monkeypatch):
+    rules = [SpanRule(-96, 200), SpanRule(64, 0), DENSE]
+    whole = attention_density(rules, 5000, 68)
+    for positions in (1, 999, 1000, 5000):
+        monkeypatch.setattr("moa_search.spans.SLICE", positions)
+        assert attention_density(rules, 5000, 68) == whole

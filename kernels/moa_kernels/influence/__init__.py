@@ -110,7 +110,9 @@ def _influence(
 
 
 @_influence.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, windows: Sequence[int], row_buckets: int, *_: object) -> Tensor:  # noqa: E501
+def _(
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, windows: Sequence[int], row_buckets: int, *_: object
+) -> Tensor:  # noqa: E501
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(len(STATISTICS), key.shape[0], row_buckets, len(windows), dtype=wide)
 

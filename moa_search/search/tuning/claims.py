@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-__all__ = ["CLAIM", "RETRIES", "SEED", "Reclaimer", "claim", "requeue", "state_of"]
+__all__ = ["CLAIM", "REASON", "RETRIES", "SEED", "Reclaimer", "claim", "requeue", "state_of"]
 
 CLAIM = "worker"
 """User attribute of a trial: the process that works at it."""
+
+REASON = "reason"
+"""User attribute of a trial: why it has no value."""
 
 SEED = "seed"
 """User attribute of a trial that the coordinator enqueued: its place among the seeds."""
@@ -32,6 +35,9 @@ RETRIES = 3
 
 UNCLAIMED_SECONDS = 30.0
 """Time after which a running trial that says no worker counts as left behind; saying so takes milliseconds."""
+
+RETRY_SECONDS = 5.0
+"""Time that a lost trial's place is kept for its successor; the two are written one right after the other."""
 
 PROC = Path("/proc")
 
@@ -73,6 +79,7 @@ class Reclaimer:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._unclaimed_since: dict[int, float] = {}
+        self._awaited_since: dict[int, float] = {}
 
     def __call__(self, *, everywhere: bool = False) -> list[int]:
         """Look once.
@@ -100,6 +107,23 @@ class Reclaimer:
             requeue(self._study, trial)
             taken.append(trial.number)
         return taken
+
+    def awaits_successor(self) -> bool:
+        """Whether another process has failed a lost trial and not enqueued it again yet: its place isn't free."""
+        from optuna.trial import TrialState
+
+        trials = self._study.get_trials(deepcopy=False)
+        succeeded = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+        now = time.monotonic()
+        return any(
+            now - self._awaited_since.setdefault(trial.number, now) < RETRY_SECONDS
+            for trial in trials
+            if trial.state == TrialState.FAIL
+            and REASON not in trial.user_attrs
+            and trial.number not in succeeded
+            and len(trial.system_attrs.get("retry_history", ())) < RETRIES
+            and (trial.params or trial.system_attrs.get("fixed_params"))
+        )
 
     def elsewhere(self) -> dict[int, str]:
         """Running trials by number whose worker can't be seen from here, with its host."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moa_search.errors import ConfigError, FileFormatError, SolverError
+from moa_search.errors import ConfigError, FileFormatError, SolverError, TuningError
 from moa_search.formats.files import canonical_json
 from moa_search.formats.plan import Plan
-from moa_search.search.tuning.claims import CLAIM, SEED, Reclaimer, claim, state_of
+from moa_search.search.tuning.claims import CLAIM, REASON, SEED, Reclaimer, claim, state_of
 from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs, KnobSpace
-from moa_search.search.tuning.trials import PLAN, REASON, SAME_AS, work
+from moa_search.search.tuning.quiet import quiet
+from moa_search.search.tuning.trials import PLAN, SAME_AS, work
 from moa_search.search.tuning.workers import run_workers
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ def tune_in_parallel(
         devices: Given to the workers in turn.
         take_over: As for `prepare`.
         progress: Told the trials that have ended and how many there are to be.
+
+    Raises:
+        TuningError: Every worker ended before the last trial; what stopped them stands on their standard error. A
+            study of which no trial had begun is removed, since its settings may be what was wrong.
     """
     study = prepare(tuning, seeds, take_over=take_over)
     reclaim = Reclaimer(study)
@@ -136,6 +141,8 @@ def tune_in_parallel(
     fates = run_workers(tuning.workers, target, [tuning, *arguments], devices, watch=watch)
     watch()
     summary = summarise(study, tuning.space)
+    if len(fates) == tuning.workers:
+        _require_all(study, tuning, summary.counts)
     return Summary(**{**vars(summary), "remarks": (*fates, *summary.remarks)})
 
 
@@ -186,6 +193,23 @@ def plan_of(tuning: Tuning, result: TrialResult, decode: Callable[[Knobs], Plan]
             f"{tuning.plan_path(result.plan).name} from the machine that ran it, or give the solver more time"
         )
     return plan
+
+
+def _require_all(study: Study, tuning: Tuning, counts: dict[str, int]) -> None:
+    """Refuse what workers left that all ended with an error or were killed."""
+    import optuna
+
+    ended, begun = counts["COMPLETE"] + counts["PRUNED"], sum(counts.values()) - counts["WAITING"]
+    if ended >= tuning.trials:
+        return
+    if not begun and not tuning.join:
+        with quiet():
+            optuna.delete_study(study_name=tuning.name, storage=study._storage)
+        raise TuningError("no worker could begin; what stopped each stands above")
+    raise TuningError(
+        f"all workers ended after {ended} of {tuning.trials} trials, what stopped each stands above; the study is "
+        "kept, and the same command goes on"
+    )
 
 
 def _enqueue(study: Study, seeds: Sequence[dict[str, float | str]]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moa_search.errors import BudgetInfeasibleError, SolverError
 from moa_search.formats.files import one_line
 from moa_search.formats.plan import Plan
-from moa_search.search.tuning.claims import CLAIM, Reclaimer, claim, requeue
+from moa_search.search.tuning.claims import CLAIM, REASON, Reclaimer, claim, requeue
 from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs
 from moa_search.search.tuning.quiet import quiet
@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["PLAN", "REASON", "SAME_AS", "work"]
+__all__ = ["PLAN", "SAME_AS", "work"]
 
 PLAN = "plan"
 """User attribute of a trial: its plan's fingerprint."""
-
-REASON = "reason"
-"""User attribute of a trial: why it has no value."""
 
 SAME_AS = "same_as"
 """User attribute of a trial: number of an earlier trial with the same plan, whose values it has."""
@@ -184,8 +181,8 @@ def _has_room(study: Study, tuning: Tuning, reclaim: Reclaimer, progress: Callab
         if finished >= tuning.trials:
             return False
         running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        if finished + running < tuning.trials:
+        if finished + running < tuning.trials and not reclaim.awaits_successor():
             return True
-        if not tuning.has_heartbeat and len(reclaim.elsewhere()) == running:
+        if finished + running >= tuning.trials and not tuning.has_heartbeat and len(reclaim.elsewhere()) == running:
             return False
         time.sleep(POLL_SECONDS)

@@ -8,6 +8,7 @@ import pytest
 
 from moa_search import Plan, api
 from moa_search.cli import search
+from moa_search.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,7 @@ class TestSearch:
             (["--predict-lengths", 100], "can't be told"),
             (["--robust=-1"], "robust is -1"),
             (["--searcher", "moar"], "did you mean 'moa'"),
+            (["--front-steps", 10**8], "take fewer steps"),
         ],
     )
     def test_wrong_input_is_one_line(self, call, profiled, tmp_path, arguments, words):
@@ -162,6 +164,51 @@ def test_a_model_that_cannot_be_loaded_is_told_before_anything_is_written(call, 
     result = call(*command, profiled, "--density", 0.5, "--validate", tmp_path / "none", "--output", tmp_path / "out")
     assert "neither a folder" in one_line(result)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "words"),
+    [
+        (["compare", "--validate"], ["--lengths", 0], "lengths: 0"),
+        (["compare", "--validate"], ["--lengths", 99999], "over the model's context"),
+        (["tune", "--model"], ["--lengths", 0], "lengths: 0"),
+        (["tune", "--model"], ["--storage", "foo://x"], "sqlite:///PATH"),
+        (["tune", "--model"], ["--storage", "PROFILE"], "isn't the journal of a study"),
+        (["tune", "--model"], ["--sources", "nosuch.jsonl"], "nosuch.jsonl"),
+    ],
+)
+def test_nothing_is_written_when_samples_or_storage_are_wrong(
+    call, profiled, tmp_path, tiny_model_dir, command, wrong, words
+):
+    wrong = [profiled if word == "PROFILE" else word for word in wrong]
+    name, *options = command
+    result = call(name, profiled, *options, tiny_model_dir, "--density", 0.5, *wrong, "--output", tmp_path / "out")
+    assert words in one_line(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_no_worker_could_begin_is_none(call, profiled, tmp_path, tiny_model_dir):
+    tune = [
+        "tune", profiled, "--model", tiny_model_dir, "--density", 0.5, "--lengths", 300, "--samples", 2, "--trials", 2,
+        "--output", tmp_path / "out",
+    ]  # fmt: skip
+    assert "no worker could begin" in one_line(call(*tune, "--workers", 2, "--sources", "nosuch.jsonl"))
+    status, out, err = call(*tune)
+    assert status == 0, err
+    assert "2 complete" in out
+
+
+@pytest.mark.parametrize("length", [0, 2**27 + 1, 10**30])
+def test_lengths_that_nobody_has_are_refused(profiled, tmp_path, length):
+    plan = api.search_plan(str(profiled), density=0.5)
+    with pytest.raises(ConfigError, match=f"lengths: {length} is out of range"):
+        api.inspect_plan(plan, lengths=[300, length])
+
+
+def test_an_error_stands_alone(call, tmp_path):
+    (tmp_path / "foreign.safetensors").write_text("hi")
+    _, _, err = call(tmp_path / "foreign.safetensors", "--output", tmp_path / "out")
+    assert len(err.splitlines()) == 1
 
 
 def test_a_misspelt_command(call):

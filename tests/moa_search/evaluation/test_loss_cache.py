@@ -121,3 +121,11 @@ def test_a_folder_that_cannot_be_made_is_found_at_once(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match="this folder for measured losses can't be made"):
             LossCache(folder)
+
+
+def test_a_folder_without_losses_is_not_made(tmp_path):
+    cache = LossCache(tmp_path / "below" / "losses")
+    assert cache.get(KEY, 3) is None
+    assert not (tmp_path / "below").exists()
+    cache.put(KEY, LOSSES)
+    assert LossCache(tmp_path / "below" / "losses").get(KEY, 3) == LOSSES

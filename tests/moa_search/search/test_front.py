@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moa_search.errors import SolverError
+from moa_search.errors import ConfigError, SolverError
 from moa_search.search.front import EXTREME, epsilon_cells, knee, lattice, trade_off
 from moa_search.search.solver.exact import solve_exact
 from moa_search.search.solver.problem import Problem, Solution
@@ -26,6 +26,12 @@ class TestLattice:
 
     def test_one_length_has_one_point(self):
         assert lattice(1, 6) == [(1.0,)]
+
+    def test_more_points_than_anyone_would_solve_for_are_refused(self):
+        assert len(lattice(8, 5)) == 793
+        for lengths, steps in ((2, 10_000), (8, 20)):
+            with pytest.raises(ConfigError, match=f"{steps} steps over {lengths} lengths"):
+                lattice(lengths, steps)
 
 
 @pytest.fixture

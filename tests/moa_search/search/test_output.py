@@ -94,3 +94,10 @@ def test_a_folder_in_the_place_of_the_plan(front, tmp_path):
     with pytest.raises(ConfigError, match=r"plan\.json: can't be written"):
         write_front(front, tmp_path)
     assert files(tmp_path) == {"front/plan-99.json": b"older"}
+
+
+def test_a_folder_in_the_place_of_one_of_the_front(front, tmp_path):
+    (tmp_path / "front" / "plan-00.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"plan-00\.json: can't be written"):
+        write_front(front, tmp_path)
+    assert files(tmp_path) == {}

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from moa_search.errors import ConfigError, SolverError
+from moa_search.errors import ConfigError, SolverError, TuningError
 from moa_search.search.tuning.claims import claim
 from moa_search.search.tuning.loop import plan_of, prepare, summarise, tune, tune_in_parallel
 from tests.moa_search.search.tuning import tuning_helpers
@@ -136,6 +136,13 @@ class TestWorkers:
         assert summary.tuned_best is not None
         assert seen[-1] == (14, 14)
         assert len({trial.user_attrs["worker"]["pid"] for trial in shared.open().get_trials()}) == 2
+
+    @pytest.mark.parametrize("each", [0, 2])
+    def test_workers_that_all_fail_are_an_error_and_the_study_is_kept(self, tmp_path, each):
+        shared = tuning(tmp_path, 14, workers=2)
+        with pytest.raises(TuningError, match=f"all workers ended after {2 * each} of 14 trials"):
+            tune_in_parallel(shared, tuning_helpers.worker_that_fails, [each], SEEDS)
+        assert summarise(shared.open(), SPACE).counts["COMPLETE"] == 2 * each
 
     def test_killed_workers_lose_nothing(self, tmp_path):
         """Both workers are killed in the middle of a trial, one after the other, and the study is gone on with."""

@@ -84,6 +84,18 @@ def worker(index: int, device: str | None, shared: Tuning, seconds: float) -> No
     work(shared, decode, partial(true_loss, seconds=seconds), worker=index)
 
 
+def worker_that_fails(index: int, device: str | None, shared: Tuning, trials: int) -> None:
+    """Target of worker processes: an error after ``trials`` of its own."""
+    left = iter(range(trials))
+
+    def evaluate(plan: Plan) -> float:
+        if next(left, None) is None:
+            raise ConfigError("made up")
+        return true_loss(plan)
+
+    work(shared, decode, evaluate, worker=index)
+
+
 def end_somehow(index: int, device: str | None, folder: Path) -> None:
     (folder / f"{index}").write_text(str(device))
     if index == 1:

@@ -1,0 +1,51 @@
+"""Decode attention in plain torch, one KV head after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moa_kernels.rings import RingLayout
+from moa_kernels.spans import HeadSpans
+
+__all__ = ["span_decode"]
+
+
+def span_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lens: Tensor,
+    layout: RingLayout,
+    spans: HeadSpans,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `moa_kernels.decode.span_decode`, in float32 or wider; ``softcap`` 0 means none."""
+    heads, new = query.shape[1:3]
+    kv_heads = len(spans.heads)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).unflatten(1, (kv_heads, heads // kv_heads))
+    query_at = lens[:, None] - new + torch.arange(new, device=lens.device)
+    outputs, lses = [], []
+    for head, (offset, capacity) in enumerate(zip(layout.offsets, layout.capacities, strict=True)):
+        rule = HeadSpans((spans.heads[head],), spans.sliding_window)
+        visible = rule.visible(query_at, layout.positions(head, lens))[0]  # [batch, new, capacity]
+        # Slots that no query sees may hold NaN, and 0 * NaN is NaN.
+        unseen = ~visible.any(1)[:, :, None]
+        key, value = (
+            cache[:, None, offset : offset + capacity].to(wide).masked_fill(unseen[:, None], 0)
+            for cache in (keys, values)
+        )
+        scores = grouped[:, head] @ key.mT * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        lse = scores.logsumexp(-1)
+        if sink_logits is not None:
+            lse = torch.logaddexp(lse, sink_logits.to(wide).view(kv_heads, -1)[head][:, None])
+        dead = lse == -torch.inf
+        outputs.append((scores - lse.masked_fill(dead, 0)[..., None]).exp() @ value)
+        lses.append(lse)
+    return torch.cat(outputs, 1).to(query.dtype), torch.cat(lses, 1).float()

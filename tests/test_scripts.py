@@ -1,0 +1,27 @@
+"""Scripts follow when modules move; nothing else runs most of them."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_everything_that_a_script_imports_is_there(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    found = runpy.run_path(str(script), run_name="imported")
+    assert (SCRIPTS.parent / found.get("PROGRAM", "")).exists()
+
+
+def test_measure_front_finds_plans_from_a_made_up_profile():
+    shape = ["--layers", "6", "--heads", "4", "--lengths", "512", "2048", "--samples", "4", "--density", "0.5"]
+    command = [sys.executable, str(SCRIPTS / "measure_front.py"), *shape, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = json.loads(run.stdout)
+    assert row["plans"] >= 2
+    assert 0 <= row["largest_gap"] <= 1e-6
