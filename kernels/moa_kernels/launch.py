@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -164,12 +164,12 @@ def _tuned(device_name: str) -> dict[str, LaunchConfig]:
         raise ValueError(f"{path} isn't a file of tuned settings ({error}); delete it or tune again") from None
 
 
-def _fill(kernel: str, rows: dict[int, tuple[int, ...]], arch: str) -> None:
+def _fill(kernel: str, rows: Mapping[int, tuple[int, ...]], arch: str) -> None:
     for head_dim, numbers in rows.items():
         TABLE[kernel, arch, head_dim] = LaunchConfig(*numbers)
 
 
-# block_m, block_n, num_warps, num_stages, max_registers. Chosen to compile without spills (tests/moa_kernels/test_compile.py).
+# block_m, block_n, num_warps, num_stages, max_registers, such that tests/moa_kernels/test_compile.py finds no spills.
 _fill("prefill", dict.fromkeys((16, 32, 64), (128, 128, 8, 2)) | {128: (128, 64, 8, 3), 256: (64, 32, 8, 3)}, "sm_90")
 _fill("prefill", dict.fromkeys((16, 32, 64), (64, 64, 4, 3)) | {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}, "sm_80")
 _fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)}, "sm_86")

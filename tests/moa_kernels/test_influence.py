@@ -6,7 +6,6 @@ from moa_kernels.influence import STATISTICS, influence_statistics
 
 from .whole_matrices import direct
 
-
 CASES = [
     # heads, kv_heads, N, sink, softcap, sink logits, row_buckets
     (6, 2, 333, 0, None, False, 16),

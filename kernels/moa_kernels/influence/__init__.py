@@ -12,6 +12,8 @@ once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +102,8 @@ def _influence(
     by_triton: bool,
 ) -> Tensor:
     """`STATISTICS` as one tensor, ``[statistic, kv_heads, bucket, window]``."""
-    sizes = {"windows": windows, "row_buckets": row_buckets, "bucket_rows": bucket_rows, "sink": sink}
-    options = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    sizes: dict[str, Any] = {"windows": windows, "row_buckets": row_buckets, "bucket_rows": bucket_rows, "sink": sink}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     if not by_triton:
         return reference.influence_totals(query, key, value, grad_out, **sizes, **options)
     from moa_kernels.influence import launcher
@@ -112,7 +114,7 @@ def _influence(
 @_influence.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, windows: Sequence[int], row_buckets: int, *_: object
-) -> Tensor:  # noqa: E501
+) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(len(STATISTICS), key.shape[0], row_buckets, len(windows), dtype=wide)
 
@@ -147,7 +149,7 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != torch.Size(shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}; beside this query and key it must be {tuple(shape)}")
-    if not windows or windows[0] < 1 or any(a >= b for a, b in zip(windows, windows[1:], strict=False)):
+    if not windows or windows[0] < 1 or any(a >= b for a, b in pairwise(windows)):
         raise ValueError(f"windows are {windows}; they must be positive and increasing")
     if bucket_rows < 1 or row_buckets * bucket_rows < n:
         raise ValueError(f"{row_buckets} buckets of {bucket_rows} rows don't hold {n} rows")

@@ -51,11 +51,7 @@ def _product(a, b, UPCAST: tl.constexpr):
 @triton.jit
 def _score(product, scale, CAP: tl.constexpr):
     """Scores in powers of two."""
-    if CAP is None:
-        score = product * (scale * LOG2E)
-    else:
-        score = soft_cap(product * scale, CAP) * LOG2E
-    return score
+    return product * (scale * LOG2E) if CAP is None else soft_cap(product * scale, CAP) * LOG2E
 
 
 @triton.jit

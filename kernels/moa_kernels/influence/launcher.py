@@ -109,7 +109,7 @@ def influence_totals(
     group = heads // kv_heads
     query, key, value, grad_out = (_rows_contiguous(x) for x in (query, key, value, grad_out))
     logits = None if sink_logits is None else sink_logits.float().contiguous()
-    options = {"scale": scale, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
     if out is None or lse is None:
         rows = row_statistics(query, key, value, grad_out, sink_logits=logits, **options)
     else:
@@ -201,9 +201,9 @@ def _launch(
     heads, n, head_dim = query.shape
     tiles, bands = partial.shape[1], len(windows) + 1
     if cut.aligned:
-        kernel, tables = aligned_kernel, _crossings(windows, n, cut.block_m, cut.block_n, query.device)
+        kernel, tables = aligned_kernel, [*_crossings(windows, n, cut.block_m, cut.block_n, query.device)]
     else:
-        kernel, tables = banded_kernel, (_ended(windows, query.device),)
+        kernel, tables = banded_kernel, [_ended(windows, query.device)]
     kernel[(tiles * heads,)](
         query, key, value, grad_out, sink_logits, rows, *tables, partial,
         n, heads, heads // key.shape[0], min(sink, n), scale, bucket_rows, -(-bucket_rows // cut.block_m), tiles, bands,
@@ -271,14 +271,23 @@ def _recall_of_whole_rows(
     Returns:
         ``[kv_heads, bucket, window]``.
     """
-    n, device, group = rows.shape[2], rows.device, rows.shape[0] // kv_heads
-    starts = torch.tensor([min(n, bucket * bucket_rows) for bucket in range(row_buckets + 1)], device=device)
-    start, stop = starts[:-1, None], starts[1:, None]
-    whole = torch.minimum(torch.maximum(torch.tensor(windows, device=device) + sink, start), stop)
+    n, group = rows.shape[2], rows.shape[0] // kv_heads
+    ends, start, whole = _whole_rows(tuple(windows), row_buckets, bucket_rows, n, sink, rows.device)
     if sink_logits is None:
-        return ((whole - start) * group).expand(kv_heads, -1, -1)
+        return ((ends[whole] - ends[start]) * group).expand(kv_heads, -1, -1)
     weight = rows[:, 1] * torch.exp2(sink_logits[:, None] * math.log2(math.e) - rows[:, 0])
     kept = (1 - weight).view(kv_heads, group, n).sum(1, dtype=torch.float64)
-    ends = torch.cat([starts, whole.flatten()]).unique()
     until = torch.stack([kept[:, :end].sum(-1) for end in ends.tolist()], -1)
-    return until[:, torch.searchsorted(ends, whole)] - until[:, torch.searchsorted(ends, start)]
+    return until[:, whole] - until[:, start]
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_rows(
+    windows: tuple[int, ...], row_buckets: int, bucket_rows: int, n: int, sink: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ends of runs of rows, and which of them are a bucket's first row and its first row that isn't whole."""
+    starts = (torch.arange(row_buckets + 1) * bucket_rows).clamp(max=n)
+    start, stop = starts[:-1, None], starts[1:, None]
+    whole = torch.minimum(torch.maximum(torch.tensor(windows) + sink, start), stop)
+    ends = torch.cat([starts, whole.flatten()]).unique()
+    return tuple(x.to(device) for x in (ends, torch.searchsorted(ends, start), torch.searchsorted(ends, whole)))  # type: ignore[return-value]
