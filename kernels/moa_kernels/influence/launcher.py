@@ -67,13 +67,14 @@ class Tiling:
         return 4 if capability >= 9 and self.block_m >= WARP_GROUP_ROWS else 8
 
 
-def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int) -> Tiling:
+def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int, softcap: float | None) -> Tiling:
     """Cut so that no tile of rows spans two buckets, and if possible that windows end with tiles of keys.
 
     Args:
         config: The largest tiles.
         windows: Those shorter than the sequence.
         bucket_rows: Rows per bucket.
+        softcap: Soft cap of the scores; its arithmetic takes registers beyond the limit of ``config``.
     """
     block_m = config.block_m
     while block_m >= 2 * max(SMALLEST_TILE, bucket_rows):
@@ -83,7 +84,9 @@ def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int) -> Ti
     block_n = min(config.block_n, block_m, unit & -unit)
     aligned = block_n >= SMALLEST_TILE
     block_n = block_n if aligned else config.block_n
-    registers = config.max_registers and min(MOST_REGISTERS, config.max_registers * config.num_warps // num_warps)
+    registers = None if softcap is not None else config.max_registers
+    if registers is not None:  # few warps leave each more
+        registers = min(MOST_REGISTERS, registers * config.num_warps // num_warps)
     return Tiling(block_m, block_n, num_warps, config.num_stages, registers, aligned)
 
 
@@ -118,7 +121,7 @@ def influence_totals(
     shorter = tuple(window for window in windows if window < n)  # the others keep everything
     if shorter:
         config = launch_config("influence", query.device, head_dim, query.element_size())
-        cut = tiling(config, shorter, bucket_rows)
+        cut = tiling(config, shorter, bucket_rows, softcap)
         bucket_tiles = -(-bucket_rows // cut.block_m)
         tiles = -(-n // bucket_rows) * bucket_tiles
         shape = (tiles, cut.groups, len(STATISTICS), len(shorter) + 1)
