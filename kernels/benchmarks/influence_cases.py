@@ -43,13 +43,12 @@ def _case(length: int, device: torch.device) -> Case:
     query, key, value, grad = randn(group * KV_HEADS), randn(KV_HEADS), randn(KV_HEADS), randn(group * KV_HEADS)
     windows = windows_of(length)
     settings = {
-        "windows": windows, "row_buckets": BUCKETS, "bucket_rows": -(-length // BUCKETS), "sink": SINK,
-        "scale": DIM**-0.5,
+        "windows": windows, "row_buckets": BUCKETS, "bucket_rows": -(-length // BUCKETS),
+        "sink": min(SINK, length // 8), "scale": DIM**-0.5,
     }  # fmt: skip
-    whole = influence_statistics
     inputs = [states[0] for states in (query, key, value, grad)]
     out, lse = _forward(query, key, value)
-    run = partial(whole, *inputs, out=out[0], lse=lse[0], impl="triton", **settings)
+    run = partial(influence_statistics, *inputs, out=out[0], lse=lse[0], impl="triton", **settings)
     return Case(
         kernel="influence",
         name=f"{length} tokens, {len(windows)} windows",

@@ -43,5 +43,5 @@ def block_lists(spans: HeadSpans, length: int, block: int, device: torch.device)
     sink = torch.tensor([head[0] for head in spans.heads], device=device)[:, None, None]
     oldest_first, oldest_last = spans.oldest_key(first)[..., None], spans.oldest_key(last)[..., None]
     some = (first <= last[:, None]) & ((last >= oldest_first) | (first < sink))
-    whole = (last <= first[:, None]) & ((first >= oldest_last) | (last < sink))
+    whole = (last <= first[:, None]) & ((torch.maximum(first, sink) >= oldest_last) | (last < sink))
     return some & ~whole, whole

@@ -96,7 +96,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"
-    options.lengths = options.lengths or ([128] if options.tiny else [32768, 131072])
+    options.lengths = options.lengths or ([96] if options.tiny else [32768, 131072])
     options.output.mkdir(parents=True, exist_ok=True)
     found = []
     with (options.output / "benchmarks.jsonl").open("w") as file:

@@ -31,7 +31,7 @@ from timing import measure  # noqa: E402
 
 CANDIDATES = {
     "prefill": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
-    "decode": list(itertools.product((16,), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
+    "decode": list(itertools.product((32,), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
     "influence": list(itertools.product((64, 128), (32, 64), (4, 8), (2, 3))),
 }
 """block_m, block_n, num_warps, num_stages."""

@@ -175,11 +175,11 @@ def influence_cases(arch: str) -> Iterator[Case]:
     pointers |= dict.fromkeys(("PASSED", "NEXT", "WINDOWS"), "*i32")
     kernels = {"aligned": (aligned_kernel, 64), "banded": (banded_kernel, 1), "rows": (row_statistics_kernel, 1)}
     shapes = [(head_dim, 4096, None, False) for head_dim in HEAD_DIMS]
-    shapes += [(128, 64, None, False), (128, 4096, 30.0, False), (128, 4096, None, True)]
+    shapes += [(128, 64, None, False), (128, 4096, 30.0, False), (64, 4096, None, True), (128, 4096, None, True)]
     for head_dim, bucket_rows, softcap, has_logits in shapes:
         config = table_config("influence", arch, head_dim, 2)
         for name, (kernel, unit) in kernels.items():
-            cut = config if name == "rows" else tiling(config, [unit], bucket_rows, softcap)
+            cut = config if name == "rows" else tiling(config, [unit], bucket_rows, capped=softcap is not None)
             strides = tuple(argument for argument in kernel.arg_names if argument.startswith("stride_"))
             types = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | {"scale": "fp32"}
             constants = {"CAP": softcap, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
@@ -216,10 +216,8 @@ def compiled(case: Case, arch: str) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **COMPILER_OPTIONS}
-
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
-    kernel = triton.compile(source, target=target, options=options)
+    kernel = triton.compile(source, target=target, options=options | COMPILER_OPTIONS)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -13,7 +13,7 @@ from moa_kernels.launch import LaunchConfig, overridden
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 
-from .rings_by_hand import Case, attention, poisoned_empty
+from .rings_by_hand import Case, attention, poisoned_empty, written
 from .yardstick import DEVICE, DTYPES, assert_within_yardstick, randn
 
 kernel = pytest.importorskip("moa_kernels.decode.kernel", reason="needs Triton")
@@ -28,7 +28,8 @@ def poison(monkeypatch):
 
 
 def tiles_of(monkeypatch, tiles, block_n=16, block_m=16):
-    """Launch with so many tiles of so many keys and rows."""
+    """Launch with so many tiles of so many keys and rows, merged two by two."""
+    monkeypatch.setattr(kernel, "MERGED_AT_ONCE", 2)
     monkeypatch.setattr(kernel, "TILES_PER_MULTIPROCESSOR", 1)
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: tiles)
     return overridden("decode", LaunchConfig(block_m, block_n, 4, 2))
@@ -116,6 +117,25 @@ def test_tokens_one_by_one_equal_a_chunk(impl, monkeypatch):
             )
             torch.testing.assert_close(found, (output[:, :, row], lse[:, :, row]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(single_keys, keys, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize(("capacities", "window"), [((14, 14), 10), ((4, 4), 0), ((3, 2), 0), ((0, 0), 0)])
+def test_a_cache_too_small_has_the_sink_and_the_newest_keys(capacities, window, impl):
+    layout = RingLayout(capacities, (4, 4))
+    query, _, _, lens = small()
+    generator = torch.Generator().manual_seed(7)
+    states = [randn(generator, 2, 2, 70, 16, dtype=torch.float32) for _ in range(2)]
+    keys, values = written(states, lens.tolist(), layout)
+    output, lse = span_decode(query, keys, values, lens, layout, SPANS, impl=impl)
+    for sample, length in enumerate(lens.tolist()):
+        for head, capacity in enumerate(capacities):
+            held = [*range(min(capacity, 4)), *range(length - window, length)]
+            key, value = (part[sample, head, held] for part in states)
+            logits = query[sample, 3 * head : 3 * head + 3, 0] @ key.mT / 4
+            torch.testing.assert_close(lse[sample, 3 * head : 3 * head + 3, 0], logits.logsumexp(-1))
+            expected = logits.softmax(-1) @ value
+            torch.testing.assert_close(output[sample, 3 * head : 3 * head + 3, 0], expected)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

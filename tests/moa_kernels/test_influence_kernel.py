@@ -69,20 +69,18 @@ def poisoned(values: Tensor, spare: int, by_row: bool) -> Tensor:
 def problem(seed: int) -> Problem:
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     group = draw.choice((1, 1, 3, 8))
-    n = 1 + int(draw.choice({1: (5, 60, 130, 200), 3: (5, 50, 80), 8: (5, 40)}[group]) * draw.random())
+    n = 1 + int(draw.choice((5, 60, 130, 160) if group == 1 else (5, 40)) * draw.random())
     kv_heads = 2 if group < 8 and n < 40 and draw.random() < 0.5 else 1
     dtype, head_dim = draw.choice(DTYPES), draw.choice((8, 16, 24, 40, 64))
     unit = draw.choice([unit for unit in (16, 16, 32, 48, 64, 1, 6) if unit < n] or [1, 16])
-    if unit < 16:
-        n = min(n, 60)  # the banded kernel takes long in the interpreter
     ends = {unit * draw.randint(1, max(1, (n - 1) // unit)) for _ in range(draw.randint(1, 6))}
     windows = sorted(ends | set(draw.choice(([], [n], [n + 5]))))
-    most_buckets = 48 // (group * kv_heads)  # each takes its own tiles
-    row_buckets = draw.choice([count for count in (1, 2, 3, 5, 8, 32) if min(n, count) <= most_buckets])
+    # The interpreter takes milliseconds per program, of which each bucket of each head has at least one.
+    row_buckets = draw.choice([count for count in (1, 1, 2, 3, 8, 32) if count * group * kv_heads <= 32 or count == 1])
     sinks = torch.randn(group * kv_heads, generator=generator) * 2 if draw.random() < 0.3 else None
     shapes = [(group * kv_heads, n, head_dim), *[(kv_heads, n, head_dim)] * 2, (group * kv_heads, n, head_dim)]
     tensors = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
-    block_m = draw.choice((16, 32, 64, 128) if n < 40 else (64, 128))
+    block_m = draw.choice((16, 32, 64, 128) if n * group * kv_heads < 100 else (64, 128))
     return Problem(
         [poisoned(tensor, draw.randint(0, 5), draw.random() < 0.5) for tensor in tensors],
         {
@@ -125,7 +123,7 @@ def test_random_problems_take_both_kernels() -> None:
         case = problem(seed)
         shorter = [window for window in case.options["windows"] if window < case.tensors[0].shape[1]]
         if shorter:
-            cut = tiling(case.config, shorter, case.options["bucket_rows"], case.options["softcap"])
+            cut = tiling(case.config, shorter, case.options["bucket_rows"])
             taken.append((cut.aligned, cut.groups > 1))
     assert min(taken.count(kind) for kind in ((True, False), (True, True), (False, False))) >= 20, Counter(taken)
 
@@ -152,7 +150,7 @@ def test_whole_windows_cost_exactly_nothing(windows: tuple[int, ...], has_sinks:
         assert (found[name][..., -1, 0].abs() > 0).all(), name
     if not has_sinks:
         assert (found["recall"][..., 1:] == 32).all(), "each of 16 rows of 2 heads keeps all of its attention"
-    torch.testing.assert_close(found["recall"].double().cpu(), exact["recall"])
+    torch.testing.assert_close(found["recall"].cpu(), exact["recall"].float())
 
 
 @pytest.mark.parametrize("seed", [3, 14, 20, 33])

@@ -74,6 +74,6 @@ def test_rings_hold_the_newest_positions():
         [0, 1, 6, 7, 8, 5],
     ]
     assert layout.positions(1, torch.tensor([2])).tolist() == [[0, 1, -1]]
-    assert layout.tensor(torch.device("cpu")).tolist() == [[0, 2, 4], [6, 4, 1]]
+    assert layout.tensor(torch.device("cpu")).tolist() == [[0, 2, 6], [6, 4, 3]]
     with pytest.raises(ValueError, match="capacities"):
         RingLayout((1,), (1, 2))
