@@ -165,7 +165,7 @@ CASES["append"] = append_cases
 
 
 def influence_cases(arch: str) -> Iterator[Case]:
-    """All three kernels as launched for long samples, and at head_dim 128 as for short ones and with all options."""
+    """All three kernels as for long samples; at head_dim 128 as for short ones, and with each option, too."""
     from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
     from moa_kernels.influence.launcher import tiling
     from moa_kernels.launch import padded, table_config
@@ -174,21 +174,23 @@ def influence_cases(arch: str) -> Iterator[Case]:
     pointers = dict.fromkeys(tensors, "*bf16") | {"ROWS": "*fp32", "PARTIAL": "*fp32"}
     pointers |= dict.fromkeys(("PASSED", "NEXT", "WINDOWS"), "*i32")
     kernels = {"aligned": (aligned_kernel, 64), "banded": (banded_kernel, 1), "rows": (row_statistics_kernel, 1)}
-    shapes = [(head_dim, 4096, False) for head_dim in HEAD_DIMS] + [(128, 64, False), (128, 4096, True)]
-    for head_dim, bucket_rows, extras in shapes:
+    shapes = [(head_dim, 4096, None, False) for head_dim in HEAD_DIMS]
+    shapes += [(128, 64, None, False), (128, 4096, 30.0, False), (64, 4096, None, True), (128, 4096, None, True)]
+    for head_dim, bucket_rows, softcap, has_logits in shapes:
         config = table_config("influence", arch, head_dim, 2)
         for name, (kernel, unit) in kernels.items():
-            cut = config if name == "rows" else tiling(config, [unit], bucket_rows, capped=extras)
+            cut = config if name == "rows" else tiling(config, [unit], bucket_rows, capped=softcap is not None)
             strides = tuple(argument for argument in kernel.arg_names if argument.startswith("stride_"))
             types = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | {"scale": "fp32"}
-            constants = {"CAP": 30.0 if extras else None, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+            constants = {"CAP": softcap, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
             constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "UPCAST": False}
-            constants |= {} if extras else {"SINK_LOGITS": None}
+            constants |= {} if has_logits else {"SINK_LOGITS": None}
             constants |= {} if name == "rows" else {"LANES": cut.lanes(int(arch[3]))}
             types |= {"SINK_LOGITS": "*fp32"}
             types = {argument: kind for argument, kind in types.items() if argument not in constants}
+            option = "-softcap" * (softcap is not None) + "-logits" * has_logits
             yield Case(
-                f"influence-{name}-{head_dim}-{cut.block_m}x{cut.block_n}{'-extras' if extras else ''}", kernel, types,
+                f"influence-{name}-{head_dim}-{cut.block_m}x{cut.block_n}{option}", kernel, types,
                 constants, aligned=(*tensors, "ROWS", *strides), num_warps=cut.num_warps, num_stages=cut.num_stages,
                 max_registers=cut.max_registers,
             )  # fmt: skip
@@ -214,10 +216,8 @@ def compiled(case: Case, arch: str) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **COMPILER_OPTIONS}
-
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
-    kernel = triton.compile(source, target=target, options=options)
+    kernel = triton.compile(source, target=target, options=options | COMPILER_OPTIONS)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

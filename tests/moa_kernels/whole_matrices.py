@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from moa_kernels.influence import STATISTICS
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["direct", "roundings"]
 
@@ -44,8 +45,8 @@ def direct(
             "recall": (attention * kept).sum(-1),
         }
         for name, rows in by_row.items():
-            totals[name].append(_by_bucket(rows, group, row_buckets, bucket_rows))
-    return {name: torch.stack(each, -1) for name, each in totals.items()}
+            totals[name].append(rows)
+    return {name: _by_bucket(torch.stack(each), group, row_buckets, bucket_rows) for name, each in totals.items()}
 
 
 def roundings(
@@ -62,25 +63,33 @@ def roundings(
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> dict[str, Tensor]:
-    """How much each statistic changes where the numbers that it is made of change relatively: sums of terms that
-    cancel are as far off as their terms are large. A score's rounding grows with the score, and changes its attention
-    by as much; a soft cap rounds scores as if they were as large as itself.
+    """How much each statistic changes where the numbers that it is made of change relatively.
+
+    Sums of terms that cancel are as far off as their terms are large; scores are rounded relative to their size, or
+    the soft cap's, of which exp makes a relative error of attention; and dividing by ``1 - A`` raises the errors of
+    both sides.
     """
-    exact = direct(
-        query, key, value, grad_out, windows=windows, row_buckets=row_buckets, bucket_rows=bucket_rows, sink=sink,
-        scale=scale, softcap=softcap, sink_logits=sink_logits,
-    )  # fmt: skip
     group = query.shape[0] // key.shape[0]
     scores, visible = _scores(query, key, scale, softcap)
-    terms = _softmax(scores, visible, sink_logits) * (grad_out.abs() @ value.abs().repeat_interleave(group, 0).mT)
-    terms = terms.sum(-1)
-    linear, square = (_by_bucket(x, group, row_buckets, bucket_rows)[..., None] for x in (terms, terms**2))
-    found = {"squared": square, "signed": linear, "absolute": linear, "elementwise": linear, "recall": exact["recall"]}
-    if sink_logits is not None:  # what is kept comes as 1 less the weight of the sink logit
-        ones = torch.ones(scores.shape[:2], dtype=scores.dtype)
-        found["recall"] = _by_bucket(ones, group, row_buckets, bucket_rows)[..., None]
-    largest = float(scores.abs().max()) if softcap is None else softcap
-    return {name: size * (1 + largest) for name, size in found.items()}
+    attention = _softmax(scores, visible, sink_logits)
+    sizes = grad_out.abs() @ value.abs().repeat_interleave(group, 0).mT
+    row_sizes = (attention * sizes).sum(-1)
+    complement = (1 - attention).clamp_min(1e-6)
+    effects = attention * (sizes + row_sizes[..., None]) / complement**2
+    i, j = torch.arange(query.shape[1])[:, None], torch.arange(query.shape[1])[None]
+    masked = torch.stack([(effects * ((i - j >= size) & (j >= sink))).sum(-1) for size in windows])
+    by_row = {
+        "squared": row_sizes**2,
+        "signed": row_sizes,
+        "absolute": row_sizes,
+        "elementwise": masked,
+        "recall": torch.ones_like(row_sizes),
+    }
+    score_size = softcap or scores[:, visible].abs().max()
+    return {
+        name: (1 + score_size) * _by_bucket(rows.expand(len(windows), -1, -1), group, row_buckets, bucket_rows)
+        for name, rows in by_row.items()
+    }
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -100,8 +109,7 @@ def _softmax(scores: Tensor, kept: Tensor, sink_logits: Tensor | None) -> Tensor
 
 
 def _by_bucket(rows: Tensor, group: int, row_buckets: int, bucket_rows: int) -> Tensor:
-    """Sums over the query heads of each KV head and the rows of each bucket, ``[kv_heads, bucket]``."""
-    grouped = rows.unflatten(0, (-1, group)).sum(1)
-    room = grouped.new_zeros(grouped.shape[0], row_buckets * bucket_rows)
-    room[:, : grouped.shape[1]] = grouped
-    return room.unflatten(1, (row_buckets, bucket_rows)).sum(-1)
+    """Sums over the query heads of each KV head and the rows of each bucket, ``[kv_heads, bucket, window]``."""
+    padded = functional.pad(rows, (0, row_buckets * bucket_rows - rows.shape[-1]))
+    by_kv_head = padded.unflatten(2, (row_buckets, bucket_rows)).sum(-1).unflatten(1, (-1, group)).sum(2)
+    return by_kv_head.permute(1, 2, 0)

@@ -130,10 +130,10 @@ def row_statistics_kernel(
 
 @triton.jit
 def _row_tile(
-    Q, GRAD, SINK_LOGITS, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+    Q, GRAD, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """A tile's queries, gradients, shift, share, ``D_i``, and weight of the sink logit over ``share``.
+    """A tile's queries, gradients, shift, share and ``D_i``.
 
     Rows from ``stop`` on are all zeros, and so is all that they add to a statistic.
     """
@@ -145,21 +145,20 @@ def _row_tile(
     shift = tl.load(place, mask=i < stop, other=0.0)
     share = tl.load(place + n, mask=i < stop, other=0.0)
     row_gain = tl.load(place + 2 * n, mask=i < stop, other=0.0)
-    if SINK_LOGITS is None:
-        always = tl.zeros([BLOCK_M], tl.float32)
-    else:
-        always = tl.math.exp2(tl.load(SINK_LOGITS + head) * LOG2E - shift)
-    return q, grad, shift, share, row_gain, always
+    return q, grad, shift, share, row_gain
 
 
 @triton.jit
 def _sunk(
-    q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
+    q, grad, shift, KEYS, VALUES, SINK_LOGITS, head, i, last, n, sink, scale, stride_kn, stride_vn,
     CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Attention and gain of the sink keys, each ``[row, LANES]``."""
+    """Attention and gain of what is always kept, each ``[row, LANES]``: the sink keys and the sink logit."""
     mass = tl.zeros([i.shape[0], LANES], tl.float32)
+    if SINK_LOGITS is not None:
+        # In equal parts. No row's shift is below the logit, save that of rows which aren't there.
+        mass += tl.math.exp2(tl.minimum(tl.load(SINK_LOGITS + head) * LOG2E - shift, 0.0))[:, None] * (1.0 / LANES)
     gained = tl.zeros([i.shape[0], LANES], tl.float32)
     # Few keys: a pipeline wouldn't pay for its registers.
     for first in tl.range(0, tl.minimum(sink, last + 1), BLOCK_N, num_stages=1):
@@ -191,7 +190,8 @@ def aligned_kernel(
 
     ``PASSED[t + g]`` is the number of windows below ``m * BLOCK_N``, ``NEXT[t]`` the first tile from t on that a
     window ends in or that the diagonal crosses. ``PARTIAL[heads, tiles, GROUPS, COUNT, bands]``
-    must hold zeros; its last band is what lies beyond the last window.
+    must hold zeros; its last band is what lies beyond the last window. Recall is that of rows which don't keep
+    everything, the weight of the sink logit included.
     """
     GROUPS: tl.constexpr = BLOCK_M // BLOCK_N
     # Long rows first; the query heads of a KV head at the same time, to share its keys in the cache.
@@ -206,14 +206,14 @@ def aligned_kernel(
     r, column, g = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :], tl.arange(0, GROUPS)
     i = i0 + r
     near = column > (r % BLOCK_N)[:, None]
-    q, grad, shift, share, row_gain, always = _row_tile(
-        Q, GRAD, SINK_LOGITS, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+    q, grad, shift, share, row_gain = _row_tile(
+        Q, GRAD, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     shared = (head // group).to(tl.int64)
     KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
     mass, gained = _sunk(
-        q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
+        q, grad, shift, KEYS, VALUES, SINK_LOGITS, head, i, last, n, sink, scale, stride_kn, stride_vn,
         CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
     effects = tl.zeros([BLOCK_M, LANES], tl.float32)
@@ -245,7 +245,7 @@ def aligned_kernel(
             # Rows whose window reaches into the sink keep everything.
             cut = i0 + (GROUPS - 1 - t) * BLOCK_N + r % BLOCK_N >= sink
             row_mass = tl.sum(mass, 1)
-            delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass + always, TINY) - row_gain, 0.0)
+            delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass, TINY) - row_gain, 0.0)
             recall = tl.where(cut, row_mass * share, 0.0)
             window = tl.load(PASSED + t + g)
             passing = tl.load(PASSED + t + g + 1) > window
@@ -273,7 +273,7 @@ def banded_kernel(
     """Statistics for any windows, band of distances by band: tiles that windows end in are visited on both sides.
 
     ``WINDOWS`` ends with one more, larger than any distance. ``PARTIAL[heads, tiles, 1, COUNT, bands]`` must hold
-    zeros; its last band is what lies beyond the last window.
+    zeros; its last band is what lies beyond the last window. Recall is as in `aligned_kernel`.
     """
     tile = tiles - 1 - tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -284,14 +284,14 @@ def banded_kernel(
         return
     last = tl.minimum(i0 + BLOCK_M, stop) - 1
     i = i0 + tl.arange(0, BLOCK_M)
-    q, grad, shift, share, row_gain, always = _row_tile(
-        Q, GRAD, SINK_LOGITS, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+    q, grad, shift, share, row_gain = _row_tile(
+        Q, GRAD, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     shared = (head // group).to(tl.int64)
     KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
     mass, gained = _sunk(
-        q, grad, shift, KEYS, VALUES, i, last, n, sink, scale, stride_kn, stride_vn,
+        q, grad, shift, KEYS, VALUES, SINK_LOGITS, head, i, last, n, sink, scale, stride_kn, stride_vn,
         CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
     place = PARTIAL + (head * tiles + tile).to(tl.int64) * COUNT * bands + tl.arange(0, 1)
@@ -313,7 +313,7 @@ def banded_kernel(
         # Rows whose window reaches into the sink keep everything; no window ends beyond the last.
         cut = i - window >= sink
         row_mass = tl.sum(mass, 1)
-        delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass + always, TINY) - row_gain, 0.0)
+        delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass, TINY) - row_gain, 0.0)
         recall = tl.where(cut, row_mass * share, 0.0)
         _store(place + band, bands, tl.arange(0, 1) == 0, delta, tl.sum(effects, 1) * share, recall, 1)
         nearest = window

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moa_kernels.backends import interpreting
 from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
 from moa_kernels.influence.reference import STATISTICS
-from moa_kernels.launch import LaunchConfig, launch_config, padded
+from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded
 from moa_kernels.spans import FOREVER
 
 __all__ = ["Tiling", "influence_totals", "row_statistics", "tiling"]
@@ -137,7 +138,9 @@ def influence_totals(
             # A window masks the bands beyond it. Not by cumsum, which may change from run to run on a GPU.
             summed[3] = summed[3] @ summed.new_ones(summed.shape[-1], summed.shape[-1]).tril(-1)
             totals[:, shared, : summed.shape[2], : len(shorter)] = summed[..., :-1]
-    totals[4] += _recall_of_whole_rows(rows, logits, kv_heads, windows, row_buckets, bucket_rows, sink)
+    totals[4] += group * _whole_rows(tuple(windows), row_buckets, bucket_rows, n, sink, query.device)
+    if logits is not None:
+        totals[4] -= _weight_of_logits(rows, logits, kv_heads, row_buckets, bucket_rows)
     return totals
 
 
@@ -170,6 +173,7 @@ def row_statistics(
         *_strides(query, key, value, grad_out),
         **_constants(head_dim, softcap, query.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+        **COMPILER_OPTIONS,
     )  # fmt: skip
     return rows
 
@@ -214,6 +218,7 @@ def _launch(
         **_constants(head_dim, softcap, query.dtype), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
         LANES=cut.lanes(torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9),
         num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
+        **COMPILER_OPTIONS,
     )  # fmt: skip
 
 
@@ -260,37 +265,21 @@ def _ended(windows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([*windows, FOREVER], dtype=torch.int32, device=device)
 
 
-def _recall_of_whole_rows(
-    rows: Tensor,
-    sink_logits: Tensor | None,
-    kv_heads: int,
-    windows: Sequence[int],
-    row_buckets: int,
-    bucket_rows: int,
-    sink: int,
-) -> Tensor:
-    """What rows attend whose window and sink cover all their keys: 1, less the sink logit's weight.
-
-    Returns:
-        ``[kv_heads, bucket, window]``.
-    """
-    n, group = rows.shape[2], rows.shape[0] // kv_heads
-    ends, start, whole = _whole_rows(tuple(windows), row_buckets, bucket_rows, n, sink, rows.device)
-    if sink_logits is None:
-        return ((ends[whole] - ends[start]) * group).expand(kv_heads, -1, -1)
-    weight = rows[:, 1] * torch.exp2(sink_logits[:, None] * math.log2(math.e) - rows[:, 0])
-    kept = (1 - weight).view(kv_heads, group, n).sum(1, dtype=torch.float64)
-    until = torch.stack([kept[:, :end].sum(-1) for end in ends.tolist()], -1)
-    return until[:, whole] - until[:, start]
-
-
 @functools.lru_cache(maxsize=64)
 def _whole_rows(
     windows: tuple[int, ...], row_buckets: int, bucket_rows: int, n: int, sink: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ends of runs of rows, and which of them are a bucket's first row and its first row that isn't whole."""
+) -> Tensor:
+    """How many rows of each bucket keep all their keys, which their window and the sink cover; ``[bucket, window]``."""
     starts = (torch.arange(row_buckets + 1) * bucket_rows).clamp(max=n)
     start, stop = starts[:-1, None], starts[1:, None]
     whole = torch.minimum(torch.maximum(torch.tensor(windows) + sink, start), stop)
-    ends = torch.cat([starts, whole.flatten()]).unique()
-    return tuple(x.to(device) for x in (ends, torch.searchsorted(ends, start), torch.searchsorted(ends, whole)))  # type: ignore[return-value]
+    return (whole - start).to(device)
+
+
+def _weight_of_logits(rows: Tensor, sink_logits: Tensor, kv_heads: int, row_buckets: int, bucket_rows: int) -> Tensor:
+    """What the sink logits take of each bucket's attention, ``[kv_heads, bucket, 1]``."""
+    weight = rows[:, 1] * torch.exp2(sink_logits[:, None] * math.log2(math.e) - rows[:, 0])
+    by_bucket = pad(weight, (0, row_buckets * bucket_rows - weight.shape[1])).view(
+        kv_heads, -1, row_buckets, bucket_rows
+    )
+    return by_bucket.sum((1, 3), dtype=torch.float64)[..., None]
