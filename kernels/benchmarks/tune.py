@@ -32,9 +32,9 @@ from timing import measure  # noqa: E402
 CANDIDATES = {
     "prefill": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
     "decode": list(itertools.product((32,), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
-    "influence": list(itertools.product((64, 128), (32, 64), (4, 8), (2, 3))),
+    "influence": list(itertools.product((64, 128), (32, 64), (4, 8), (2, 3), (None, 128))),
 }
-"""block_m, block_n, num_warps, num_stages."""
+"""block_m, block_n, num_warps, num_stages, and where it matters max_registers."""
 
 HEADS, KV_HEADS = 32, 8
 
