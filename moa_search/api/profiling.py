@@ -36,6 +36,7 @@ def profile_model(
     checkpointing: bool = True,
     seed: int = 0,
     under_plan: str | Plan | None = None,
+    impl: Literal["auto", "triton", "torch"] = "auto",
     progress: Progress | None = None,
 ) -> Profile:
     """Measure what shortening each attention head's view would cost.
@@ -66,6 +67,7 @@ def profile_model(
         seed: Of the calibration samples.
         under_plan: Experimental: plan file; losses and gradients become those of the model under this plan, while
             answers stay the dense model's (docs/profiling.md).
+        impl: What computes the statistics: triton kernels, torch, or auto, which is Triton on GPUs.
         progress: Told the work done and in all.
 
     Returns:
@@ -134,6 +136,7 @@ def profile_model(
             partial=partial,
             resume=resume,
             under_plan=plan,
+            impl=impl,
             progress=profiling_progress,
         )
         if output is not None and partial is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moa_kernels.backends import Impl
 from moa_kernels.dense_attention import dense_attention
 from moa_kernels.influence import influence_statistics
 from torch import Tensor
@@ -36,6 +37,7 @@ class Recorder:
         bucket_rows: Rows per slice.
         sink: First tokens always kept.
         native: The layers that have a sliding window of their own, in tokens; they aren't measured.
+        impl: Which implementation computes the statistics, as in `moa_kernels.backends`.
         plan: What the other layers attend, anchored at positions; None for everything.
         layers: By layer index, each statistic as ``[kv_heads, bucket, window]`` on the CPU.
     """
@@ -45,6 +47,7 @@ class Recorder:
     bucket_rows: int
     sink: int
     native: dict[int, int]
+    impl: Impl = "auto"
     plan: Plan | None = None
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -78,6 +81,7 @@ class _Observed(torch.autograd.Function):
             row_buckets=recorder.row_buckets,
             bucket_rows=recorder.bucket_rows,
             sink=recorder.sink,
+            impl=recorder.impl,
             **ctx.options,
         )
         recorder.layers[ctx.module.layer_idx] = {name: value.cpu() for name, value in statistics.items()}

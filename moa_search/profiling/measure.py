@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from moa_kernels.backends import Impl
 from moa_kernels.influence import STATISTICS
 from torch.nn import functional
 
@@ -53,6 +54,7 @@ class SampleMeter:
         row_buckets: Equal slices of the rows.
         native: Layers with a sliding window of their own, in tokens; they aren't measured.
         plan: What the model runs under; None for dense attention.
+        impl: Which implementation computes the statistics, as in `moa_kernels.backends`.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class SampleMeter:
     row_buckets: int
     native: dict[int, int]
     plan: Plan | None = None
+    impl: Impl = "auto"
 
     def measure(self, modules: list[Any], sample: Sample, number: int) -> SampleResult:
         """Loss and statistics of one sample.
@@ -110,6 +113,7 @@ class SampleMeter:
             bucket_rows=-(-length // self.row_buckets),
             sink=self.sink,
             native=self.native,
+            impl=self.impl,
             plan=plan,
         )
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from moa_kernels import backends as kernels
+from moa_kernels.backends import Impl, choose
 
 from moa_search.architecture import (
     native_windows,
@@ -18,7 +20,7 @@ from moa_search.architecture import (
     require_own_keys,
 )
 from moa_search.calibration import Sample, hash_samples
-from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
 from moa_search.models import weights_hash
@@ -58,6 +60,7 @@ def profile_samples(
     partial: Path | None = None,
     resume: bool = True,
     under_plan: Plan | None = None,
+    impl: Impl = "auto",
     progress: Progress | None = None,
 ) -> Profile:
     """Measure the influence of shorter windows on every KV head.
@@ -81,6 +84,7 @@ def profile_samples(
         resume: Go on from what ``partial`` holds; False starts anew.
         under_plan: Experimental: losses and gradients are those of the model under this plan. Windows are still
             measured against full attention over that model's own queries, keys and values.
+        impl: What computes the statistics: ``"triton"`` kernels, ``"torch"``, or ``"auto"``, Triton on GPUs.
         progress: Told after each sample.
 
     Returns:
@@ -91,11 +95,13 @@ def profile_samples(
         ModelMismatchError: ``under_plan`` was made for another model.
         ConfigError: A sample is longer than the model's context, or ``partial`` holds another run's results.
         ProfilingError: A loss isn't finite.
+        BackendUnavailableError: Triton was asked for and can't run.
     """
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
     native = require_profilable(model, under_plan)
-    meter = SampleMeter(model, ModelSignature.of(model.config), sink, block, row_buckets, native, under_plan)
+    meter = SampleMeter(model, ModelSignature.of(model.config), sink, block, row_buckets, native, under_plan, impl)
+    require_backend(model, meter.signature.head_dim, impl)
     require_context(model.config, max(sample.length for sample in samples))
     settings = {
         "library_version": __version__,
@@ -122,6 +128,19 @@ def profile_samples(
     profile = workers.from_first(pooled)
     assert profile is not None
     return profile
+
+
+def require_backend(model: Any, head_dim: int, impl: Impl) -> None:
+    """Check that the implementation asked for runs on the model's device and type, before any work is done.
+
+    Raises:
+        BackendUnavailableError: It doesn't; says why.
+    """
+    with torch.no_grad():
+        try:
+            choose(impl, torch.empty(0, dtype=model.dtype, device=model.device), head_dim=head_dim)
+        except kernels.BackendUnavailableError as error:
+            raise BackendUnavailableError(str(error)) from None
 
 
 def require_profilable(model: Any, under_plan: Plan | None = None) -> dict[int, int]:

@@ -128,7 +128,7 @@ class TestOptions:
             "anchor": "prompt", "rules_per_layer": 2, "length_weights": ["512=1"], "predict_lengths": [4096],
             "robust": 0.5, "min_span": 64, "layer_floor": ["0=1.0"], "validate": "demo", "searchers": ["moa", "duo"],
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
-            "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321,
+            "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
         }  # fmt: skip
         import inspect as introspect
 

@@ -1,5 +1,9 @@
 """The profiler on tiny random models: what it records, what it leaves behind, what it refuses."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from moa_kernels.influence import influence_statistics
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from moa_search.calibration import Sample
-from moa_search.errors import ConfigError, ProfilingError
+from moa_search.errors import BackendUnavailableError, ConfigError, ProfilingError
 from moa_search.formats import Profile
 from moa_search.profiling import profile_samples
 
@@ -155,3 +159,37 @@ class TestRefusals:
     def test_no_samples(self):
         with pytest.raises(ConfigError, match="no calibration samples"):
             profile_samples(make_model(), [])
+
+
+def test_triton_is_refused_before_any_work_where_it_cannot_run(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = make_model()
+    with pytest.raises(BackendUnavailableError, match="need a CUDA device, not 'cpu'"):
+        profile_samples(model, make_samples(count=1), impl="triton", partial=tmp_path / "partial")
+    assert not (tmp_path / "partial").exists()
+
+
+@pytest.mark.slow
+def test_kernels_and_torch_make_the_same_profile():
+    """In a process of its own: Triton's interpreter is chosen when its kernels are first imported."""
+    pytest.importorskip("triton")
+    script = (
+        "import numpy as np\n"
+        "from tests.moa_search.profiling.test_profiler import make_model, make_samples\n"
+        "from moa_search.profiling import profile_samples\n"
+        "settings = {'sink': 4, 'block': 16, 'row_buckets': 4}\n"
+        "found = [\n"
+        "    profile_samples(make_model(), make_samples(70, count=1), impl=impl, **settings).by_length[70]\n"
+        "    for impl in ('triton', 'torch')\n"
+        "]\n"
+        "for kind in ('per_sample', 'mean'):\n"
+        "    mine, reference = (getattr(entry, kind) for entry in found)\n"
+        "    for name in reference:\n"
+        "        scale = np.abs(reference[name]).max()\n"
+        "        assert scale > 0\n"
+        "        assert np.abs(mine[name].astype(float) - reference[name]).max() <= 2e-3 * scale, name\n"
+        "print('equal')"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
