@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEMO_MODEL",
     "cache_dir",
+    "load_config",
     "load_model",
     "resolve_dtype",
     "weights_hash",
@@ -78,10 +79,25 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}") from error
+        raise _not_found(spec, error) from error
     model.eval().requires_grad_(False)
     return (model if device_map is not None else model.to(torch.device(place))), tokenizer
+
+
+def load_config(spec: str) -> Any:
+    """The transformers configuration of a model, without its weights.
+
+    Args:
+        spec: As for `load_model`.
+
+    Raises:
+        ModelNotFoundError: ``spec`` names nothing that can be loaded.
+    """
+    source, options = _source(spec)
+    try:
+        return _read_config(source, options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _not_found(spec, error) from error
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
@@ -143,6 +159,11 @@ def _source(spec: str) -> tuple[str, dict[str, Any]]:
     if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise ModelNotFoundError(f"model {spec!r} is neither a folder, a .gguf file nor a hub id")
     return spec, {}
+
+
+def _not_found(spec: str, error: Exception) -> ModelNotFoundError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}")
 
 
 def _read_config(source: str, options: dict[str, Any]) -> Any:

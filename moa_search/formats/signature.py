@@ -26,6 +26,9 @@ OTHER_KEYS = (
     "num_experts",
 )
 
+UNKNOWN_CONTEXT = 4096
+"""Tokens assumed where a configuration names no context."""
+
 
 class ModelSignature(BaseModel):
     """The configuration fields that decide whether a plan fits a model.
@@ -61,6 +64,13 @@ class ModelSignature(BaseModel):
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def usual_lengths(self) -> list[int]:
+        """A quarter, half and all of the model's context in tokens, increasing; where to look if nobody says."""
+        context = self.config.get("max_position_embeddings")
+        longest = context if isinstance(context, int) else UNKNOWN_CONTEXT
+        return sorted({max(1, longest // 4), max(1, longest // 2), longest})
 
     @classmethod
     def of(cls, config: Any) -> ModelSignature:
