@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moa_search.architecture import require_causal
 from moa_search.errors import ConfigError, ModelNotFoundError
+from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.formats.files import sha256_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def load_model(
     spec: str, *, dtype: str = "auto", device: str = "auto", device_map: str | None = None, local_rank: int = 0
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, ready for inference.
+
+    A model that was saved under a plan comes without it; `moa_search.from_pretrained` applies it again.
 
     Args:
         spec: A Hugging Face hub id, a local model directory, a ``.gguf`` file, or ``"demo"`` for
@@ -74,12 +77,17 @@ def load_model(
         require_causal(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype, place), device_map=device_map, **options
+            source,
+            dtype=resolve_dtype(dtype, place),
+            device_map=device_map,
+            attn_implementation=None,  # not what a configuration that was saved under a plan says
+            **options,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
         raise _not_found(spec, error) from error
+    vars(model.config.get_text_config(decoder=True)).pop(CONFIG_ATTRIBUTE, None)
     model.eval().requires_grad_(False)
     return (model if device_map is not None else model.to(torch.device(place))), tokenizer
 
