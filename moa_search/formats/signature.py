@@ -77,10 +77,15 @@ class ModelSignature(BaseModel):
         """The signature of a transformers configuration (its text decoder, where it nests several).
 
         Raises:
-            ModelUnsupportedError: The configuration names no layers or attention heads, or heads that can't
-                share KV heads evenly.
+            ModelUnsupportedError: The configuration names no layers or attention heads, heads that can't share KV
+                heads evenly, or settings that differ from layer to layer.
         """
         text = config.get_text_config(decoder=True)
+        if getattr(text, "is_heterogeneous", False):
+            settings = ", ".join(sorted(text.per_layer_attributes))
+            raise ModelUnsupportedError(
+                f"{text.model_type}: settings differ from layer to layer ({settings}); a plan knows one value for all"
+            )
         heads = getattr(text, "num_attention_heads", None)
         layers = getattr(text, "num_hidden_layers", None)
         if not isinstance(heads, int) or not isinstance(layers, int):

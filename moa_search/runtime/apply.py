@@ -148,6 +148,12 @@ def _attention_modules(
     """The text decoder's modules that know their layer, with its rules."""
     name = type(model).__name__
     require_attention_interface(model)
+    ranks = getattr(model, "_tp_size", None) or 1
+    if ranks > 1:
+        raise ModelUnsupportedError(
+            f"{name}: tensor parallelism splits its KV heads over {ranks} processes, and a plan isn't sliced for each; "
+            "spread layers with device_map instead"
+        )
     decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
     found = {
         id(module): (module, rules[module.layer_idx])
