@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from moa_search.api import (
         compare_searchers,
         evaluate_model,
+        export_plan,
+        import_plan,
         merge_profiles,
         profile_model,
         search_front,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from moa_search.errors import MoAError
     from moa_search.formats import ModelSignature, Plan, Profile
     from moa_search.models import load_model
-    from moa_search.runtime import MoACache, apply_plan, remove_plan
+    from moa_search.runtime import MoACache, apply_plan, from_pretrained, remove_plan
     from moa_search.spans import SpanRule
 
 _HOMES = {
@@ -38,6 +40,9 @@ _HOMES = {
     "apply_plan": "moa_search.runtime",
     "compare_searchers": "moa_search.api",
     "evaluate_model": "moa_search.api",
+    "export_plan": "moa_search.api",
+    "from_pretrained": "moa_search.runtime",
+    "import_plan": "moa_search.api",
     "load_model": "moa_search.models",
     "merge_profiles": "moa_search.api",
     "profile_model": "moa_search.api",
@@ -59,6 +64,9 @@ __all__ = [
     "apply_plan",
     "compare_searchers",
     "evaluate_model",
+    "export_plan",
+    "from_pretrained",
+    "import_plan",
     "load_model",
     "merge_profiles",
     "profile_model",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moa_search.architecture import require_causal
 from moa_search.errors import ConfigError, ModelNotFoundError
+from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.formats.files import sha256_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEMO_MODEL",
     "cache_dir",
+    "load_config",
     "load_model",
     "resolve_dtype",
     "weights_hash",
@@ -40,6 +42,8 @@ def load_model(
     spec: str, *, dtype: str = "auto", device: str = "auto", device_map: str | None = None, local_rank: int = 0
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, ready for inference.
+
+    A model that was saved under a plan comes without it; `moa_search.from_pretrained` applies it again.
 
     Args:
         spec: A Hugging Face hub id, a local model directory, a ``.gguf`` file, or ``"demo"`` for
@@ -73,15 +77,35 @@ def load_model(
         require_causal(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype, place), device_map=device_map, **options
+            source,
+            dtype=resolve_dtype(dtype, place),
+            device_map=device_map,
+            attn_implementation=None,  # not what a configuration that was saved under a plan says
+            **options,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}") from error
+        raise _not_found(spec, error) from error
+    vars(model.config.get_text_config(decoder=True)).pop(CONFIG_ATTRIBUTE, None)
     model.eval().requires_grad_(False)
     return (model if device_map is not None else model.to(torch.device(place))), tokenizer
+
+
+def load_config(spec: str) -> Any:
+    """The transformers configuration of a model, without its weights.
+
+    Args:
+        spec: As for `load_model`.
+
+    Raises:
+        ModelNotFoundError: ``spec`` names nothing that can be loaded.
+    """
+    source, options = _source(spec)
+    try:
+        return _read_config(source, options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _not_found(spec, error) from error
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
@@ -143,6 +167,11 @@ def _source(spec: str) -> tuple[str, dict[str, Any]]:
     if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise ModelNotFoundError(f"model {spec!r} is neither a folder, a .gguf file nor a hub id")
     return spec, {}
+
+
+def _not_found(spec: str, error: Exception) -> ModelNotFoundError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}")
 
 
 def _read_config(source: str, options: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ Heavy libraries are imported inside the functions, so that ``--help`` stays quic
 
 from moa_search.api.common import Criterion, Dtype, Searcher
 from moa_search.api.comparing import compare_searchers
+from moa_search.api.converting import PlanFormat, export_plan, import_plan
 from moa_search.api.evaluating import evaluate_model
 from moa_search.api.inspecting import inspect_plan
 from moa_search.api.profiling import merge_profiles, profile_model
@@ -15,9 +16,12 @@ from moa_search.api.validating import validate_front
 __all__ = [
     "Criterion",
     "Dtype",
+    "PlanFormat",
     "Searcher",
     "compare_searchers",
     "evaluate_model",
+    "export_plan",
+    "import_plan",
     "inspect_plan",
     "merge_profiles",
     "profile_model",

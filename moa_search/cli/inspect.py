@@ -1,4 +1,4 @@
-"""``moa-inspect``: show a plan."""
+"""``moa-inspect``: show a plan, ours or another tool's, and convert it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moa_search.formats import Plan
 
 
-def show(plan: Plan, /, *, lengths: Sequence[int], output: str | None, **options: Any) -> None:
+def show(plan: Plan, /, *, lengths: Sequence[int], output: str | None, save: str | None, **options: Any) -> None:
     """Print origin, densities, rules and spans."""
     from moa_search.inspection import default_lengths, density_table, origin_lines, rule_table, span_table
 
@@ -27,6 +27,8 @@ def show(plan: Plan, /, *, lengths: Sequence[int], output: str | None, **options
     console.print(span_table(plan, max(shown)))
     if output is not None:
         print(f"heat map written to {output}")
+    if save is not None:
+        print(f"plan written to {save}")
 
 
 def main() -> NoReturn:

@@ -123,10 +123,11 @@ class Provenance(_Strict):
     gap: float | None = Field(default=None, description="(objective - dual bound) / objective")
     versions: dict[str, str] = Field(default_factory=dict)
     knobs: dict[str, float | str] = Field(default_factory=dict, description="setting of the outer loop that found it")
+    notes: tuple[str, ...] = Field(default=(), description="what an import from another format changed and cost")
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name != "knobs" or value}
+        return {name: value for name, value in handler(self).items() if name not in ("knobs", "notes") or value}
 
 
 class Validation(_Strict):

@@ -26,6 +26,9 @@ OTHER_KEYS = (
     "num_experts",
 )
 
+UNKNOWN_CONTEXT = 4096
+"""Tokens assumed where a configuration names no context."""
+
 
 class ModelSignature(BaseModel):
     """The configuration fields that decide whether a plan fits a model.
@@ -62,15 +65,27 @@ class ModelSignature(BaseModel):
         """Query heads that share one KV head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def usual_lengths(self) -> list[int]:
+        """A quarter, half and all of the model's context in tokens, increasing; where to look if nobody says."""
+        context = self.config.get("max_position_embeddings")
+        longest = context if isinstance(context, int) else UNKNOWN_CONTEXT
+        return sorted({max(1, longest // 4), max(1, longest // 2), longest})
+
     @classmethod
     def of(cls, config: Any) -> ModelSignature:
         """The signature of a transformers configuration (its text decoder, where it nests several).
 
         Raises:
-            ModelUnsupportedError: The configuration names no layers or attention heads, or heads that can't
-                share KV heads evenly.
+            ModelUnsupportedError: The configuration names no layers or attention heads, heads that can't share KV
+                heads evenly, or settings that differ from layer to layer.
         """
         text = config.get_text_config(decoder=True)
+        if getattr(text, "is_heterogeneous", False):
+            settings = ", ".join(sorted(text.per_layer_attributes))
+            raise ModelUnsupportedError(
+                f"{text.model_type}: settings differ from layer to layer ({settings}); a plan knows one value for all"
+            )
         heads = getattr(text, "num_attention_heads", None)
         layers = getattr(text, "num_hidden_layers", None)
         if not isinstance(heads, int) or not isinstance(layers, int):

@@ -36,9 +36,7 @@ def default_lengths(plan: Plan) -> list[int]:
     """The lengths a plan was made for, or a quarter, half and all of the model's context."""
     if plan.predicted:
         return [metrics.length for metrics in plan.predicted]
-    context = plan.model.config.get("max_position_embeddings")
-    longest = context if isinstance(context, int) else 4096
-    return sorted({max(1, longest // 4), max(1, longest // 2), longest})
+    return plan.model.usual_lengths
 
 
 def origin_lines(plan: Plan) -> list[str]:
@@ -59,6 +57,7 @@ def origin_lines(plan: Plan) -> list[str]:
         bound = f"; {budgets}" if budgets else ""
         gap = "" if origin.gap is None else f"; proven within {origin.gap:.2%} of the optimum"
         lines.append(f"found by  {how}{bound}{gap}")
+        lines += [f"note      {escape(note)}" for note in origin.notes]
     return lines
 
 

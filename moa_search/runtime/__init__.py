@@ -2,5 +2,6 @@
 
 from moa_search.runtime.apply import applied, apply_plan, remove_plan
 from moa_search.runtime.cache import MoACache
+from moa_search.runtime.loading import from_pretrained
 
-__all__ = ["MoACache", "applied", "apply_plan", "remove_plan"]
+__all__ = ["MoACache", "applied", "apply_plan", "from_pretrained", "remove_plan"]

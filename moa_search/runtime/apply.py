@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,12 +13,14 @@ from transformers.generation import GenerationMode
 
 from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
+from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE, PLAN_FILE
 from moa_search.runtime.attention import NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.cache import MoACache
 from moa_search.runtime.rules import LayerRules, layer_rules
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import os
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -26,7 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["applied", "apply_plan", "remove_plan"]
 
 STATE_ATTRIBUTE = "_moa_applied"
-CONFIG_ATTRIBUTE = "moa_plan"
+SAVED_ATTENTION_ATTRIBUTE = "attn_implementation"
+"""Attribute of the configuration that, once saved, `from_pretrained` of transformers takes for the attention to use.
+
+Without it, a plain reload would run dense in silence. With it, the reload asks for `NAME`: an error where nobody has
+registered that, and an error in the first forward pass otherwise, since no plan is applied."""
 
 
 @dataclass
@@ -47,9 +54,9 @@ class _Applied:
 def apply_plan(model: Any, plan: Plan) -> Any:
     """Make a model attend as a plan says, in place.
 
-    From then on `generate` builds a `MoACache` by itself. A plan that was applied before is replaced. The
-    model's configuration keeps the plan as ``moa_plan`` and is saved with it, but transformers doesn't save
-    the choice of attention: apply the plan again after `from_pretrained`.
+    From then on `generate` builds a `MoACache` by itself, and `save_pretrained` writes the plan beside the weights,
+    as ``moa_plan.json``, and into the configuration; `moa_search.from_pretrained` loads such a folder. A plan that was
+    applied before is replaced.
 
     Args:
         model: A transformers decoder.
@@ -69,6 +76,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     register()
     state: _Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:
+        if text._attn_implementation == NAME:  # a plain reload of a model that was saved under a plan
+            _set_attention(model, text, None)
         state = _Applied(plan, attention=text._attn_implementation, overridden={})
     _set_attention(model, text, NAME)
     if text._attn_implementation != NAME:
@@ -77,6 +86,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     for module, module_rules in modules:
         setattr(module, RULES_ATTRIBUTE, module_rules)
     setattr(text, CONFIG_ATTRIBUTE, plan.model_dump(mode="json", by_alias=True))
+    setattr(model.config, SAVED_ATTENTION_ATTRIBUTE, _attention_choice(model, text, NAME))
     if getattr(model, STATE_ATTRIBUTE, None) is None:
         for name, hook in HOOKS.items():
             if name in vars(model):
@@ -102,6 +112,7 @@ def remove_plan(model: Any) -> Any:
     for module in model.modules():
         vars(module).pop(RULES_ATTRIBUTE, None)
     vars(text).pop(CONFIG_ATTRIBUTE, None)
+    vars(model.config).pop(SAVED_ATTENTION_ATTRIBUTE, None)
     for name in HOOKS:
         delattr(model, name)
         if name in state.overridden:
@@ -137,6 +148,12 @@ def _attention_modules(
     """The text decoder's modules that know their layer, with its rules."""
     name = type(model).__name__
     require_attention_interface(model)
+    ranks = getattr(model, "_tp_size", None) or 1
+    if ranks > 1:
+        raise ModelUnsupportedError(
+            f"{name}: tensor parallelism splits its KV heads over {ranks} processes, and a plan isn't sliced for each; "
+            "spread layers with device_map instead"
+        )
     decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
     found = {
         id(module): (module, rules[module.layer_idx])
@@ -151,15 +168,19 @@ def _attention_modules(
     return list(found.values())
 
 
-def _set_attention(model: Any, text: Any, name: str) -> None:
-    """Set the text decoder's attention implementation and no other part's."""
+def _set_attention(model: Any, text: Any, name: str | None) -> None:
+    """Set the text decoder's attention implementation and no other part's; None for transformers' default."""
+    model.set_attn_implementation(_attention_choice(model, text, name))
+
+
+def _attention_choice(model: Any, text: Any, name: str | None) -> Any:
+    """What transformers wants to be told to change the text decoder's attention only."""
     if text is model.config:
-        model.set_attn_implementation(name)
-        return
+        return name
     key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
     if key is None:
         raise ModelUnsupportedError(f"{type(model).__name__}: its text decoder is nested too deeply")
-    model.set_attn_implementation({key: name})
+    return {key: name}
 
 
 def _original(model: Any, name: str) -> Any:
@@ -195,7 +216,18 @@ def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> NoReturn
     raise UnsupportedInputError("continuous batching can't run under a plan; call remove_plan(model) first")
 
 
-HOOKS = {
+def _save_pretrained(
+    model: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+) -> Any:
+    """Save the model as ever, and its plan beside it."""
+    result = _original(model, "save_pretrained")(save_directory, is_main_process, *args, **kwargs)
+    if is_main_process and Path(save_directory).is_dir():
+        getattr(model, STATE_ATTRIBUTE).plan.save(Path(save_directory) / PLAN_FILE)
+    return result
+
+
+HOOKS: dict[str, Callable[..., Any]] = {
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "init_continuous_batching": _init_continuous_batching,
+    "save_pretrained": _save_pretrained,
 }

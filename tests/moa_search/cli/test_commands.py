@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,28 @@ def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plans_of_other_tools_are_shown_and_converted(call, tmp_path):
+    golden = Path(__file__).parents[2] / "golden"
+    model = golden / "moa-plan-1.json"
+    status, out, err = call(
+        "moa-inspect", golden / "moa-alphas-betas.json", "--model", model, "--save", tmp_path / "plan.json"
+    )
+    assert status == 0, err
+    assert "imported MoA" in out
+    assert "density per query head -> per KV head: " in out
+    assert f"plan written to {tmp_path / 'plan.json'}" in out
+    status, out, err = call(
+        "moa-inspect", tmp_path / "plan.json", "--lengths", 4096, "--format", "moa", "--save", tmp_path / "moa.json"
+    )
+    assert status == 0, err
+    assert "density per query head -> per KV head: " in out, "the file still says so"
+    assert json.loads((tmp_path / "moa.json").read_text())["alphas"][0] == [1024, 1024, 0, 0]
+    numbers = "layers=2,heads=4,kv_heads=2,head_dim=16"
+    status, out, err = call("moa-inspect", golden / "duo-attention", "--model", numbers, "--sparsity", 0.75)
+    assert status == 0, err
+    assert "sparsity 0.75: 1 of 4 KV heads are dense, the others keep 64 + 256 tokens" in out
+
+
 def test_search_twice_is_byte_identical(call, profiled, tmp_path):
     for name in ("one", "two"):
         assert call("moa-search", profiled, "--density", 0.5, "--output", tmp_path / name)[0] == 0
@@ -129,6 +152,8 @@ class TestOptions:
             "robust": 0.5, "min_span": 64, "layer_floor": ["0=1.0"], "validate": "demo", "searchers": ["moa", "duo"],
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
             "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
+            "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
+            "format": "moa", "reanchor": True,
         }  # fmt: skip
         import inspect as introspect
 
@@ -157,8 +182,6 @@ class TestOptions:
 
     @pytest.mark.parametrize("folder", ["profile", "search", "eval"])
     def test_shipped_configurations_parse(self, folder):
-        from pathlib import Path
-
         program = f"moa-{folder}"
         parser = build_parser(program, COMMANDS[program][1], first=COMMANDS[program][2])
         files = sorted((Path(__file__).parents[3] / "configs" / folder).glob("*.yaml"))
@@ -228,8 +251,17 @@ class TestBadInput:
         check_refused("moa-search", broken, "--output", tmp_path / "out", says=["broken.safetensors", "truncated"])
 
     def test_foreign_file(self, check_refused, tmp_path):
-        (tmp_path / "plan.json").write_text(json.dumps({"alphas": [[1]], "betas": [[0.5]]}))
+        (tmp_path / "plan.json").write_text(json.dumps({"layers": [[1]]}))
         check_refused("moa-inspect", tmp_path / "plan.json", says=["plan.json", "not a moa-search plan"])
+
+    def test_plan_of_another_tool(self, check_refused, tmp_path, tiny_model_dir):
+        (tmp_path / "moa.json").write_text(json.dumps({"alphas": [[1]], "betas": [[0.5]]}))
+        inspected = ("moa-inspect", tmp_path / "moa.json")
+        check_refused(*inspected, says=["moa.json", "doesn't say which model", "give model"])
+        check_refused(*inspected, "--model", tiny_model_dir, says=["it has 1 layers, the model 2"])
+        check_refused(*inspected, "--model", "layers=1,heads=one", says=["layers=1,heads=one", "kv_heads"])
+        check_refused(*inspected, "--format", "duo", says=["format", "give save"])
+        check_refused(*inspected, "--format", "duoo", "--save", tmp_path / "x", says=["did you mean 'duo'"])
 
     def test_missing_file(self, check_refused, tmp_path):
         check_refused(

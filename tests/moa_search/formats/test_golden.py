@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from moa_search.formats import ModelSignature, Plan, Profile
+from moa_search.formats.foreign import read_foreign
 from moa_search.formats.plan import Budget, LengthMetrics, Provenance
 from moa_search.formats.profile import (
     MEAN_STATISTICS,
@@ -128,6 +129,21 @@ def test_plan_1_with_native_layers(tmp_path: Path) -> None:
     assert loaded == NATIVE_PLAN_1
     loaded.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == golden.read_bytes()
+
+
+def test_moas_alphas_and_betas(tmp_path: Path) -> None:
+    """What they become as a plan, notes and all, is golden too."""
+    golden = GOLDEN / "moa-plan-1-imported.json"
+    found = read_foreign(GOLDEN / "moa-alphas-betas.json", MODEL).model_copy(update={"library_version": "0.1.0"})
+    assert found == Plan.load(golden)
+    found.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == golden.read_bytes()
+
+
+def test_duo_attentions_pattern() -> None:
+    plan = read_foreign(GOLDEN / "duo-attention", MODEL)
+    assert plan.rules == [[DENSE, SpanRule(320, 0)]] * 2
+    assert (plan.sink, plan.model) == (64, MODEL)
 
 
 def test_profile_1(tmp_path: Path) -> None:

@@ -98,20 +98,6 @@ def test_a_copy_of_a_model_under_a_plan_is_under_it_by_itself():
     assert torch.equal(generate(remove_plan(twin)), generate(model))
 
 
-def test_the_configuration_keeps_the_plan_on_disk(tmp_path):
-    model = tiny_model()
-    plan = tiny_plan(model)
-    apply_plan(model, plan)
-    expected = generate(model)
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert loaded.config._attn_implementation == "sdpa"
-    loaded.generation_config.eos_token_id = None
-    again = Plan.model_validate(loaded.config.moa_plan)
-    assert again == plan
-    assert torch.equal(generate(apply_plan(loaded, again)), expected)
-
-
 def test_choosing_another_attention_suspends_the_plan():
     model = tiny_model()
     before = generate(model)

@@ -1,0 +1,157 @@
+"""Plans from and for other tools."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moa_search.api.common import require_positive, require_writable, require_writable_folder
+from moa_search.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moa_search.formats import ModelSignature, Plan
+
+__all__ = ["PlanFormat", "export_plan", "import_plan"]
+
+PlanFormat = Literal["plan", "moa", "duo"]
+
+SIZES = ("layers", "heads", "kv_heads", "head_dim")
+"""What a model given by its numbers alone is made of."""
+
+
+def import_plan(
+    plan: str | Plan,
+    *,
+    model: str | Plan | ModelSignature | Any | None = None,
+    fold_lengths: Sequence[int] = (),
+    threshold: float | None = None,
+    sparsity: float | None = None,
+    sink: int | None = None,
+    recent: int | None = None,
+) -> Plan:
+    """Read a plan of ours, of MoA's or of DuoAttention's; the content says which it is.
+
+    MoA's plans come out with ``anchor: prompt``; ``plan.anchored_at(length)`` makes them runnable. The notes in
+    ``plan.provenance`` say what the import rounded, joined and cost.
+
+    Args:
+        plan: File with a plan of ours or MoA's alphas and betas, or DuoAttention's folder or table of scores; in
+            Python also a Plan.
+        model: What other tools' plans were made for, since they don't say: a hub id, a folder, a plan or profile of
+            the model, or layers=32,heads=32,kv_heads=8,head_dim=128 to look at it only; a plan of ours is checked.
+        fold_lengths: MoA's plans: context lengths in tokens between which the rule of a KV head has to keep what its
+            query heads' rules keep; by default everywhere, which may take more memory.
+        threshold: DuoAttention's: heads with at least this score are dense (0.5 by default).
+        sparsity: DuoAttention's: share of heads that aren't dense, instead of a threshold.
+        sink: DuoAttention's: first tokens that the other heads keep; by default what the config.json beside it says.
+        recent: DuoAttention's: newest tokens that they keep, likewise.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanFormatError: The file is damaged.
+        ModelMismatchError: It is of another model.
+        ModelNotFoundError: ``model`` names nothing that can be loaded.
+        ConfigError: An option is missing, out of range or for another format.
+    """
+    from moa_search.formats import Plan
+    from moa_search.formats.foreign import find_format, read_foreign
+
+    options = {
+        "fold_lengths": list(fold_lengths) or None,
+        "threshold": threshold,
+        "sparsity": sparsity,
+        "sink": sink,
+        "recent": recent,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if fold_lengths:
+        require_positive(fold_lengths=min(fold_lengths))
+    if isinstance(plan, Plan) or find_format(plan) == "plan":
+        if given:
+            raise ConfigError(f"{next(iter(given))}: it is for plans of other tools")
+        loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+        if model is not None:
+            loaded.model.require(_signature(model), "the plan")
+        return loaded
+    if model is None:
+        raise ConfigError(
+            f"{plan}: a plan of another tool doesn't say which model it is for; give model: a hub id, a folder, a plan "
+            "or profile of it"
+        )
+    return read_foreign(plan, _signature(model), **given)  # type: ignore[arg-type]
+
+
+def export_plan(plan: str | Plan, output: str, *, format: PlanFormat = "moa", reanchor: bool = False) -> Plan:
+    """Write a plan in another tool's format, or say why that can't express it.
+
+    Args:
+        plan: Plan file; in Python also a Plan.
+        output: File to write; for DuoAttention a folder.
+        format: ``moa`` for MoA's alphas and betas, ``duo`` for DuoAttention's folder, ``plan`` for ours.
+        reanchor: ``moa``: write rules that are evaluated at every position, too; MoA evaluates them once, at the total
+            length, so that earlier tokens attend more.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: The format can't express the plan, or the file can't be written.
+    """
+    from moa_search.formats import Plan
+    from moa_search.formats.foreign import save_as
+
+    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if format == "duo":
+        require_writable_folder(output)
+    else:
+        require_writable(output)
+    save_as(loaded, output, format, reanchor=reanchor)
+    return loaded
+
+
+def _signature(model: Any) -> ModelSignature:
+    """The signature of whatever stands for a model."""
+    from moa_search.formats import ModelSignature, Plan, Profile
+
+    if isinstance(model, ModelSignature):
+        return model
+    if isinstance(model, Plan):
+        return model.model
+    if not isinstance(model, str | os.PathLike):
+        return ModelSignature.of(getattr(model, "config", model))
+    spec = os.fspath(model)
+    if Path(spec).is_file() and spec.endswith(".safetensors"):
+        return Profile.load(spec).header.model
+    if Path(spec).is_file() and not spec.endswith(".gguf"):
+        return Plan.load(spec).model
+    if "=" in spec:
+        return _from_numbers(spec)
+    from moa_search.models import load_config
+
+    return ModelSignature.of(load_config(spec))
+
+
+def _from_numbers(spec: str) -> ModelSignature:
+    """A signature from ``layers=32,heads=32,kv_heads=8,head_dim=128``; it fits no model but tells heads apart."""
+    from moa_search.formats import ModelSignature
+
+    entries = [entry.partition("=") for entry in spec.split(",")]
+    numbers = {name.strip(): value.strip() for name, _, value in entries}
+    if sorted(numbers) != sorted(SIZES) or len(entries) != len(SIZES):
+        raise ConfigError(f"model: {spec!r} has to give {', '.join(SIZES)}, as in layers=32,heads=32,...")
+    if not all(value.isdecimal() and int(value) for value in numbers.values()):
+        raise ConfigError(f"model: {spec!r} holds something other than whole numbers over 0")
+    layers, heads, kv_heads, head_dim = (int(numbers[name]) for name in SIZES)
+    if heads % kv_heads:
+        raise ConfigError(f"model: {heads} query heads can't share {kv_heads} KV heads evenly")
+    return ModelSignature(
+        architecture="unknown",
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+    )

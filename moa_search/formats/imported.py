@@ -1,0 +1,19 @@
+"""What a plan from another format says of its origin and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moa_search.formats.plan import LengthMetrics, Plan, Provenance
+
+__all__ = ["imported"]
+
+
+def imported(plan: Plan, origin: str, notes: Sequence[str], lengths: Sequence[int]) -> Plan:
+    """``plan`` with its origin, what the import changed, and its densities at ``lengths`` tokens."""
+    predicted = tuple(
+        LengthMetrics(length=length, density=plan.density(length), attention_density=plan.attention_density(length))
+        for length in lengths
+    )
+    provenance = Provenance(searcher=f"imported {origin}", notes=tuple(notes))
+    return plan.model_copy(update={"provenance": provenance, "predicted": predicted})

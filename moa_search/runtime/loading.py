@@ -1,0 +1,59 @@
+"""Loading a model that was saved under a plan."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
+
+from moa_search.formats import Plan
+from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE, PLAN_FILE, read_saved_plan
+from moa_search.runtime.apply import apply_plan
+from moa_search.runtime.rules import layer_rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["from_pretrained"]
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def from_pretrained(name: str | os.PathLike[str], *, plan: Plan | str | None = None, **options: Any) -> PreTrainedModel:
+    """Load a model that `save_pretrained` wrote under a plan, and put it under that plan again.
+
+    The plan is that of ``moa_plan.json`` beside the weights, or else the one in the configuration, and is checked
+    before any weights are read.
+
+    Args:
+        name: Folder or hub id.
+        plan: A plan, or its file, to use instead.
+        **options: For transformers' ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``device_map``.
+            ``attn_implementation`` is what `remove_plan` goes back to.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ConfigError: There is no plan, there are two different ones, or its rules aren't anchored at positions.
+        PlanFormatError: The plan is damaged.
+        ModelMismatchError: It was made for another model.
+        ModelUnsupportedError: The model's attention can't be replaced.
+    """
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    config = options.get("config")
+    if config is None:
+        trusted = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
+        config = AutoConfig.from_pretrained(name, **hub, **trusted)
+    if plan is None:
+        file = cached_file(name, PLAN_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+        plan = read_saved_plan(
+            os.fspath(name), file, getattr(config.get_text_config(decoder=True), CONFIG_ATTRIBUTE, None)
+        )
+    elif not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    layer_rules(plan, config)
+    options.setdefault("attn_implementation", None)  # not what the configuration says, which is the plan's
+    return apply_plan(AutoModelForCausalLM.from_pretrained(name, **options), plan)
