@@ -59,6 +59,7 @@ def import_plan(
     """
     from moa_search.formats import Plan
     from moa_search.formats.foreign import find_format, read_foreign
+    from moa_search.search.budgets.specs import MAX_LENGTH
 
     options = {
         "fold_lengths": list(fold_lengths) or None,
@@ -70,6 +71,8 @@ def import_plan(
     given = {name: value for name, value in options.items() if value is not None}
     if fold_lengths:
         require_positive(fold_lengths=min(fold_lengths))
+        if max(fold_lengths) > MAX_LENGTH:
+            raise ConfigError(f"fold_lengths: {max(fold_lengths)} is out of range; it must be at most {MAX_LENGTH}")
     if isinstance(plan, Plan) or find_format(plan) == "plan":
         if given:
             raise ConfigError(f"{next(iter(given))}: it is for plans of other tools")

@@ -51,6 +51,12 @@ def test_a_plan_of_ours_is_only_checked(tiny_plan, tiny_model_dir, tmp_path):
         import_plan(tiny_plan, sparsity=0.5)
 
 
+@pytest.mark.parametrize("length", [0, 10**12])
+def test_lengths_out_of_range(length):
+    with pytest.raises(ConfigError, match=r"fold_lengths: .* is out of range"):
+        import_plan(MOA, model="layers=2,heads=4,kv_heads=2,head_dim=8", fold_lengths=[4096, length])
+
+
 @pytest.mark.parametrize("format", ["plan", "moa", "duo"])
 def test_export(tiny_model_dir, tmp_path, format):
     plan = import_plan(DUO if format == "duo" else MOA, model=str(tiny_model_dir))
