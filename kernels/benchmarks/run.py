@@ -96,6 +96,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"
+    elif not importlib.import_module("torch").cuda.is_available():
+        parser.error("there is no CUDA device; --tiny runs the same code without one")
     options.lengths = options.lengths or ([96] if options.tiny else [32768, 131072])
     options.output.mkdir(parents=True, exist_ok=True)
     found = []
