@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "LOG2E", "MASKED", "oldest_key", "soft_cap"]
+__all__ = ["LN2", "LOG2E", "MASKED", "close_softmax", "oldest_key", "scores_of", "soft_cap"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -33,3 +33,31 @@ def soft_cap(scores, CAP: tl.constexpr):
     square = ratio * ratio
     near = ratio + ratio * square * (square * (square * (square * (62 / 2835) - 17 / 315) + 2 / 15) - 1 / 3)
     return tl.where(square < 0.0625, near, far) * CAP
+
+
+@triton.jit
+def scores_of(products, scale, CAP: tl.constexpr):
+    """Scores in powers of two from products of queries and keys; CAP 0 means no soft cap."""
+    return soft_cap(products * scale, CAP) * LOG2E if CAP > 0 else products * (scale * LOG2E)
+
+
+@triton.jit
+def close_softmax(top, total, sink_logit, HAS_SINK_LOGITS: tl.constexpr):
+    """Factor on the weighted sum of values, and natural-log LSE, of rows.
+
+    Args:
+        top: Largest score so far, in powers of two; MASKED without any.
+        total: Sum of exponentials below ``top``; 0 for a row that attends nothing.
+        sink_logit: A further logit, in powers of two.
+        HAS_SINK_LOGITS: Whether there is one.
+    """
+    factor = tl.full(top.shape, 1.0, tl.float32)
+    if HAS_SINK_LOGITS:
+        higher = tl.maximum(top, sink_logit)
+        factor = tl.math.exp2(top - higher)
+        total = total * factor + tl.math.exp2(sink_logit - higher)
+        top = higher
+    dead = total == 0.0
+    total = tl.where(dead, 1.0, total)
+    lse = tl.where(dead, float("-inf"), (top + tl.math.log2(total)) * LN2)
+    return factor / total, lse

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Case:
     num_stages: int = 3
     tensor_cores: bool = True
     max_registers: int | None = None
-    report: dict[str, Any] = field(default_factory=dict)
 
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {}
@@ -57,7 +56,7 @@ def prefill_cases(arch: str) -> Iterator[Case]:
     pointers = {"Query": "*bf16", "Key": "*bf16", "Value": "*bf16", "Out": "*bf16", "Lse": "*fp32", "Work": "*i32"}
     pointers |= dict.fromkeys(("PartialAcc", "PartialTotal", "PartialTop"), "*fp32") | {"Spans": "*i32"}
     strides = [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bht"]
-    numbers = {"scale_log2": "fp32"} | dict.fromkeys(("sliding_window", "queries", "keys", "heads", *strides), "i32")
+    numbers = {"scale": "fp32"} | dict.fromkeys(("sliding_window", "queries", "keys", "heads", *strides), "i32")
     for dim in HEAD_DIMS:
         config = table_config("prefill", arch, dim, 2)
         shape = {"DIM": dim, "BLOCK_M": config.block_m, "BLOCK_D": padded(dim)}
@@ -182,7 +181,7 @@ def influence_cases(arch: str) -> Iterator[Case]:
             cut = config if name == "rows" else tiling(config, [unit], bucket_rows, capped=softcap is not None)
             strides = tuple(argument for argument in kernel.arg_names if argument.startswith("stride_"))
             types = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | {"scale": "fp32"}
-            constants = {"CAP": softcap, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+            constants = {"CAP": softcap or 0.0, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
             constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "UPCAST": False}
             constants |= {} if has_logits else {"SINK_LOGITS": None}
             constants |= {} if name == "rows" else {"LANES": cut.lanes(int(arch[3]))}

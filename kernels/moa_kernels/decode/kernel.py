@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moa_kernels.backends import interpreting, multiprocessors
-from moa_kernels.device import LN2, LOG2E, MASKED, oldest_key, soft_cap
+from moa_kernels.device import LOG2E, MASKED, close_softmax, oldest_key, scores_of
 from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded, rows_contiguous
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
@@ -76,28 +76,6 @@ def _planned_reach(
     sink, capacity, min_span, alpha, beta_256 = _rules(layout, spans, pair % kv_heads, known)
     _, sunk, _, ringed = _in_reach(length, sink, capacity, min_span, alpha, beta_256, sliding_window, NEW)
     return sunk + ringed
-
-
-@triton.jit
-def _closing(top, total, sink_logit, HAS_SINK_LOGITS: tl.constexpr):
-    """Factor on the weighted sum of values, and natural-log LSE, of rows.
-
-    Args:
-        top: Largest logit so far, in powers of two; MASKED without any.
-        total: Sum of exponentials below ``top``.
-        sink_logit: A further logit, in powers of two.
-        HAS_SINK_LOGITS: Whether there is one.
-    """
-    factor = tl.full(top.shape, 1.0, tl.float32)
-    if HAS_SINK_LOGITS:
-        higher = tl.maximum(top, sink_logit)
-        factor = tl.math.exp2(top - higher)
-        total = total * factor + tl.math.exp2(sink_logit - higher)
-        top = higher
-    dead = total == 0.0
-    total = tl.where(dead, 1.0, total)
-    lse = tl.where(dead, float("-inf"), (top + tl.math.log2(total)) * LN2)
-    return factor / total, lse
 
 
 @triton.jit
@@ -195,8 +173,7 @@ def split_kernel(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee")
-        scores = soft_cap(scores * scale, SOFTCAP) * LOG2E if SOFTCAP > 0 else scores * (scale * LOG2E)
+        scores = scores_of(tl.dot(q, k, input_precision="ieee"), scale, SOFTCAP)
         visible = there[None, :]
         if NEW > 1:
             at = tl.where(sunken, sunk_from + index, ring_from + later)[None, :]
@@ -216,7 +193,7 @@ def split_kernel(
         sink_logit = top
         if HAS_SINK_LOGITS:
             sink_logit = tl.load(sink_logits + query_head, mask=real, other=0.0).to(tl.float32) * LOG2E
-        factor, row_lse = _closing(top, total, sink_logit, HAS_SINK_LOGITS)
+        factor, row_lse = close_softmax(top, total, sink_logit, HAS_SINK_LOGITS)
         result = mine.to(tl.int64) * ROWS + row
         tl.store(lse + result, row_lse, mask=real)
         tl.store(
@@ -268,7 +245,7 @@ def merge_kernel(
     sink_logit = top
     if HAS_SINK_LOGITS:
         sink_logit = tl.load(sink_logits + pair % kv_heads * (ROWS // NEW) + row // NEW).to(tl.float32) * LOG2E
-    factor, row_lse = _closing(top, total, sink_logit, HAS_SINK_LOGITS)
+    factor, row_lse = close_softmax(top, total, sink_logit, HAS_SINK_LOGITS)
     result = program.to(tl.int64)
     tl.store(lse + result + tl.arange(0, 1), row_lse)
     tl.store(output + result * HEAD_DIM + column, (acc * factor).to(output.dtype.element_ty), mask=within)

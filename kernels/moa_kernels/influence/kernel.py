@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa_kernels.device import LOG2E, MASKED, soft_cap
+from moa_kernels.device import LOG2E, MASKED, scores_of
 from moa_kernels.influence.reference import SMALLEST_COMPLEMENT, STATISTICS
 
 __all__ = ["aligned_kernel", "banded_kernel", "row_statistics_kernel"]
@@ -46,12 +46,6 @@ def _product(a, b, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, tl.trans(b), input_precision="ieee")
-
-
-@triton.jit
-def _score(product, scale, CAP: tl.constexpr):
-    """Scores in powers of two."""
-    return product * (scale * LOG2E) if CAP is None else soft_cap(product * scale, CAP) * LOG2E
 
 
 @triton.jit
@@ -112,7 +106,7 @@ def row_statistics_kernel(
     for first in tl.range(0, tl.minimum(i0 + BLOCK_M, n), BLOCK_N):
         k = _rows_of(K + shared * stride_kh, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
         v = _rows_of(V + shared * stride_vh, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = _score(_product(q, k, UPCAST), scale, CAP)
+        score = scores_of(_product(q, k, UPCAST), scale, CAP)
         gain = _product(grad, v, UPCAST)
         if first + BLOCK_N > i0:
             score = tl.where((first + tl.arange(0, BLOCK_N))[None, :] <= i[:, None], score, MASKED)
@@ -126,6 +120,18 @@ def row_statistics_kernel(
     tl.store(place, shift, mask=i < n)
     tl.store(place + n, 1.0 / total, mask=i < n)
     tl.store(place + 2 * n, weighted / total, mask=i < n)
+
+
+@triton.jit
+def _own_rows(n, heads, bucket_rows, bucket_tiles, tiles, BLOCK_M: tl.constexpr):
+    """This program's tile and head, the tile's first row, and the row after its bucket's last.
+
+    Long rows first; the query heads of a KV head at the same time, to share its keys in the cache.
+    """
+    tile = tiles - 1 - tl.program_id(0) // heads
+    bucket = tile // bucket_tiles
+    i0 = bucket * bucket_rows + (tile % bucket_tiles) * BLOCK_M
+    return tile, tl.program_id(0) % heads, i0, tl.minimum((bucket + 1) * bucket_rows, n)
 
 
 @triton.jit
@@ -164,7 +170,7 @@ def _sunk(
     for first in tl.range(0, tl.minimum(sink, last + 1), BLOCK_N, num_stages=1):
         k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
         v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = _score(_product(q, k, UPCAST), scale, CAP)
+        score = scores_of(_product(q, k, UPCAST), scale, CAP)
         gain = _product(grad, v, UPCAST)
         j = (first + tl.arange(0, BLOCK_N))[None, :]
         attention = tl.where((j < sink) & (j <= i[:, None]), tl.math.exp2(score - shift[:, None]), 0.0)
@@ -194,12 +200,7 @@ def aligned_kernel(
     everything, the weight of the sink logit included.
     """
     GROUPS: tl.constexpr = BLOCK_M // BLOCK_N
-    # Long rows first; the query heads of a KV head at the same time, to share its keys in the cache.
-    tile = tiles - 1 - tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    bucket = tile // bucket_tiles
-    i0 = bucket * bucket_rows + (tile % bucket_tiles) * BLOCK_M
-    stop = tl.minimum((bucket + 1) * bucket_rows, n)
+    tile, head, i0, stop = _own_rows(n, heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
     if i0 >= stop:
         return
     last = tl.minimum(i0 + BLOCK_M, stop) - 1
@@ -226,7 +227,7 @@ def aligned_kernel(
         first = i0 + (BLOCK_M - BLOCK_N) - t * BLOCK_N
         k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
         v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = _score(_product(q, k, UPCAST), scale, CAP)
+        score = scores_of(_product(q, k, UPCAST), scale, CAP)
         gain = _product(grad, v, UPCAST)
         attention = tl.math.exp2(score - shift[:, None])
         if t == masked:
@@ -275,11 +276,7 @@ def banded_kernel(
     ``WINDOWS`` ends with one more, larger than any distance. ``PARTIAL[heads, tiles, 1, COUNT, bands]`` must hold
     zeros; its last band is what lies beyond the last window. Recall is as in `aligned_kernel`.
     """
-    tile = tiles - 1 - tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    bucket = tile // bucket_tiles
-    i0 = bucket * bucket_rows + (tile % bucket_tiles) * BLOCK_M
-    stop = tl.minimum((bucket + 1) * bucket_rows, n)
+    tile, head, i0, stop = _own_rows(n, heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
     if i0 >= stop:
         return
     last = tl.minimum(i0 + BLOCK_M, stop) - 1
@@ -302,7 +299,7 @@ def banded_kernel(
         for first in tl.range(tl.maximum(i0 - window + 1, sink), last - nearest + 1, BLOCK_N):
             k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
             v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-            score = _score(_product(q, k, UPCAST), scale, CAP)
+            score = scores_of(_product(q, k, UPCAST), scale, CAP)
             gain = _product(grad, v, UPCAST)
             distance = i[:, None] - (first + tl.arange(0, BLOCK_N))[None, :]
             within = (distance >= nearest) & (distance < window)

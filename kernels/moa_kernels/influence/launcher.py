@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from moa_kernels.backends import interpreting
 from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
 from moa_kernels.influence.reference import STATISTICS
-from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded
+from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded, rows_contiguous
 from moa_kernels.spans import FOREVER
 
 __all__ = ["Tiling", "influence_totals", "row_statistics", "tiling"]
@@ -111,7 +111,7 @@ def influence_totals(
     heads, n, head_dim = query.shape
     kv_heads = key.shape[0]
     group = heads // kv_heads
-    query, key, value, grad_out = (_rows_contiguous(x) for x in (query, key, value, grad_out))
+    query, key, value, grad_out = (rows_contiguous(x) for x in (query, key, value, grad_out))
     logits = None if sink_logits is None else sink_logits.float().contiguous()
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
     if out is None or lse is None:
@@ -224,7 +224,7 @@ def _launch(
 
 def _constants(head_dim: int, softcap: float | None, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "CAP": softcap,
+        "CAP": softcap or 0.0,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded(head_dim),
         "UPCAST": interpreting() and dtype == torch.bfloat16,
@@ -233,10 +233,6 @@ def _constants(head_dim: int, softcap: float | None, dtype: torch.dtype) -> dict
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _slices(count: int, bytes_each: int) -> Iterator[slice]:

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from moa_kernels.backends import choose, interpreting, multiprocessors
-from moa_kernels.launch import launch_config, padded
+from moa_kernels.launch import COMPILER_OPTIONS, launch_config, padded, rows_contiguous
 from moa_kernels.prefill.reference import prefill_reference
 from moa_kernels.prefill.work import plan_work
 from moa_kernels.spans import HeadSpans
 
 __all__ = ["span_prefill"]
-
-LOG2E = 1.4426950408889634
 
 MERGE_ROWS = 16
 """Rows that one program merges: few, so that the chip is busy even with one shared tile."""
@@ -91,7 +89,7 @@ def _span_prefill(
 
 
 @_span_prefill.register_fake
-def _(query, key, value, starts, ends, sink_logits, spans, sliding_window, scale, softcap, impl):  # type: ignore[no-untyped-def]
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=wide)
 
@@ -109,7 +107,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     from moa_kernels.prefill.kernel import merge_kernel, prefill_kernel
 
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (rows_contiguous(x) for x in (query, key, value))
     (batch, heads, queries, dim), (kv_heads, keys) = query.shape, key.shape[1:3]
     config = launch_config("prefill", query.device, dim, query.element_size())
     work = plan_work(
@@ -127,17 +125,17 @@ def _launch(
     }  # fmt: skip
     prefill_kernel[(len(work.items),)](
         query, key, value, out, lse, partial_acc, partial_total, partial_top, work.items, spans.tensor(query.device),
-        starts, ends, sink_logits, scale * LOG2E, spans.sliding_window, queries, keys, heads,
+        starts, ends, sink_logits, scale, spans.sliding_window, queries, keys, heads,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         GROUP=heads // kv_heads, BLOCK_N=config.block_n, CAP=softcap or 0.0, SPLIT=work.slots > 0,
         UPCAST=interpreting() and query.dtype == torch.bfloat16,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=config.num_stages,
-        num_warps=config.num_warps, **flags,
+        num_warps=config.num_warps, **flags, **COMPILER_OPTIONS,
     )  # fmt: skip
     if work.slots:
         merge_kernel[(len(work.shared), config.block_m // MERGE_ROWS)](
             partial_acc, partial_total, partial_top, out, lse, work.shared, starts, ends, sink_logits, queries, keys,
-            heads, *out.stride()[:3], ROWS=MERGE_ROWS, **flags,
+            heads, *out.stride()[:3], ROWS=MERGE_ROWS, **flags, **COMPILER_OPTIONS,
         )  # fmt: skip
     return out, lse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa_kernels.device import LN2, LOG2E, MASKED, oldest_key, soft_cap
+from moa_kernels.device import LOG2E, MASKED, close_softmax, oldest_key, scores_of
 
 __all__ = ["merge_kernel", "prefill_kernel"]
 
@@ -29,21 +29,12 @@ def _accumulate(acc, total, top, scores, v, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, total, top, valid, logit, HAS_LOGITS: tl.constexpr):
-    """Output rows and their log-sum-exp, with the weight of a sink logit if there is one."""
-    if HAS_LOGITS:
-        extra = logit * LOG2E
-        highest = tl.maximum(top, extra)
-        shrink = tl.math.exp2(top - highest)
-        total = total * shrink + tl.math.exp2(extra - highest)
-        acc = acc * shrink[:, None]
-        keyless = logit
-    else:
-        highest = top
-        keyless = float("-inf")
-    total = tl.where(valid, total, 1.0)
-    out = tl.where(valid[:, None], acc / total[:, None], 0.0)
-    return out, tl.where(valid, (highest + tl.math.log2(total)) * LN2, keyless)
+def _finish(acc, total, top, valid, Logits, head, HAS_LOGITS: tl.constexpr):
+    """Output rows and their log-sum-exp; rows that aren't ``valid`` attend nothing."""
+    logit = tl.load(Logits + head).to(tl.float32) * LOG2E if HAS_LOGITS else 0.0
+    top, total = tl.where(valid, top, MASKED), tl.where(valid, total, 0.0)
+    factor, lse = close_softmax(top, total, logit, HAS_LOGITS)
+    return tl.where(valid[:, None], acc * factor[:, None], 0.0), lse
 
 
 @triton.jit
@@ -68,7 +59,7 @@ def prefill_kernel(
     Starts,
     Ends,
     Logits,
-    scale_log2,
+    scale,
     sliding_window,
     queries,
     keys,
@@ -193,8 +184,7 @@ def prefill_kernel(
         key_mask, value_mask = offs_d_real[:, None] & real[None, :], real[:, None] & offs_d_real[None, :]
         k = _load_tile(Key + at * stride_kt + key_tile, key_mask, DIM, BLOCK_D, True, UPCAST)
         v = _load_tile(Value + at * stride_vt + value_tile, value_mask, DIM, BLOCK_D, True, UPCAST)
-        scores = tl.dot(query, k, input_precision=PRECISION) * scale_log2
-        scores = soft_cap(scores * LN2, CAP) * LOG2E if CAP > 0 else scores
+        scores = scores_of(tl.dot(query, k, input_precision=PRECISION), scale, CAP)
         seen = (column[None, :] >= oldest[:, None]) | (
             (column < sink_end)[None, :] & (column[None, :] > row[:, None] - sliding_window)
         )
@@ -214,9 +204,7 @@ def prefill_kernel(
             k = _load_tile(Key + next_at * stride_kt + key_tile, offs_d_real[:, None], DIM, BLOCK_D, False, UPCAST)
             next_scores = tl.dot(query, k, input_precision=PRECISION)
             v = _load_tile(Value + at * stride_vt + value_tile, offs_d_real[None, :], DIM, BLOCK_D, False, UPCAST)
-            scores = scores * scale_log2
-            scores = soft_cap(scores * LN2, CAP) * LOG2E if CAP > 0 else scores
-            acc, total, top = _accumulate(acc, total, top, scores, v, PRECISION)
+            acc, total, top = _accumulate(acc, total, top, scores_of(scores, scale, CAP), v, PRECISION)
             scores = next_scores
             at = next_at
 
@@ -228,8 +216,7 @@ def prefill_kernel(
             tl.store(PartialTotal + rows, total)
             tl.store(PartialTop + rows, top)
             return
-    logit = tl.load(Logits + head).to(tl.float32) if HAS_LOGITS else 0.0
-    out, lse = _finish(acc, total, top, valid, logit, HAS_LOGITS)
+    out, lse = _finish(acc, total, top, valid, Logits, head, HAS_LOGITS)
     Out += sample64 * stride_ob + head.to(tl.int64) * stride_oh
     stored = (offs_t < queries)[:, None] & (offs_d < DIM)[None, :]
     tl.store(
@@ -290,8 +277,7 @@ def merge_kernel(
         acc = acc * old[:, None] + tl.load(PartialAcc + rows[:, None] * BLOCK_D + offs_d[None, :]) * new[:, None]
         total = total * old + tl.load(PartialTotal + rows) * new
         top = new_top
-    logit = tl.load(Logits + head).to(tl.float32) if HAS_LOGITS else 0.0
-    out, lse = _finish(acc, total, top, valid, logit, HAS_LOGITS)
+    out, lse = _finish(acc, total, top, valid, Logits, head, HAS_LOGITS)
     Out += sample.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     stored = (offs_t < queries)[:, None] & (offs_d < DIM)[None, :]
     tl.store(
