@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ __all__ = [
     "Progress",
     "Searcher",
     "model_and_tokenizer",
+    "require_lengths",
     "require_positive",
     "require_writable",
     "require_writable_folder",
@@ -40,6 +41,17 @@ def require_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{name}: {value:g} is out of range; it must be over 0")
+
+
+def require_lengths(**values: Sequence[int]) -> None:
+    """Refuse context lengths that nobody has, by option; none at all are fine."""
+    from moa_search.search.budgets.specs import MAX_LENGTH
+
+    for name, lengths in values.items():
+        if lengths:
+            require_positive(**{name: min(lengths)})
+            if max(lengths) > MAX_LENGTH:
+                raise ConfigError(f"{name}: {max(lengths)} is out of range; it must be at most {MAX_LENGTH}")
 
 
 def require_writable(output: str | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import require_positive, require_writable, require_writable_folder
+from moa_search.api.common import require_lengths, require_writable, require_writable_folder
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def import_plan(
     """
     from moa_search.formats import Plan
     from moa_search.formats.foreign import find_format, read_foreign
-    from moa_search.search.budgets.specs import MAX_LENGTH
 
     options = {
         "fold_lengths": list(fold_lengths) or None,
@@ -69,10 +68,7 @@ def import_plan(
         "recent": recent,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    if fold_lengths:
-        require_positive(fold_lengths=min(fold_lengths))
-        if max(fold_lengths) > MAX_LENGTH:
-            raise ConfigError(f"fold_lengths: {max(fold_lengths)} is out of range; it must be at most {MAX_LENGTH}")
+    require_lengths(fold_lengths=fold_lengths)
     if isinstance(plan, Plan) or find_format(plan) == "plan":
         if given:
             raise ConfigError(f"{next(iter(given))}: it is for plans of other tools")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moa_search.api.common import require_positive, require_writable
+from moa_search.api.common import require_lengths, require_writable
 from moa_search.api.converting import PlanFormat, export_plan, import_plan
 from moa_search.errors import ConfigError
 
@@ -57,12 +57,8 @@ def inspect_plan(
         MoAError: The file is no valid plan, of another model, or the format can't express it.
     """
     from moa_search.inspection import default_lengths, save_heat_map
-    from moa_search.search.budgets.specs import MAX_LENGTH
 
-    if lengths:
-        require_positive(lengths=min(lengths))
-        if max(lengths) > MAX_LENGTH:
-            raise ConfigError(f"lengths: {max(lengths)} is out of range; it must be at most {MAX_LENGTH}")
+    require_lengths(lengths=lengths)
     if save is None and (format != "plan" or reanchor):
         raise ConfigError(f"{'reanchor' if reanchor else 'format'}: it is for writing; give save, too")
     loaded = import_plan(

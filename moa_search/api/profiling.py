@@ -100,7 +100,7 @@ def profile_model(
         plan = workers.from_first(loaded)
         placed = {"device": device, "device_map": device_map, "local_rank": workers.local_rank}
         network, tokenizer = workers.together(lambda: model_and_tokenizer(model, dtype=dtype, **placed))
-        require_profilable(network, plan)
+        require_profilable(network, plan, impl)
         require_context(network.config, max(lengths))
         calibration_progress, profiling_progress = _split_progress(progress if workers.is_first else None)
         calibration = calibrate(

@@ -11,7 +11,7 @@ import json
 import math
 
 from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError
-from moa_search.formats.files import one_line, parse_json, sha256_of
+from moa_search.formats.files import one_line, parse_plan_json, sha256_of
 from moa_search.formats.imported import imported
 from moa_search.formats.plan import Plan
 from moa_search.formats.signature import ModelSignature
@@ -91,10 +91,7 @@ def read_duo_sizes(text: str | bytes, *, source: str) -> tuple[int, int]:
     Raises:
         PlanFormatError: It doesn't hold them.
     """
-    try:
-        content = parse_json(text)
-    except ValueError as error:
-        raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
+    content = parse_plan_json(text, source)
     sizes = []
     for name in ("sink_size", "recent_size"):
         tokens = content.get(name) if isinstance(content, dict) else None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from moa_search.errors import ConfigError
+from moa_search.errors import ConfigError, PlanFormatError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -26,6 +26,7 @@ __all__ = [
     "nearest",
     "one_line",
     "parse_json",
+    "parse_plan_json",
     "sha256_of",
 ]
 
@@ -82,6 +83,18 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=_no_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def parse_plan_json(text: str | bytes, source: str) -> Any:
+    """As `parse_json`, for plans of any format; ``source`` names the text in the error.
+
+    Raises:
+        PlanFormatError: It isn't such a text.
+    """
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from moa_search.spans import BETA_ONE, SpanRule, span
 
-__all__ = ["fold_groups", "fold_rules"]
+__all__ = ["envelope", "fold_groups", "fold_rules"]
 
 
 def fold_groups(
@@ -51,7 +51,7 @@ def fold_rules(rules: frozenset[SpanRule], min_span: int, lengths: Sequence[int]
     Returns:
         The rule, enough wherever it has to be.
     """
-    everywhere = SpanRule(max(rule.alpha for rule in rules), max(rule.beta_256 for rule in rules))
+    everywhere = envelope(rules)
     if everywhere in rules or not lengths:
         return everywhere
     n = np.arange(min(lengths), max(lengths) + 1, dtype=np.int64)
@@ -59,6 +59,11 @@ def fold_rules(rules: frozenset[SpanRule], min_span: int, lengths: Sequence[int]
     candidates = [*sorted(rules), everywhere, *_chords(n, needed)]
     spans = {rule: span(n, rule, min_span) for rule in candidates}
     return min((rule for rule in spans if (spans[rule] >= needed).all()), key=lambda rule: int(spans[rule].sum()))
+
+
+def envelope(rules: Collection[SpanRule]) -> SpanRule:
+    """The largest alpha together with the largest beta: enough at every length; one of ``rules`` unless they cross."""
+    return SpanRule(max(rule.alpha for rule in rules), max(rule.beta_256 for rule in rules))
 
 
 def _chords(n: np.ndarray, needed: np.ndarray) -> list[SpanRule]:

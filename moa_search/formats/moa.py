@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError
-from moa_search.formats.files import nearest, one_line, parse_json, sha256_of
-from moa_search.formats.folding import fold_groups
+from moa_search.formats.files import nearest, one_line, parse_plan_json, sha256_of
+from moa_search.formats.folding import envelope, fold_groups
 from moa_search.formats.imported import imported
 from moa_search.formats.plan import Plan
 from moa_search.formats.signature import ModelSignature
@@ -97,10 +97,7 @@ def _inexpressible(reason: str) -> ConfigError:
 
 
 def _read_values(text: str | bytes, source: str) -> tuple[list[list[float]], list[list[float]]]:
-    try:
-        content = parse_json(text)
-    except ValueError as error:
-        raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
+    content = parse_plan_json(text, source)
     if not isinstance(content, dict):
         raise PlanFormatError(f'{source}: not a file of MoA\'s, which is {{"alphas": ..., "betas": ...}}')
     for key in content:
@@ -164,14 +161,10 @@ def _fold_notes(
     rules: list[list[SpanRule]], plan: Plan, fold_lengths: Sequence[int], lengths: Sequence[int]
 ) -> list[str]:
     group = plan.model.group
-    sets = [
-        (set(layer[first : first + group]), found[first // group])
-        for layer, found in zip(rules, plan.rules, strict=True)
-        for first in range(0, len(layer), group)
-    ]
-    unequal = sum(len(members) > 1 for members, _ in sets)
+    sets = [set(layer[first : first + group]) for layer in rules for first in range(0, len(layer), group)]
+    unequal = sum(len(members) > 1 for members in sets)
     note = f"{group} query heads share a KV head, which keeps what any of them does: {unequal} of {len(sets)} unequal"
-    crossing = sum(_cross(members) for members, _ in sets)
+    crossing = sum(envelope(members) not in members for members in sets)
     if crossing:
         where = f"from {min(fold_lengths)} to {max(fold_lengths)} tokens" if fold_lengths else "at every length"
         note += f", {crossing} with rules that cross, joined so that they are enough {where}"
@@ -180,8 +173,3 @@ def _fold_notes(
         f"{density(before, length, plan.min_span):.3f} -> {plan.density(length):.3f} at {length}" for length in lengths
     )
     return [note, f"density per query head -> per KV head: {costs}"]
-
-
-def _cross(rules: set[SpanRule]) -> bool:
-    """Whether no rule has both the largest alpha and the largest beta."""
-    return SpanRule(max(rule.alpha for rule in rules), max(rule.beta_256 for rule in rules)) not in rules

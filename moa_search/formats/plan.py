@@ -25,7 +25,7 @@ from moa_search.formats.files import (
     canonical_json,
     describe_invalid,
     one_line,
-    parse_json,
+    parse_plan_json,
     sha256_of,
 )
 from moa_search.formats.signature import ModelSignature
@@ -314,10 +314,7 @@ class Plan(_Strict):
             PlanVersionError: The schema is of another version.
             PlanFormatError: The text is no valid plan.
         """
-        try:
-            content = parse_json(text)
-        except ValueError as error:
-            raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
+        content = parse_plan_json(text, source)
         schema = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(schema, str) or not schema.startswith("moa-plan/"):
             raise PlanFormatError(f'{source}: not a moa-search plan (no "schema": "{PLAN_SCHEMA}")')

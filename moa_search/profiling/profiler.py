@@ -99,9 +99,8 @@ def profile_samples(
     """
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
-    native = require_profilable(model, under_plan)
+    native = require_profilable(model, under_plan, impl)
     meter = SampleMeter(model, ModelSignature.of(model.config), sink, block, row_buckets, native, under_plan, impl)
-    require_backend(model, meter.signature.head_dim, impl)
     require_context(model.config, max(sample.length for sample in samples))
     settings = {
         "library_version": __version__,
@@ -130,21 +129,9 @@ def profile_samples(
     return profile
 
 
-def require_backend(model: Any, head_dim: int, impl: Impl) -> None:
-    """Check that the implementation asked for runs on the model's device and type, before any work is done.
-
-    Raises:
-        BackendUnavailableError: It doesn't; says why.
-    """
-    with torch.no_grad():
-        try:
-            choose(impl, torch.empty(0, dtype=model.dtype, device=model.device), head_dim=head_dim)
-        except kernels.BackendUnavailableError as error:
-            raise BackendUnavailableError(str(error)) from None
-
-
-def require_profilable(model: Any, under_plan: Plan | None = None) -> dict[int, int]:
-    """Check that a model's heads can be observed and given spans, and that a plan to profile it under is its own.
+def require_profilable(model: Any, under_plan: Plan | None = None, impl: Impl = "auto") -> dict[int, int]:
+    """Check that a model's heads can be observed and given spans, that a plan to profile it under is its own, and that
+    what is to compute the statistics runs on its device and type.
 
     Returns:
         The layers that have a sliding window of their own, in tokens: they aren't measured.
@@ -152,6 +139,7 @@ def require_profilable(model: Any, under_plan: Plan | None = None) -> dict[int, 
     Raises:
         ModelUnsupportedError: They can't, or every layer has such a window; the message says why.
         ModelMismatchError: The plan was made for another model.
+        BackendUnavailableError: Triton was asked for and can't run.
     """
     require_causal(model.config)
     require_own_keys(model.config)
@@ -165,6 +153,11 @@ def require_profilable(model: Any, under_plan: Plan | None = None) -> dict[int, 
     native = {layer: window for layer, window in enumerate(windows) if window is not None}
     if under_plan is not None:
         require_plan_fits(under_plan, model, native)
+    states = torch.empty(0, dtype=model.dtype, device=model.device)
+    try:
+        choose(impl, states, head_dim=ModelSignature.of(model.config).head_dim)
+    except kernels.BackendUnavailableError as error:
+        raise BackendUnavailableError(str(error)) from None
     return native
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from moa_search.calibration import Sample
 from moa_search.errors import BackendUnavailableError, ConfigError, ProfilingError
 from moa_search.formats import Profile
-from moa_search.profiling import profile_samples
+from moa_search.profiling import profile_samples, require_profilable
 
 SMALL = {
     "vocab_size": 64,
@@ -167,6 +167,8 @@ def test_triton_is_refused_before_any_work_where_it_cannot_run(monkeypatch, tmp_
     with pytest.raises(BackendUnavailableError, match="need a CUDA device, not 'cpu'"):
         profile_samples(model, make_samples(count=1), impl="triton", partial=tmp_path / "partial")
     assert not (tmp_path / "partial").exists()
+    with pytest.raises(BackendUnavailableError, match="need a CUDA device, not 'cpu'"):
+        require_profilable(model, impl="triton")  # what profile_model asks before it calibrates
 
 
 @pytest.mark.slow
