@@ -25,7 +25,7 @@ import pandas as pd
 
 from moa_search.evaluation.statistics import accuracy_by_item, draws_of, interval_of
 
-__all__ = ["THRESHOLD", "EffectiveContext", "effective_context", "multiple", "window_lengths"]
+__all__ = ["THRESHOLD", "EffectiveContext", "effective_context", "effective_contexts", "multiple", "window_lengths"]
 
 THRESHOLD = 0.9
 """Share of items that have to be answered rightly."""
@@ -83,6 +83,12 @@ def effective_context(items: pd.DataFrame, *, threshold: float = THRESHOLD) -> E
         shortest=int(lengths[0]),
         items=min(map(len, scores.values())),
     )
+
+
+def effective_contexts(items: pd.DataFrame, task: str) -> dict[str, EffectiveContext]:
+    """The effective context of every variant on one task, in the order of appearance."""
+    mine = items[items["task"] == task]
+    return {name: effective_context(rows) for name, rows in mine.groupby("variant", sort=False)}
 
 
 def _passes(

@@ -21,9 +21,7 @@ def test_exact_matches_are_the_same_generated_and_teacher_forced():
     variants = [Variant("dense", lambda length: None), Variant("quarter", lambda length: quarter)]
     loaded = load_model("demo", dtype="float32")
     ways = {
-        way: compare_variants(
-            *loaded, variants, tasks=["passkey"], lengths=[400], count=4, seed=0, answers=way
-        )
+        way: compare_variants(*loaded, variants, tasks=["passkey"], lengths=[400], count=4, seed=0, answers=way)
         for way in ("forced", "generated")
     }
     for way, rows in ways.items():
