@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import evaluate_model
 from moa_search.cli.command import open_console, run
+from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["main", "show"]
+__all__ = ["COMMANDS", "main", "show"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,10 @@ def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
         print(f"scores of every item written to {output}")
 
 
+COMMANDS: dict[str, Subcommand] = {}
+
+
 def main() -> NoReturn:
     """Entry point."""
-    run("moa-eval", evaluate_model, show, first="model", task="evaluating")
+    run_subcommand("moa-eval", COMMANDS, otherwise="a model")
+    run("moa-eval", evaluate_model, show, first="model", task="evaluating", also=descriptions(COMMANDS))

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from moa_kernels.rings import RingLayout
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -50,6 +51,10 @@ class LayerRules:
         most = length if self.sliding_window is None else self.sink + self.sliding_window
         kept = [min(span(length, rule, self.sink + self.block), most) for rule in self.rules]
         return [min(tokens + slack, length) for tokens in kept]
+
+    def layout(self, capacities: Sequence[int]) -> RingLayout:
+        """Where a cache with so many slots per KV head keeps their keys."""
+        return RingLayout(tuple(capacities), (self.sink,) * len(capacities))
 
     def oldest_key(self, position: torch.Tensor, rule: SpanRule) -> torch.Tensor:
         """Where the window of a query starts, the sink aside.
