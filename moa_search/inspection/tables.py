@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "default_lengths",
     "density_table",
     "origin_lines",
     "predicted_loss",
@@ -30,13 +29,6 @@ __all__ = [
 
 HEADS_PER_LINE = 8
 """KV heads in one line of a table: as many as a terminal shows."""
-
-
-def default_lengths(plan: Plan) -> list[int]:
-    """The lengths a plan was made for, or a quarter, half and all of the model's context."""
-    if plan.predicted:
-        return [metrics.length for metrics in plan.predicted]
-    return plan.model.usual_lengths
 
 
 def origin_lines(plan: Plan) -> list[str]:
