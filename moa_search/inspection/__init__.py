@@ -14,7 +14,6 @@ from moa_search.inspection.searches import (
     validation_table,
 )
 from moa_search.inspection.tables import (
-    default_lengths,
     density_table,
     origin_lines,
     rule_table,
@@ -25,7 +24,6 @@ __all__ = [
     "budget_lines",
     "calibration_lines",
     "comparison_table",
-    "default_lengths",
     "density_table",
     "effective_lines",
     "front_table",

@@ -12,7 +12,6 @@ from moa_search.formats import Plan
 from moa_search.formats.plan import LengthMetrics
 
 __all__ = [
-    "default_lengths",
     "density_table",
     "origin_lines",
     "predicted_loss",
@@ -24,13 +23,6 @@ __all__ = [
 
 HEADS_PER_LINE = 8
 """KV heads in one line of a table: as many as a terminal shows."""
-
-
-def default_lengths(plan: Plan) -> list[int]:
-    """The lengths a plan was made for, or a quarter, half and all of the model's context."""
-    if plan.predicted:
-        return [metrics.length for metrics in plan.predicted]
-    return plan.model.usual_lengths
 
 
 def origin_lines(plan: Plan) -> list[str]:

@@ -6,10 +6,9 @@ import re
 import pytest
 from rich.console import Console
 
-from moa_search.formats import ModelSignature, Plan
+from moa_search.formats import Plan
 from moa_search.formats.plan import LengthMetrics
 from moa_search.inspection import (
-    default_lengths,
     density_table,
     front_table,
     origin_lines,
@@ -30,22 +29,6 @@ def cells(text):
     """The rows of a rendered table, stripped."""
     rows = [re.split(r"[│┃]", line)[1:-1] for line in text.splitlines() if line.startswith(("│", "┃"))]
     return [[cell.strip() for cell in row] for row in rows]
-
-
-class TestDefaultLengths:
-    def test_those_of_the_prediction(self, tiny_plan):
-        assert default_lengths(tiny_plan) == [1024]
-
-    def test_parts_of_the_models_context(self, sized_plan):
-        assert default_lengths(sized_plan) == [2048, 4096, 8192]
-
-    @pytest.mark.parametrize(
-        ("config", "lengths"),
-        [({}, [1024, 2048, 4096]), ({"max_position_embeddings": 3}, [1, 3]), ({"max_position_embeddings": 1}, [1])],
-    )
-    def test_other_contexts(self, tiny_signature, config, lengths):
-        model = ModelSignature(**{**tiny_signature.model_dump(), "config": config})
-        assert default_lengths(Plan.uniform(DENSE, model)) == lengths
 
 
 class TestOrigin:
