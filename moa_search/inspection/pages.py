@@ -185,8 +185,9 @@ def in_ink() -> Iterator[None]:
     """Figures that are made and drawn within have text, axes and ticks in `INK`."""
     import matplotlib as mpl
 
-    names = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    with mpl.rc_context(dict.fromkeys(names, INK)):
+    with mpl.rc_context(
+        {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+    ):
         yield
 
 
