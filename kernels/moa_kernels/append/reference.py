@@ -1,4 +1,4 @@
-"""Storing new keys and values in plain torch, one KV head after the other."""
+"""Storing new keys and values in plain torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def append_tokens(
     counts: Tensor | None,
 ) -> None:
     """As `moa_kernels.append.append_tokens`."""
-    token = torch.arange(new_keys.shape[2], device=lens.device)
-    position = lens[:, None] + token
-    count = torch.full_like(lens, len(token)) if counts is None else counts.clamp(max=len(token))
-    for head, (offset, capacity, sink) in enumerate(zip(layout.offsets, layout.capacities, layout.sinks, strict=True)):
-        slot = layout.slot(head, position)
-        lasts = position >= (lens + count)[:, None] - max(capacity - sink, 1)
-        # Where the sink is longer than the whole capacity, slots lie beyond it.
-        kept = (token < count[:, None]) & ((position < sink) | lasts) & (slot < offset + capacity)
-        sample, column = kept.nonzero(as_tuple=True)
-        keys[sample, slot[kept]] = new_keys[sample, head, column]
-        values[sample, slot[kept]] = new_values[sample, head, column]
+    kv_heads, new = new_keys.shape[1:3]
+    head, token = torch.arange(kv_heads, device=lens.device), torch.arange(new, device=lens.device)
+    count = torch.full_like(lens, new) if counts is None else counts.clamp(max=new)
+    position = (lens[:, None] + token)[:, None]  # [batch, 1, new]
+    sink, end = (torch.tensor(column, device=lens.device) for column in (layout.sinks, layout.ends))
+    lasts = position >= (lens + count)[:, None, None] - layout.rings(lens.device)[:, None]
+    slot = layout.slot(head[:, None], position)
+    # Where the sink is longer than the whole capacity, slots lie beyond it.
+    kept = (token < count[:, None, None]) & ((position < sink[:, None]) | lasts) & (slot < end[:, None])
+    sample = kept.nonzero(as_tuple=True)[0]
+    keys[sample, slot[kept]] = new_keys[kept]
+    values[sample, slot[kept]] = new_values[kept]
