@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["Report", "report_page"]
 
 
+STYLE = "figure svg { max-width: 44rem; }"
+"""Charts are drawn for a phone's width, so that their text can be read there."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What a page is made from.
@@ -45,7 +49,7 @@ class Report:
 
 def report_page(report: Report) -> Page:
     """The page of a report."""
-    page = Page("Evaluation of attention plans", subtitle=f"{report.settings['model']}")
+    page = Page("Evaluation of attention plans", subtitle=str(report.settings["model"]), style=STYLE)
     page.add(
         "What ran",
         facts({**report.settings, **_where()}),

@@ -16,7 +16,7 @@ __all__ = ["plot_by_length", "plot_by_position", "plot_depths"]
 
 DASHES = ("-", "--", ":", "-.")
 MARKS = "osD^vPX*"
-PANELS_PER_ROW = 3
+PANELS_PER_ROW = 2
 
 
 def plot_by_length(summary: pd.DataFrame, value: str, *, label: str, threshold: float | None = None) -> Figure:
@@ -29,7 +29,7 @@ def plot_by_length(summary: pd.DataFrame, value: str, *, label: str, threshold: 
         threshold: Drawn as a line across, if given.
     """
     with in_ink():
-        figure, axes = _figure(7.2, 4.4)
+        figure, axes = _figure(5.4, 4.2)
         for place, (name, rows) in enumerate(_variants(summary)):
             rows = rows.sort_values("length")
             # Variants are set apart a little, so that their intervals can be told from each other.
@@ -53,7 +53,7 @@ def plot_by_position(items: pd.DataFrame) -> Figure:
     """Loss along documents: one panel per length, one line per variant, means over documents."""
     lengths = sorted(items["length"].unique())
     with in_ink():
-        figure, panels = _panels(len(lengths), width=3.6, height=3.0)
+        figure, panels = _panels(len(lengths), width=2.8, height=2.6)
         for axes, length in zip(panels, lengths, strict=True):
             for place, (name, rows) in enumerate(_variants(items)):
                 mean = rows[rows["length"] == length].groupby("depth")["nll"].mean()
@@ -72,7 +72,7 @@ def plot_depths(items: pd.DataFrame) -> Figure:
     variants = _variants(items)
     table = items.pivot_table(index="depth", columns=["variant", "length"], values="score", aggfunc="mean")
     with in_ink():
-        figure, panels = _panels(len(variants), width=2.9, height=2.5)
+        figure, panels = _panels(len(variants), width=2.6, height=2.3)
         for axes, (name, _) in zip(panels, variants, strict=True):
             shown = table[name]
             colours = colormaps["viridis"].with_extremes(bad="lightgrey")
@@ -121,4 +121,4 @@ def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Ax
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False, fontsize=9)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(2, len(names)), frameon=False, fontsize=9)
