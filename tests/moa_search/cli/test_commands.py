@@ -23,6 +23,7 @@ COMMANDS = {
     "moa-search tune": (search, api.tune_plan, "profile"),
     "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
+    "moa-eval lm-eval": (evaluate, api.run_harness, "model"),
     "moa-eval report": (evaluate, api.report_model, "config"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
 }
@@ -156,6 +157,8 @@ class TestOptions:
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
             "format": "moa", "reanchor": True, "depths": [0.0, 0.5],
             "against": ["dense"], "windows": False, "refine": 2,
+            "include_path": "i", "builtin": True, "length": 99, "limit": 8, "num_fewshot": 1, "batch_size": 2,
+            "apply_chat_template": True,
         }  # fmt: skip
         own = {
             ("moa-inspect", "plan"): "a",
