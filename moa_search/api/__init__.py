@@ -8,6 +8,7 @@ from moa_search.api.comparing import compare_searchers
 from moa_search.api.converting import PlanFormat, export_plan, import_plan
 from moa_search.api.evaluating import evaluate_model
 from moa_search.api.inspecting import inspect_plan
+from moa_search.api.measuring import WayKind, measure_throughput
 from moa_search.api.profiling import merge_profiles, profile_model
 from moa_search.api.searching import search_front, search_plan
 from moa_search.api.tuning import serve_study, tune_plan
@@ -18,11 +19,13 @@ __all__ = [
     "Dtype",
     "PlanFormat",
     "Searcher",
+    "WayKind",
     "compare_searchers",
     "evaluate_model",
     "export_plan",
     "import_plan",
     "inspect_plan",
+    "measure_throughput",
     "merge_profiles",
     "profile_model",
     "search_front",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_search.api.common import Dtype, Progress, model_and_tokenizer, require_positive, require_writable
+from moa_search.api.common import (
+    Dtype,
+    Progress,
+    model_and_tokenizer,
+    named_plans,
+    require_positive,
+    require_writable,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,16 +61,13 @@ def evaluate_model(
     from moa_search.errors import ConfigError
     from moa_search.evaluation import compare_variants, make_variants
     from moa_search.evaluation.tasks import require_tasks
-    from moa_search.formats import ModelSignature, Plan
+    from moa_search.formats import ModelSignature
     from moa_search.formats.files import atomic_write
 
     require_positive(lengths=min(lengths, default=0), samples=samples)
     require_tasks(tasks)
     require_writable(output)
-    plans: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        plans[_plan_name(entry, loaded, index, plans)] = loaded
+    plans = named_plans(plan)
     variants = make_variants(plans, baselines, lengths)
     if not variants:
         raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
@@ -88,16 +90,3 @@ def evaluate_model(
         with atomic_write(output) as file:
             file.write(items.to_csv(index=False).encode())
     return items
-
-
-def _plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:
-    """The shortest name that tells a plan from those before: its file's, its folder's, else a number."""
-    candidates = [f"plan {index + 1}"]
-    if isinstance(entry, str | os.PathLike):
-        path = Path(entry)
-        candidates = [path.stem, f"{path.parent.name}/{path.stem}", str(path)]
-        if path.stem == "plan":  # moa-search names every chosen plan so; its folder says which
-            candidates.insert(0, path.absolute().parent.name)
-    elif plan.provenance is not None and plan.provenance.criterion:
-        candidates.insert(0, plan.provenance.criterion)
-    return next((name for name in candidates if name not in taken), f"plan {index + 1}")

@@ -126,7 +126,8 @@ def run(
         options = vars(parse(build_parser(program, function, first=first, also=also), arguments, first=first))
         for name in ("config", "debug"):
             options.pop(name, None)
-        for name in (first, *required):
+        needed = inspect.signature(function).parameters[first].default is inspect.Parameter.empty
+        for name in (*((first,) if needed else ()), *required):
             if not options.get(name):
                 given = name if name == first and name != "model" else f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{given} is required; see {program} --help")

@@ -1,17 +1,19 @@
-"""``moa-eval``: score a model dense, under plans and under uniform spans, on held-out items."""
+"""``moa-eval``: score a model on held-out items; ``moa-eval throughput`` measures speed and memory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import evaluate_model
+from moa_search.api import evaluate_model, measure_throughput
 from moa_search.cli.command import open_console, run
 from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["COMMANDS", "main", "show"]
+__all__ = ["COMMANDS", "main", "show", "show_throughput"]
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from moa_search.evaluation.throughput import Throughput
 
 
 def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
@@ -24,7 +26,32 @@ def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
         print(f"scores of every item written to {output}")
 
 
-COMMANDS: dict[str, Subcommand] = {}
+def show_throughput(found: Throughput, *, output: str | None, **options: Any) -> None:
+    """Print times, memory, and where a gain comes from."""
+    from moa_search.evaluation.throughput import split_gains, summarise_throughput
+    from moa_search.inspection import fact_lines, gain_table, throughput_table
+
+    console = open_console()
+    for line in fact_lines(found.facts, found.gates):
+        console.print(line, highlight=False)
+    summary = summarise_throughput(found.runs)
+    console.print(throughput_table(summary))
+    gains = split_gains(summary)
+    if len(gains):
+        console.print(gain_table(gains))
+    if output is not None:
+        print(f"every run, the tables and a plot are in {output}")
+
+
+COMMANDS = {
+    "throughput": Subcommand(
+        "measures speed and memory, dense and under plans",
+        measure_throughput,
+        show_throughput,
+        first="model",
+        task="measuring",
+    ),
+}
 
 
 def main() -> NoReturn:

@@ -20,6 +20,13 @@ from moa_search.inspection.tables import (
     score_tables,
     span_table,
 )
+from moa_search.inspection.throughput import (
+    fact_lines,
+    gain_table,
+    plot_throughput,
+    save_throughput_plot,
+    throughput_table,
+)
 
 __all__ = [
     "budget_lines",
@@ -27,19 +34,24 @@ __all__ = [
     "comparison_table",
     "default_lengths",
     "density_table",
+    "fact_lines",
     "front_table",
+    "gain_table",
     "origin_lines",
     "plot_densities",
     "plot_spans",
+    "plot_throughput",
     "profile_quality",
     "profile_table",
     "rule_table",
     "sample_advice",
     "save_density_plot",
     "save_heat_map",
+    "save_throughput_plot",
     "score_tables",
     "span_table",
     "study_lines",
     "study_table",
+    "throughput_table",
     "validation_table",
 ]

@@ -23,6 +23,7 @@ COMMANDS = {
     "moa-search tune": (search, api.tune_plan, "profile"),
     "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
+    "moa-eval throughput": (evaluate, api.measure_throughput, "model"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
 }
 
@@ -154,6 +155,8 @@ class TestOptions:
             "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
             "format": "moa", "reanchor": True,
+            "random_weights": "c.json", "layers": 2, "ways": ["plan"], "batch": ["1", "largest"], "decode_tokens": 8,
+            "repetitions": 2, "prefill_chunk": 512, "memory_limit_gib": 1.5,
         }  # fmt: skip
         import inspect as introspect
 
@@ -180,9 +183,9 @@ class TestOptions:
         options = parse(parser, ["--config", str(config), "--seed", "7"], first="model")
         assert (options.samples, options.seed, options.row_buckets) == (5, 7, 32)
 
-    @pytest.mark.parametrize("folder", ["profile", "search", "eval"])
+    @pytest.mark.parametrize("folder", ["profile", "search", "eval", "throughput"])
     def test_shipped_configurations_parse(self, folder):
-        program = f"moa-{folder}"
+        program = "moa-eval throughput" if folder == "throughput" else f"moa-{folder}"
         parser = build_parser(program, COMMANDS[program][1], first=COMMANDS[program][2])
         files = sorted((Path(__file__).parents[3] / "configs" / folder).glob("*.yaml"))
         assert files
