@@ -1,4 +1,4 @@
-"""`transformers serve` with every model under a plan: an OpenAI-compatible server on a cache that keeps what a plan keeps.
+"""`transformers serve` with every model under a plan: an OpenAI-compatible server on a cache that keeps less.
 
 Usage: python scripts/serve_under_plan.py MODEL [--plan plan.json] [options of transformers serve, such as --port 8000]
 
@@ -22,7 +22,7 @@ REFUSED = {
 
 
 class PlannedModels(model_manager.ModelManager):
-    """Loads models for `transformers serve` and puts each under a plan: the one given, or the one it was saved under."""
+    """Loads models as `transformers serve` does, each under a plan: the one given, or that it was saved under."""
 
     plan: str | None = None
 

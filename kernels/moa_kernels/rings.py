@@ -59,29 +59,52 @@ class RingLayout:
         """int32 ``[kv_heads, 3]``: offset, sink, capacity. Made once per device: a CUDA graph may capture it."""
         return _tensor(self, device)
 
-    def slot(self, head: int, position: Tensor) -> Tensor:
-        """Slots in the flat buffer of positions of one head, int64."""
-        ring = max(self.capacities[head] - self.sinks[head], 1)
-        ringed = self.sinks[head] + (position - self.sinks[head]) % ring
-        return self.offsets[head] + torch.where(position < self.sinks[head], position, ringed)
+    def heads(self, device: torch.device) -> Tensor:
+        """int64 ``[slots]``, the KV head that each slot belongs to."""
+        return self._index(device)[1]
 
-    def positions(self, head: int, length: Tensor) -> Tensor:
-        """Position that each slot of one head should hold after ``length`` tokens, -1 if none.
+    def rings(self, device: torch.device) -> Tensor:
+        """int64 ``[kv_heads]``, slots besides the sink, at least 1."""
+        return self._index(device)[0][2]
+
+    def slot(self, head: int | Tensor, position: Tensor) -> Tensor:
+        """Slots in the flat buffer, int64, of positions of heads; the two broadcast.
+
+        Where the sink is longer than a head's whole capacity, some lie beyond the head's own slots.
+        """
+        offset, sink, ring = self._index(position.device)[0][:, head]
+        slot: Tensor = offset + position.where(position < sink, sink + (position - sink) % ring)
+        return slot
+
+    def positions(self, length: Tensor) -> Tensor:
+        """Position that each slot should hold after ``length`` tokens, -1 if none.
 
         Args:
-            head: KV head.
             length: int64 ``[batch]``.
 
         Returns:
-            int64 ``[batch, capacity]``.
+            int64 ``[batch, slots]``.
         """
-        sink, capacity = self.sinks[head], self.capacities[head]
-        index = torch.arange(capacity, device=length.device)
+        columns, head, index = self._index(length.device)
+        _, sink, ring = columns[:, head]
         last = length[:, None] - 1
-        newest = last - (last - index) % max(capacity - sink, 1)
-        position = torch.where(index < sink, index, newest)
-        held = (position <= last) & (position >= torch.where(index < sink, 0, sink))
-        return torch.where(held, position, -1)
+        sunk = index < sink
+        position = index.where(sunk, last - (last - index) % ring)
+        held = (position <= last) & (position >= sink.where(~sunk, 0))
+        return position.where(held, -1)
+
+    def _index(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Offset, sink and ring size ``[3, kv_heads]``; and of each slot its head and its place in the head."""
+        # Kept with this very layout and not by value, as `tensor` is: these are as long as the cache.
+        kept: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = self.__dict__.setdefault("_kept", {})
+        if device not in kept:
+            # A layout shorter than the sink has no ring and stores no position that asks for it.
+            ring = [max(most - sink, 1) for most, sink in zip(self.capacities, self.sinks, strict=True)]
+            columns = torch.tensor([self.offsets, self.sinks, ring], device=device)
+            counts = torch.tensor(self.capacities, device=device)
+            head = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=self.slots)
+            kept[device] = columns, head, torch.arange(self.slots, device=device) - columns[0][head]
+        return kept[device]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from moa_search.errors import ConfigError
-
-if TYPE_CHECKING:
-    from moa_search.formats import Plan
 
 __all__ = [
     "Criterion",
@@ -18,7 +15,7 @@ __all__ = [
     "Progress",
     "Searcher",
     "model_and_tokenizer",
-    "named_plans",
+    "require_depths",
     "require_lengths",
     "require_positive",
     "require_writable",
@@ -40,22 +37,18 @@ def model_and_tokenizer(model: str | tuple[Any, Any], **options: Any) -> tuple[A
     return load_model(model, **options) if isinstance(model, str) else model
 
 
-def named_plans(plan: Sequence[str | Plan]) -> dict[str, Plan]:
-    """Plans, loaded where a file is given, by the shortest names that tell them apart."""
-    from moa_search.formats import Plan
-
-    plans: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        plans[_plan_name(entry, loaded, index, plans)] = loaded
-    return plans
-
-
 def require_positive(**values: float) -> None:
     """Refuse options that aren't over 0, by name."""
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{name}: {value:g} is out of range; it must be over 0")
+
+
+def require_depths(depths: Sequence[float]) -> None:
+    """Refuse places in a text that lie outside it."""
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ConfigError(f"depths: {depth:g} is out of range; it must be from 0, the start, to 1, the end")
 
 
 def require_lengths(**values: Sequence[int]) -> None:
@@ -91,16 +84,3 @@ def require_writable_folder(output: str | None) -> None:
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"output: {output} can't be written, {parent} is no writable folder")
-
-
-def _plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:
-    """The shortest name that tells a plan from those before: its file's, its folder's, else a number."""
-    candidates = [f"plan {index + 1}"]
-    if isinstance(entry, str | os.PathLike):
-        path = Path(entry)
-        candidates = [path.stem, f"{path.parent.name}/{path.stem}", str(path)]
-        if path.stem == "plan":  # moa-search names every chosen plan so; its folder says which
-            candidates.insert(0, path.absolute().parent.name)
-    elif plan.provenance is not None and plan.provenance.criterion:
-        candidates.insert(0, plan.provenance.criterion)
-    return next((name for name in candidates if name not in taken), f"plan {index + 1}")

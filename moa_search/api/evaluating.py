@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
     Dtype,
     Progress,
     model_and_tokenizer,
-    named_plans,
+    require_depths,
     require_positive,
     require_writable,
 )
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from moa_search.formats import Plan
 
-__all__ = ["evaluate_model"]
+__all__ = ["evaluate_model", "named_plans", "plan_name"]
 
 
 def evaluate_model(
@@ -30,6 +32,8 @@ def evaluate_model(
     tasks: Sequence[str] = ("passkey", "copy"),
     lengths: Sequence[int] = (1024,),
     samples: int = 10,
+    answers: Literal["forced", "generated"] = "forced",
+    depths: Sequence[float] = (),
     output: str | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -42,9 +46,13 @@ def evaluate_model(
         model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
         plan: Plan files; in Python also Plans.
         baselines: dense, and uniform: one span for all heads with as much memory as the plan.
-        tasks: passkey (exact match) and copy (token accuracy); both also give the answer's NLL.
+        tasks: passkey, multikey, lines and lookup (exact match), copy and tracking (token accuracy), perplexity;
+            perplexity:TEXTS, nll:SOURCE and longbench:FILE.jsonl over data of yours (docs/evaluation.md).
         lengths: Tokens per item, answer included.
-        samples: Items per task and length.
+        samples: Items per task and length, or per depth where depths are given.
+        answers: forced predicts each answer token given those before it and gives the answer's NLL too; generated
+            decodes greedily, to the same exact matches.
+        depths: Where the sought text stands, such as 0 0.5 1; by default spread evenly.
         output: CSV file for the scores of every item.
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
@@ -65,6 +73,7 @@ def evaluate_model(
     from moa_search.formats.files import atomic_write
 
     require_positive(lengths=min(lengths, default=0), samples=samples)
+    require_depths(depths)
     require_tasks(tasks)
     require_writable(output)
     plans = named_plans(plan)
@@ -84,9 +93,35 @@ def evaluate_model(
         lengths=lengths,
         count=samples,
         seed=seed,
+        answers=answers,
+        depths=depths,
         progress=progress,
     )
     if output is not None:
         with atomic_write(output) as file:
             file.write(items.to_csv(index=False).encode())
     return items
+
+
+def named_plans(plan: Sequence[str | Plan]) -> dict[str, Plan]:
+    """Plans, loaded where a file is given, by the shortest names that tell them apart."""
+    from moa_search.formats import Plan
+
+    plans: dict[str, Plan] = {}
+    for index, entry in enumerate(plan):
+        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
+        plans[plan_name(entry, loaded, index, plans)] = loaded
+    return plans
+
+
+def plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:
+    """The shortest name that tells a plan from those before: its file's, its folder's, else a number."""
+    candidates = [f"plan {index + 1}"]
+    if isinstance(entry, str | os.PathLike):
+        path = Path(entry)
+        candidates = [path.stem, f"{path.parent.name}/{path.stem}", str(path)]
+        if path.stem == "plan":  # moa-search names every chosen plan so; its folder says which
+            candidates.insert(0, path.absolute().parent.name)
+    elif plan.provenance is not None and plan.provenance.criterion:
+        candidates.insert(0, plan.provenance.criterion)
+    return next((name for name in candidates if name not in taken), f"plan {index + 1}")

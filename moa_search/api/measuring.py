@@ -9,11 +9,11 @@ from moa_search.api.common import (
     Dtype,
     Progress,
     model_and_tokenizer,
-    named_plans,
     require_lengths,
     require_positive,
     require_writable_folder,
 )
+from moa_search.api.evaluating import named_plans
 
 if TYPE_CHECKING:
     from moa_search.evaluation.throughput import Throughput

@@ -18,7 +18,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from moa_search.errors import UnsupportedInputError
-from moa_search.runtime.layout import EMPTY, Layout
 from moa_search.runtime.rules import LayerRules, layer_rules
 from moa_search.runtime.staged import Staged
 
@@ -27,18 +26,19 @@ if TYPE_CHECKING:
 
     from moa_search.formats import Plan
 
-__all__ = ["ROLLBACK_TOKENS", "MoACache", "MoACacheLayer"]
+__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACache", "MoACacheLayer"]
+
+EMPTY = 2**31 - 1
+"""Position of a slot that holds no key: later than any query, so that causality hides it."""
 
 ROLLBACK_TOKENS = 256
 """Tokens that can be rolled back while past states are recorded (assisted decoding)."""
 
 
 class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """Keys and values of one decoder layer.
+    """Keys and values of one decoder layer, in slots as `moa_kernels.rings.RingLayout` says.
 
-    Position p of a head with ``capacity`` slots lies in slot p if p < sink, else in slot
-    ``sink + (p - sink) % (capacity - sink)``. Only real tokens are stored and counted, so left, right and
-    inner padding all become one length per sample.
+    Only real tokens are stored and counted, so left, right and inner padding all become one length per sample.
 
     Attributes:
         rules: What the layer's heads attend.
@@ -75,7 +75,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.keys = key_states.new_empty(batch, 0, key_states.shape[-1])
         self.values = value_states.new_empty(batch, 0, value_states.shape[-1])
         self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self._layout = Layout(self.rules, [0] * len(self.rules.rules), self.device)
+        self._layout = self.rules.layout([0] * len(self.rules.rules))
         self._floor = self.lens.new_full((batch, len(self.rules.rules)), self.rules.sink)
         self.is_initialized = True
 
@@ -117,7 +117,10 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
     def positions(self) -> torch.Tensor:
         """Position that each slot holds, or `EMPTY`: int64 ``[batch or 1, slots]``, as `start`."""
-        return self._layout.positions(self.start, self._floor[: len(self.start)])
+        position = self._layout.positions(self.start)
+        floor = self._floor[: len(self.start), self._layout.heads(self.device)]
+        held = (position >= 0) & ((position < self.rules.sink) | (position >= floor))
+        return position.where(held, EMPTY)
 
     def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Store new tokens, detached, overwriting the oldest ones that no later query needs.
@@ -132,7 +135,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._longest = self._longest + tokens if valid is None else int(lens.max())
         self._reserve(self._longest)
         position = self.lens[:, None] + torch.arange(tokens, device=self.device)  # [batch, token]
-        ring_start = lens[:, None] - self._layout.ring  # [batch, head]
+        ring_start = lens[:, None] - self._layout.rings(self.device)  # [batch, head]
         real, sunk = position < lens[:, None], position < self.rules.sink
         kept = real[:, None] & (sunk[:, None] | (position[:, None] >= ring_start[:, :, None]))
         batch, head, token = kept.nonzero(as_tuple=True)
@@ -235,22 +238,20 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._unpadded = 0  # newest tokens since the last padding in any sample
 
     def _reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens and one more, a block at a time."""
-        # One reallocation per block and layer keeps each head within a block of what the plan predicts.
-        reserved = max(self._reserved, (length // self.rules.block + 1) * self.rules.block)
+        """Make room for ``length`` tokens and one more, in steps that leave no head more than a block to spare."""
         slack = ROLLBACK_TOKENS if self.record_past else 0
-        if (reserved, slack) == (self._reserved, self._slack):
+        if length < self._reserved and slack == self._slack:
             return
+        reserved = self._reserved if length < self._reserved else self.rules.roomy_length(length)
         self._reserved, self._slack = reserved, slack
-        capacities = self.rules.capacities(reserved, slack)
-        if capacities == self._layout.capacities:
+        layout = self.rules.layout(self.rules.capacities(reserved, slack))
+        if layout == self._layout:
             return
-        layout = Layout(self.rules, capacities, self.device)
-        self._floor = self._floor.maximum(self.lens[:, None] - layout.ring)
-        position = layout.positions(self.lens, self._floor)
-        source = self._layout.slot(layout.head, position).where(position != EMPTY, 0)
+        position = layout.positions(self.lens)
+        source = self._layout.slot(layout.heads(self.device), position).where(position >= 0, 0)
         self.keys, self.values = _gather(self.keys, source), _gather(self.values, source)
         self._layout = layout
+        self._floor = self._floor.maximum(self.lens[:, None] - layout.rings(self.device))
 
 
 def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import transformers
 from moa_search.errors import ConfigError
 from moa_search.evaluation.throughput.batches import MOST_SAMPLES, Probe, largest_batch
 from moa_search.evaluation.throughput.gate import Gate, verify
+from moa_search.evaluation.throughput.memory import old_objects_kept
 from moa_search.evaluation.throughput.running import run_once
 from moa_search.evaluation.throughput.ways import Way, forget_compiled, generating_on
 from moa_search.version import __version__
@@ -89,7 +90,7 @@ def measure(
     gates = tuple(verify(model, way, seed) for way in ways if way.plan is not None)
     rows: list[dict[str, Any]] = []
     total, done = len(lengths) * (repetitions + 1), 0
-    with generating_on(model, prefill_chunk=prefill_chunk):
+    with old_objects_kept(), generating_on(model, prefill_chunk=prefill_chunk):
         for length in dict.fromkeys(lengths):
             forget_compiled(model)  # graphs of another length only take memory
             cells = _cells(model, ways, length, batches, decode_tokens, limit_bytes)

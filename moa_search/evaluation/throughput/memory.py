@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-__all__ = ["PeakMemory", "can_measure"]
+__all__ = ["PeakMemory", "can_measure", "old_objects_kept"]
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
@@ -59,3 +61,14 @@ def can_measure(device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return device.type == "cpu" and RESET.exists() and hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+@contextmanager
+def old_objects_kept() -> Iterator[None]:
+    """Make garbage collection look at new objects only: it would walk torch's and transformers' for a second each."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

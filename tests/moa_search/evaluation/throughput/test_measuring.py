@@ -67,7 +67,7 @@ def test_nothing_is_timed_on_a_red_gate(tiny_model, plan, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler meets its own and, pickling, jsonargparse's
 def test_the_compiled_way_compiles_and_its_cache_holds_the_whole_run(tiny_model):
     torch._dynamo.utils.counters.clear()
     found = measure(
