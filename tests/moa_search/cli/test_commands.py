@@ -24,6 +24,10 @@ COMMANDS = {
     "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
+    "moa-inspect plan": (inspect, api.inspect_plan, "plan"),
+    "moa-inspect profile": (inspect, api.inspect_profile, "profile"),
+    "moa-inspect diff": (inspect, api.diff_plans, "plans"),
+    "moa-inspect front": (inspect, api.inspect_front, "folder"),
 }
 
 
@@ -153,14 +157,14 @@ class TestOptions:
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
             "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
-            "format": "moa", "reanchor": True,
+            "format": "moa", "reanchor": True, "html": "h", "heads": ["7:2"], "front": "f", "plans": ["a", "b"],
         }  # fmt: skip
         import inspect as introspect
 
         for program, (_, function, first) in COMMANDS.items():
             parser = build_parser(program, function, first=first)
             names = [n for n in introspect.signature(function).parameters if n != "progress"]
-            wanted = {n: "a" if (program, n) == ("moa-inspect", "plan") else values[n] for n in names}
+            wanted = {n: "a" if first == n == "plan" else values[n] for n in names}
             flags = []
             for name, value in wanted.items():
                 parts = [str(v) for v in (value if isinstance(value, list) else [value])]
