@@ -12,6 +12,7 @@ from moa_search.inspection.profiles import (
     profile_table,
     sample_advice,
 )
+from moa_search.inspection.scores import effective_context_table, effective_lines, score_tables
 from moa_search.inspection.searches import (
     budget_lines,
     comparison_table,
@@ -26,7 +27,6 @@ from moa_search.inspection.tables import (
     density_table,
     origin_lines,
     rule_table,
-    score_tables,
     span_table,
 )
 
@@ -39,6 +39,8 @@ __all__ = [
     "diff_lengths",
     "diff_line",
     "diff_page",
+    "effective_context_table",
+    "effective_lines",
     "front_page",
     "front_table",
     "head_table",

@@ -63,12 +63,9 @@ def span_blocks(plan: Plan, lengths: Sequence[int]) -> list[str]:
 def origin_facts(plan: Plan) -> str:
     """All that a plan says about where it is from."""
     entries: dict[str, object] = {}
-    notes: list[str] = []
     for line in origin_lines(plan):
         name, _, value = line.partition("  ")
-        if name == "note":
-            notes.append(value.strip())
-        else:
+        if name != "note":
             entries[name] = value.strip()
     origin = plan.provenance
     if origin is not None:
@@ -86,7 +83,7 @@ def origin_facts(plan: Plan) -> str:
     entries["fingerprint"] = f"{plan.fingerprint} (of what decides the model's output)"
     entries["configuration"] = json.dumps({**plan.model.rope, **plan.model.config}, sort_keys=True)
     listed = facts({name: value for name, value in entries.items() if value})
-    return listed + "".join(paragraph(f"Note: {note}") for note in notes)
+    return listed + "".join(paragraph(f"Note: {note}") for note in (origin.notes if origin else ()))
 
 
 def plan_names(plans: Sequence[StoredPlan]) -> list[str]:
