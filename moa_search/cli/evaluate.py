@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
-    """Print the table of means and where the items' scores are."""
-    from moa_search.evaluation import summarise
-    from moa_search.inspection import score_tables
+    """Print the tables of means, effective contexts and where the items' scores are."""
+    from moa_search.inspection import effective_lines, score_tables
 
-    open_console().print(*score_tables(summarise(items)))
+    console = open_console()
+    console.print(*score_tables(items))
+    for line in effective_lines(items):
+        console.print(line, highlight=False)
     if output is not None:
         print(f"scores of every item written to {output}")
 

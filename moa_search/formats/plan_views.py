@@ -197,7 +197,8 @@ class PlanViews:
         ax = draw_lines(at, lines, ax, title="", xlabel="context (tokens)", ylabel="share of dense (%)")
         budgets = [(b.length, 100 * b.density) for b in self._budgets() if b.density is not None]
         if budgets:
-            ax.plot(*zip(*budgets, strict=True), "k_", markersize=14, markeredgewidth=2, label="budget")
+            ink = ax.xaxis.label.get_color()
+            ax.plot(*zip(*budgets, strict=True), "_", color=ink, markersize=14, markeredgewidth=2, label="budget")
             ax.legend(frameon=False)
         return ax
 

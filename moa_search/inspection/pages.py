@@ -5,10 +5,12 @@ A page is a title and sections; a section is a heading and blocks, which are str
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "Page", "facts", "figure_block", "paragraph", "svg_of", "table_block"]
+__all__ = ["INK", "Page", "facts", "figure_block", "in_ink", "paragraph", "svg_of", "table_block"]
 
 INK = "#1b2a3c"
 """Colour of text and axes in figures; `svg_of` puts the page's own in its place, light or dark."""
@@ -171,17 +173,32 @@ def figure_block(picture: str | Figure, alt: str, *, caption: str = "", table: s
         caption: Below the picture.
         table: Made by `table_block`.
     """
-    drawn = picture if isinstance(picture, str) else svg_of(picture)
+    drawn = picture if isinstance(picture, str) else svg_of(picture, alt)
     labelled = drawn.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     data = f"<details><summary>Data as a table</summary>\n{table}\n</details>" if table else ""
     return f"<figure>\n{labelled}\n{below}</figure>\n{data}"
 
 
-def svg_of(figure: Figure) -> str:
+@contextlib.contextmanager
+def in_ink() -> Iterator[None]:
+    """Figures that are made and drawn within have text, axes and ticks in `INK`."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(
+        {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+    ):
+        yield
+
+
+def svg_of(figure: Figure, name: str = "") -> str:
     """A matplotlib figure as SVG to stand in a page: its text stays text, its background the page's.
 
     What is drawn in `INK` takes the page's colour of text; equal figures give equal bytes.
+
+    Args:
+        figure: The figure.
+        name: Tells it from other figures of one page, whose ids mustn't be the same.
     """
     import matplotlib as mpl
 
@@ -190,7 +207,15 @@ def svg_of(figure: Figure) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "moa-search"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :].replace(INK, "currentColor").strip()
+    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor").strip()
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', drawn))
+    prefix = f"f{hashlib.sha256(name.encode()).hexdigest()[:8]}-"
+
+    def own(match: re.Match[str]) -> str:
+        return f' id="{prefix}{match[1]}"' if match[1] in used else ""
+
+    drawn = re.sub(r' id="([^"]*)"', own, drawn)
+    return re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}", drawn)
 
 
 def _plain(value: Any) -> str:

@@ -87,7 +87,7 @@ def draw_mask(mask: npt.NDArray[np.bool_], length: int, ax: Axes | None, *, titl
     from matplotlib.colors import ListedColormap
 
     ax = axes_or_new(ax, width=4.2, height=4.2)
-    colours = ListedColormap(["white", "dimgrey" if native else OKABE_ITO[0]])
+    colours = ListedColormap(["#00000000", "dimgrey" if native else OKABE_ITO[0]])
     ax.imshow(mask, cmap=colours, vmin=0, vmax=1, extent=(0, length, length, 0), interpolation="auto")
     ax.set_title(title, loc="left", fontsize=10)
     ax.set_xlabel("key")

@@ -238,12 +238,11 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._unpadded = 0  # newest tokens since the last padding in any sample
 
     def _reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens and one more, a block at a time."""
-        # One reallocation per block and layer keeps each head within a block of what the plan predicts.
-        reserved = max(self._reserved, (length // self.rules.block + 1) * self.rules.block)
+        """Make room for ``length`` tokens and one more, in steps that leave no head more than a block to spare."""
         slack = ROLLBACK_TOKENS if self.record_past else 0
-        if (reserved, slack) == (self._reserved, self._slack):
+        if length < self._reserved and slack == self._slack:
             return
+        reserved = self._reserved if length < self._reserved else self.rules.roomy_length(length)
         self._reserved, self._slack = reserved, slack
         layout = self.rules.layout(self.rules.capacities(reserved, slack))
         if layout == self._layout:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from operator import sub
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +53,17 @@ class LayerRules:
         most = length if self.sliding_window is None else self.sink + self.sliding_window
         kept = [min(span(length, rule, self.sink + self.block), most) for rule in self.rules]
         return [min(tokens + slack, length) for tokens in kept]
+
+    def roomy_length(self, length: int) -> int:
+        """The longest context to lay out a cache for that holds ``length`` tokens, one block to spare per head at most.
+
+        Heads that grow slowly get room for many blocks of tokens, so that the cache is seldom moved; for about twice
+        its length where no head grows.
+        """
+        now = self.capacities(length)
+        choices = range(length + 1, 2 * (length + self.block) + 1)
+        excess = bisect_right(choices, self.block, key=lambda tokens: max(map(sub, self.capacities(tokens), now)))
+        return choices[excess - 1]
 
     def layout(self, capacities: Sequence[int]) -> RingLayout:
         """Where a cache with so many slots per KV head keeps their keys."""

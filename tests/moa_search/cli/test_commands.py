@@ -83,7 +83,7 @@ def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     assert set(pd.read_csv(scores)["variant"]) == {"dense", "uniform", "half"}
-    assert "passkey at 300 tokens: mean of 2 items" in out
+    assert "passkey at 300 tokens, teacher-forced: mean of 2 items" in out
     picture = tmp_path / "spans.png"
     status, out, err = call("moa-inspect", tmp_path / "half" / "plan.json", "--output", picture)
     assert status == 0, err
@@ -153,14 +153,15 @@ class TestOptions:
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
             "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
-            "format": "moa", "reanchor": True,
+            "format": "moa", "reanchor": True, "depths": [0.0, 0.5],
         }  # fmt: skip
+        own = {("moa-inspect", "plan"): "a", ("moa-eval", "answers"): "generated"}
         import inspect as introspect
 
         for program, (_, function, first) in COMMANDS.items():
             parser = build_parser(program, function, first=first)
             names = [n for n in introspect.signature(function).parameters if n != "progress"]
-            wanted = {n: "a" if (program, n) == ("moa-inspect", "plan") else values[n] for n in names}
+            wanted = {n: own.get((program, n), values[n]) for n in names}
             flags = []
             for name, value in wanted.items():
                 parts = [str(v) for v in (value if isinstance(value, list) else [value])]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from moa_search.inspection.pages import INK, Page, facts, figure_block, paragraph, svg_of, table_block
+from moa_search.inspection.pages import INK, Page, facts, figure_block, in_ink, paragraph, svg_of, table_block
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -109,6 +109,23 @@ def test_a_figure_keeps_its_text_and_takes_the_colour_of_the_page(figure):
     assert "currentColor" in drawn
     assert "#0072b2" in drawn
     assert svg_of(figure) == drawn, "equal figures give equal bytes"
+
+
+def test_figures_of_one_page_share_no_ids(figure):
+    both = svg_of(figure, "one") + svg_of(figure, "two")
+    places = re.findall(r' id="([^"]*)"', both)
+    assert places
+    assert len(places) == len(set(places))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', both)) == set(places), "no id that nothing points to"
+
+
+def test_axes_and_ticks_take_the_colour_of_text():
+    with in_ink():
+        plain = Figure(figsize=(3, 2))
+        plain.subplots().set_xlabel("tokens")
+        drawn = svg_of(plain)
+    assert "currentColor" in drawn
+    assert "#000000" not in drawn
 
 
 def test_a_page_is_written_whole(page, tmp_path):

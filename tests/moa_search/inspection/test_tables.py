@@ -3,11 +3,9 @@
 import io
 import re
 
-import pandas as pd
 import pytest
 from rich.console import Console
 
-from moa_search.evaluation import summarise
 from moa_search.formats import Plan
 from moa_search.formats.plan import LengthMetrics
 from moa_search.inspection import (
@@ -15,7 +13,6 @@ from moa_search.inspection import (
     front_table,
     origin_lines,
     rule_table,
-    score_tables,
     span_table,
 )
 from moa_search.search import SearchOptions, search_profile
@@ -145,25 +142,3 @@ class TestFront:
     def test_a_uniform_plan_has_no_gap(self, tiny_profile):
         front = search_profile(tiny_profile, SearchOptions(density=[0.4], criterion="squared", searcher="uniform"))
         assert cells(render(front_table(front)))[2][-1] == ""
-
-
-def scores(variants):
-    rows = [
-        {"task": task, "length": 1024, "variant": variant, "density": 0.25, "attention_density": 0.4,
-         "metric": "exact match", "item": item, "nll": 1.5, "score": 0.75}
-        for task in ("passkey", "copy") for variant in variants for item in range(3)
-    ]  # fmt: skip
-    return "".join(map(render, score_tables(summarise(pd.DataFrame(rows)))))
-
-
-def test_scores_with_intervals():
-    text = scores(["dense", "uniform"])
-    assert "passkey at 1024 tokens: mean of 3 items" in text
-    assert "copy at 1024 tokens: mean of 3 items" in text
-    assert cells(text).count(["dense", "25.0%", "1.50  1.50-1.50", "0.75  0.75-0.75"]) == 2
-    assert cells(text).count(["uniform", "25.0%", "1.50  1.50-1.50", "0.75  0.75-0.75"]) == 2
-
-
-@pytest.mark.parametrize("name", ["[bold]", "plan[/]", "a [red]b"])
-def test_a_plans_name_is_no_markup(name):
-    assert name in scores([name])
