@@ -22,8 +22,12 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-MODELS = "llama mistral qwen2 gemma2 gpt_neox".split()
-UNRELATED = {"fsdp": "FSDPTesterMixin", "tensor_parallel": "TensorParallelTesterMixin", "training": "TrainingTesterMixin"}
+MODELS = ["llama", "mistral", "qwen2", "gemma2", "gpt_neox"]
+UNRELATED = {
+    "fsdp": "FSDPTesterMixin",
+    "tensor_parallel": "TensorParallelTesterMixin",
+    "training": "TrainingTesterMixin",
+}
 """Parts of the tests that need another version's internals, and that no generation test uses."""
 PLAN, RESULTS = "MOA_TRY_PLAN", "MOA_TRY_RESULTS"
 OUTCOMES = ("passed", "without the plan", "refused", "failed", "skipped")
@@ -136,7 +140,7 @@ def on_whole_caches(check: object) -> object:
 
 
 def whole(cache: object) -> object:
-    """A shallow copy of a cache whose keys and values are ``[batch, kv_heads, tokens, width]``, zero where none is kept."""
+    """A cache whose keys and values are ``[batch, kv_heads, tokens, width]``, zero where none is kept."""
     import torch
 
     from moa_search.runtime.cache import MoACacheLayer

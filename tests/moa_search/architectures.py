@@ -105,7 +105,6 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "head_dim": None,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention"],
         "mamba_num_heads": 4,
@@ -117,15 +116,6 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA,
     "qwen3_next": {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 16},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 40, "lru_width": 32},
-    "zamba2": {
-        "layers_block_type": ["mamba", "hybrid"],
-        "layer_types": ["mamba", "hybrid"],
-        "mamba_d_state": 8,
-        "n_mamba_heads": 4,
-        "num_mem_blocks": 1,
-        "mamba_ngroups": 1,
-        "mamba_headdim": 16,
-    },
 }
 """Likewise; some of their layers, or parts of them, are linear attention, convolutions or recurrences."""
 
