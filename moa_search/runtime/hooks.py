@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from moa_kernels.backends import Impl
+
     from moa_search.formats import Plan
 
 __all__ = ["HOOKS", "PREFILL_CHUNK_TOKENS", "STATE_ATTRIBUTE", "Applied"]
@@ -40,11 +42,13 @@ class Applied:
 
     Attributes:
         plan: The plan.
+        impl: What attends, as in `apply_plan`.
         attention: The attention implementation before.
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
     """
 
     plan: Plan
+    impl: Impl
     attention: str
     overridden: dict[str, Any]
 
