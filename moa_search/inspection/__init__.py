@@ -2,7 +2,7 @@
 
 from moa_search.inspection.plots import plot_spans, save_heat_map
 from moa_search.inspection.profiles import calibration_lines, profile_quality, profile_table, sample_advice
-from moa_search.inspection.scores import effective_lines, score_tables
+from moa_search.inspection.scores import effective_context_table, effective_lines, score_tables
 from moa_search.inspection.searches import (
     budget_lines,
     comparison_table,
@@ -25,6 +25,7 @@ __all__ = [
     "calibration_lines",
     "comparison_table",
     "density_table",
+    "effective_context_table",
     "effective_lines",
     "front_table",
     "origin_lines",
