@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import evaluate_model, measure_throughput
+from moa_search.api import evaluate_model, measure_throughput, report_model
 from moa_search.cli.command import open_console, run
 from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["COMMANDS", "main", "show", "show_throughput"]
+__all__ = ["COMMANDS", "main", "show", "show_report", "show_throughput"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,15 @@ def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
         console.print(line, highlight=False)
     if output is not None:
         print(f"scores of every item written to {output}")
+
+
+def show_report(effective: pd.DataFrame, *, output: str, **options: Any) -> None:
+    """Print how far each variant carries, and where the page is."""
+    from moa_search.inspection import effective_context_table
+
+    if len(effective):
+        open_console().print(effective_context_table(effective))
+    print(f"{output}/report.html is the page; items, summary, differences and effective contexts are CSVs beside it")
 
 
 def show_throughput(found: Throughput, *, output: str | None, **options: Any) -> None:
@@ -46,6 +55,15 @@ def show_throughput(found: Throughput, *, output: str | None, **options: Any) ->
 
 
 COMMANDS = {
+    "report": Subcommand(
+        "runs dense, plans and baselines over tasks and lengths and writes a page",
+        report_model,
+        show_report,
+        first="config",
+        task="measuring",
+        required=("model", "output"),
+        interrupted="what was measured is kept; the same command goes on from here",
+    ),
     "throughput": Subcommand(
         "measures speed and memory, dense and under plans",
         measure_throughput,

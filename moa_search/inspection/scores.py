@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["WAYS", "effective_lines", "score_tables", "signed_interval"]
+__all__ = ["WAYS", "effective_context_table", "effective_lines", "score_tables", "signed_interval"]
 
 WAYS = {"forced": "teacher-forced", "generated": "generated"}
 """How answers came about, in words."""
@@ -48,6 +48,27 @@ def score_tables(items: pd.DataFrame) -> list[Table]:
             table.add_row(*cells)
         tables.append(table)
     return tables
+
+
+def effective_context_table(effective: pd.DataFrame) -> Table:
+    """How far every variant carries, with its multiples over uniform spans.
+
+    Args:
+        effective: As `moa_search.evaluation.effective.effective_table` returns it.
+    """
+    table = Table(title="Effective context in tokens: longest length with 90 % right", title_justify="left")
+    table.add_column("variant")
+    for name in ("task", "n", "effective context", "95 %", "fails at", "average span", "x, equal span", "x, equal KV"):
+        table.add_column(name, justify="right")
+    for row in effective.astype(object).where(effective.notna(), None).to_dict("records"):
+        cells = [escape(row["variant"]), escape(row["task"]), str(row["n"]), str(row["effective_context"])]
+        cells.append(f"{row['low']}-{row['high']}")
+        cells += ["" if row[name] is None else str(row[name]) for name in ("fails_at", "average_span")]
+        for name in ("at_equal_span", "at_equal_density"):
+            ratio, bracket = row[name], row[f"{name}_bracket"]
+            cells.append(f"{ratio:.2f} ({bracket})" if ratio is not None else bracket or "")
+        table.add_row(*cells)
+    return table
 
 
 def effective_lines(items: pd.DataFrame) -> list[str]:

@@ -6,19 +6,21 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import GenerationMixin, PreTrainedModel
 
 from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
-from moa_search.runtime.attention import NAME, RULES_ATTRIBUTE, register
+from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied
+from moa_search.runtime.kernels import runs_kernels
 from moa_search.runtime.rules import LayerRules, layer_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
+    from moa_kernels.backends import Impl
 
     from moa_search.formats import Plan
 
@@ -31,7 +33,7 @@ Without it, a plain reload would run dense in silence. With it, the reload asks 
 registered that, and an error in the first forward pass otherwise, since no plan is applied."""
 
 
-def apply_plan(model: Any, plan: Plan) -> Any:
+def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
     """Make a model attend as a plan says, in place.
 
     From then on `generate` builds a `MoACache` by itself, and `save_pretrained` writes the plan beside the weights,
@@ -41,30 +43,36 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     Args:
         model: A transformers decoder.
         plan: The plan, made for this model.
+        impl: What attends: ``"triton"`` kernels, plain ``"torch"``, or ``"auto"``, which is Triton on CUDA devices for
+            whatever the kernels can do and no gradient is asked of, and torch otherwise.
 
     Returns:
         ``model``.
 
     Raises:
-        ConfigError: The plan's rules aren't anchored at positions.
+        ConfigError: The plan's rules aren't anchored at positions, or ``impl`` is unknown.
         ModelMismatchError: The plan was made for another model.
         ModelUnsupportedError: The model's attention can't be replaced.
+        BackendUnavailableError: Triton was asked for and can't run on the model's device or type.
     """
     text = model.config.get_text_config(decoder=True)
     rules = layer_rules(plan, model.config)
     modules = _attention_modules(model, text, rules)
+    if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
+        runs_kernels(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
     register()
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:
         if text._attn_implementation == NAME:  # a plain reload of a model that was saved under a plan
             _set_attention(model, text, None)
-        state = Applied(plan, attention=text._attn_implementation, overridden={})
+        state = Applied(plan, impl, attention=text._attn_implementation, overridden={})
     _set_attention(model, text, NAME)
     if text._attn_implementation != NAME:
         raise ModelUnsupportedError(f"{type(model).__name__}: its attention function can't be replaced")
-    state.plan = plan
+    state.plan, state.impl = plan, impl
     for module, module_rules in modules:
         setattr(module, RULES_ATTRIBUTE, module_rules)
+        setattr(module, IMPL_ATTRIBUTE, impl)
     setattr(text, CONFIG_ATTRIBUTE, plan.model_dump(mode="json", by_alias=True))
     setattr(model.config, SAVED_ATTENTION_ATTRIBUTE, _attention_choice(model, text, NAME))
     if getattr(model, STATE_ATTRIBUTE, None) is None:
@@ -90,7 +98,8 @@ def remove_plan(model: Any) -> Any:
     if text._attn_implementation == NAME:
         _set_attention(model, text, state.attention)
     for module in model.modules():
-        vars(module).pop(RULES_ATTRIBUTE, None)
+        for name in (RULES_ATTRIBUTE, IMPL_ATTRIBUTE):
+            vars(module).pop(name, None)
     vars(text).pop(CONFIG_ATTRIBUTE, None)
     vars(model.config).pop(SAVED_ATTENTION_ATTRIBUTE, None)
     for name in HOOKS:
@@ -102,8 +111,13 @@ def remove_plan(model: Any) -> Any:
 
 
 @contextmanager
-def applied(model: Any, plan: Plan) -> Iterator[Any]:
+def applied(model: Any, plan: Plan, *, impl: Impl = "auto") -> Iterator[Any]:
     """Put a model under a plan for the duration of a ``with`` block, then under what it had before.
+
+    Args:
+        model: A transformers decoder.
+        plan: The plan, made for this model.
+        impl: As in `apply_plan`.
 
     Raises:
         ConfigError: The plan's rules aren't anchored at positions.
@@ -111,15 +125,15 @@ def applied(model: Any, plan: Plan) -> Iterator[Any]:
         ModelUnsupportedError: The model's attention can't be replaced.
     """
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
-    before = None if state is None else state.plan
-    apply_plan(model, plan)
+    before = None if state is None else (state.plan, state.impl)
+    apply_plan(model, plan, impl=impl)
     try:
         yield model
     finally:
         if before is None:
             remove_plan(model)
         else:
-            apply_plan(model, before)
+            apply_plan(model, before[0], impl=before[1])
 
 
 def _attention_modules(
@@ -134,6 +148,8 @@ def _attention_modules(
             f"{name}: tensor parallelism splits its KV heads over {ranks} processes, and a plan isn't sliced for each; "
             "spread layers with device_map instead"
         )
+    if isinstance(model, GenerationMixin) and not model._supports_default_dynamic_cache():
+        raise ModelUnsupportedError(f"{name}: it keeps a cache of its own, which a plan can't take the place of")
     decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
     found = {
         id(module): (module, rules[module.layer_idx])

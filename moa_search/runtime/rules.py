@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from moa_kernels.rings import RingLayout
+from moa_kernels.spans import HeadSpans
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moa_search.architecture import require_own_keys
-from moa_search.errors import ConfigError, ModelMismatchError
+from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
 from moa_search.formats import ModelSignature, Plan
-from moa_search.spans import SpanRule, span
+from moa_search.spans import BETA_ONE, SpanRule, span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +48,17 @@ class LayerRules:
             rule: tuple(head for head, other in enumerate(self.rules) if other == rule)
             for rule in dict.fromkeys(self.rules)
         }
+
+    @cached_property
+    def head_spans(self) -> HeadSpans:
+        """The same rules as the integers that kernels take."""
+        return self.shifted(0)
+
+    def shifted(self, shift: int) -> HeadSpans:
+        """The rules for positions less ``shift`` tokens, a multiple of 256: beta times it is an integer."""
+        assert shift % BETA_ONE == 0
+        rules = ((rule.alpha + rule.beta_256 * (shift // BETA_ONE), rule.beta_256) for rule in self.rules)
+        return HeadSpans.of(rules, sink=self.sink, min_span=self.sink + self.block, sliding_window=self.sliding_window)
 
     def capacities(self, length: int, slack: int = 0) -> list[int]:
         """Slots per KV head that hold every key a query up to context ``length`` may need, plus ``slack``."""
@@ -108,6 +120,8 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
     require_own_keys(config)
     plan.model.require(ModelSignature.of(config), "plan")
     stock = DynamicCache(config=text).layers if stock is None else stock
+    if not any(isinstance(layer, DynamicLayer) for layer in stock):
+        raise ModelUnsupportedError(f"{text.model_type}: none of its layers attends, so there is nothing to shorten")
     windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in stock]
     native = plan.native_layers
     for layer in native:
