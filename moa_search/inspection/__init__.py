@@ -29,6 +29,13 @@ from moa_search.inspection.tables import (
     rule_table,
     span_table,
 )
+from moa_search.inspection.throughput import (
+    fact_lines,
+    gain_table,
+    plot_throughput,
+    save_throughput_plot,
+    throughput_table,
+)
 
 __all__ = [
     "budget_lines",
@@ -41,14 +48,17 @@ __all__ = [
     "diff_page",
     "effective_context_table",
     "effective_lines",
+    "fact_lines",
     "front_page",
     "front_table",
+    "gain_table",
     "head_table",
     "origin_lines",
     "pair_table",
     "plan_page",
     "plot_densities",
     "plot_spans",
+    "plot_throughput",
     "profile_page",
     "profile_quality",
     "profile_table",
@@ -59,10 +69,12 @@ __all__ = [
     "save_front_plot",
     "save_heat_map",
     "save_influence_map",
+    "save_throughput_plot",
     "score_tables",
     "span_table",
     "stored_front_table",
     "study_lines",
     "study_table",
+    "throughput_table",
     "validation_table",
 ]

@@ -23,6 +23,7 @@ COMMANDS = {
     "moa-search tune": (search, api.tune_plan, "profile"),
     "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
+    "moa-eval throughput": (evaluate, api.measure_throughput, "model"),
     "moa-eval report": (evaluate, api.report_model, "config"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
     "moa-inspect plan": (inspect, api.inspect_plan, "plan"),
@@ -158,6 +159,8 @@ class TestOptions:
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
             "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
+            "random_weights": "c.json", "layers": 2, "ways": ["plan"], "batch": ["1", "largest"], "decode_tokens": 8,
+            "repetitions": 2, "prefill_chunk": 512, "memory_limit_gib": 1.5,
             "format": "moa", "reanchor": True, "depths": [0.0, 0.5],
             "against": ["dense"], "windows": False, "refine": 2,
             "html": "h", "heads": ["7:2"], "front": "f", "plans": ["a", "b"],
@@ -201,6 +204,7 @@ class TestOptions:
             ("moa-search", "search"),
             ("moa-eval", "eval"),
             ("moa-eval report", "eval/report"),
+            ("moa-eval throughput", "eval/throughput"),
         ],
     )
     def test_shipped_configurations_parse(self, program, folder):
