@@ -12,7 +12,7 @@ from moa_search.api.inspecting import kind_of, plan_titles
 from moa_search.cli.command import open_console, run
 from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["COMMANDS", "main", "show", "show_diff", "show_front", "show_profile"]
+__all__ = ["COMMANDS", "command_for", "main", "show", "show_diff", "show_front", "show_profile"]
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
@@ -93,11 +93,11 @@ COMMANDS = {
 def main() -> NoReturn:
     """Entry point."""
     run_subcommand("moa-inspect", COMMANDS, otherwise="a file")
-    command = COMMANDS[_command_for(sys.argv[1:])]
+    command = COMMANDS[command_for(sys.argv[1:])]
     run("moa-inspect", command.function, command.show, first=command.first, also=descriptions(COMMANDS))
 
 
-def _command_for(words: Sequence[str]) -> str:
+def command_for(words: Sequence[str]) -> str:
     """The command for a line that names none: what its file is, or a difference where it begins with two files."""
     files = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     if len(files) > 1:

@@ -22,8 +22,9 @@ svg.cells rect:hover, svg.cells rect:focus { stroke: var(--ink); stroke-width: 2
 svg.scale { max-width: 22rem; }
 .masks { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 .masks figure { margin: 0; }
-.tip { position: fixed; z-index: 9; max-width: min(24rem, 92vw); padding: .35rem .6rem; border-radius: .3rem;
-  background: var(--ink); color: var(--paper); font-size: .9rem; line-height: 1.35; pointer-events: none; }
+.tip { position: fixed; z-index: 9; width: max-content; max-width: min(36rem, 92vw); padding: .35rem .6rem;
+  border-radius: .3rem; background: var(--ink); color: var(--paper); font-size: .9rem;
+  line-height: 1.35; pointer-events: none; }
 @media print { .cells-place { min-width: 0 !important; } .tip { display: none; } }
 """
 
@@ -38,7 +39,9 @@ GRID_SCRIPT = """
   const place = () => {
     if (!shown) return;
     const cell = shown.getBoundingClientRect(), width = document.documentElement.clientWidth;
-    const left = cell.left + cell.width / 2 - tip.offsetWidth / 2, above = cell.top - tip.offsetHeight - 8;
+    const left = cell.left + cell.width / 2 - tip.offsetWidth / 2;
+    let above = shown.ownerSVGElement.getBoundingClientRect().top - tip.offsetHeight - 2;  // hides no other cell
+    if (above < 0) above = cell.top - tip.offsetHeight - 8;
     tip.style.left = Math.max(4, Math.min(left, width - tip.offsetWidth - 4)) + "px";
     tip.style.top = (above > 0 ? above : cell.bottom + 8) + "px";
   };
