@@ -16,17 +16,27 @@ if TYPE_CHECKING:
 __all__ = ["head_masks", "span_mask"]
 
 
-def span_mask(rule: SpanRule, length: int, *, sink: int, min_span: int) -> npt.NDArray[np.bool_]:
+def span_mask(
+    rule: SpanRule, length: int, *, sink: int, min_span: int, most_points: int | None = None
+) -> npt.NDArray[np.bool_]:
     """Which key each query attends under one rule.
 
     A query at 0-based position i attends key j iff ``j <= i`` and (``j < sink`` or
     ``j > i - window(i + 1)``), where ``window(n) = span(n) - sink``.
 
+    Args:
+        rule: The head's rule.
+        length: Tokens.
+        sink: First tokens that are always attended.
+        min_span: Lower bound of spans in tokens.
+        most_points: Look at so many positions at most, equally far apart; for pictures of long contexts.
+
     Returns:
         ``[query, key]``, True where attended.
     """
-    i = np.arange(length, dtype=np.int64)[:, None]
-    j = np.arange(length, dtype=np.int64)[None, :]
+    points = length if most_points is None else min(length, most_points)
+    at = np.arange(points, dtype=np.int64) * length // points
+    i, j = at[:, None], at[None, :]
     window = span(i + 1, rule, min_span) - sink
     return (j <= i) & ((j < sink) | (j > i - window))
 

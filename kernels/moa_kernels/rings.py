@@ -51,6 +51,11 @@ class RingLayout:
         return [0, *accumulate(self.capacities)][:-1]
 
     @property
+    def ends(self) -> list[int]:
+        """Slot after each head's last one."""
+        return [*accumulate(self.capacities)]
+
+    @property
     def slots(self) -> int:
         """Slots of all heads."""
         return sum(self.capacities)
@@ -59,29 +64,78 @@ class RingLayout:
         """int32 ``[kv_heads, 3]``: offset, sink, capacity. Made once per device: a CUDA graph may capture it."""
         return _tensor(self, device)
 
-    def slot(self, head: int, position: Tensor) -> Tensor:
-        """Slots in the flat buffer of positions of one head, int64."""
-        ring = max(self.capacities[head] - self.sinks[head], 1)
-        ringed = self.sinks[head] + (position - self.sinks[head]) % ring
-        return self.offsets[head] + torch.where(position < self.sinks[head], position, ringed)
+    def rings(self, device: torch.device) -> Tensor:
+        """int64 ``[kv_heads]``, slots besides the sink, at least 1."""
+        return self._columns(device)[2]
 
-    def positions(self, head: int, length: Tensor) -> Tensor:
-        """Position that each slot of one head should hold after ``length`` tokens, -1 if none.
+    def heads(self, device: torch.device) -> Tensor:
+        """int64 ``[slots]``, the KV head that each slot belongs to."""
+        return self._slots(device)[0]
+
+    def kept(self, position: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots of positions in every head, and whether a position is still there after ``length`` tokens.
 
         Args:
-            head: KV head.
+            position: int64 ``[batch, tokens]``.
             length: int64 ``[batch]``.
 
         Returns:
-            int64 ``[batch, capacity]``.
+            ``[batch, kv_heads, tokens]`` twice: int64, and boolean.
         """
-        sink, capacity = self.sinks[head], self.capacities[head]
-        index = torch.arange(capacity, device=length.device)
+        offset, sink, ring, end = self._columns(position.device)[:, :, None].unbind()
+        position = position[:, None]
+        slot = _slot(offset, sink, ring, position)
+        # Where the sink is longer than the whole capacity, slots lie beyond it.
+        return slot, ((position < sink) | (position >= length[:, None, None] - ring)) & (slot < end)
+
+    def slot(self, head: int | Tensor, position: Tensor) -> Tensor:
+        """Slots in the flat buffer, int64, of positions of heads; the two broadcast.
+
+        Where the sink is longer than a head's whole capacity, some lie beyond the head's own slots.
+        """
+        offset, sink, ring, _ = self._columns(position.device)[:, head]
+        return _slot(offset, sink, ring, position)
+
+    def positions(self, length: Tensor) -> Tensor:
+        """Position that each slot should hold after ``length`` tokens, -1 if none.
+
+        Args:
+            length: int64 ``[batch]``.
+
+        Returns:
+            int64 ``[batch, slots]``.
+        """
+        head, index = self._slots(length.device)
+        _, sink, ring, _ = self._columns(length.device)[:, head]
         last = length[:, None] - 1
-        newest = last - (last - index) % max(capacity - sink, 1)
-        position = torch.where(index < sink, index, newest)
-        held = (position <= last) & (position >= torch.where(index < sink, 0, sink))
-        return torch.where(held, position, -1)
+        sunk = index < sink
+        position = index.where(sunk, last - (last - index) % ring)
+        held = (position <= last) & (position >= sink.where(~sunk, 0))
+        return position.where(held, -1)
+
+    # What follows is kept with this very layout and not by value, as `tensor` is: it may be as long as the cache.
+
+    def _columns(self, device: torch.device) -> Tensor:
+        """int64 ``[4, kv_heads]``: first slot, sink, ring size, and slot after the last."""
+        kept: dict[torch.device, Tensor] = self.__dict__.setdefault("_columns_by_device", {})
+        if device not in kept:
+            # A layout shorter than the sink has no ring and stores no position that asks for it.
+            rings = [max(most - sink, 1) for most, sink in zip(self.capacities, self.sinks, strict=True)]
+            kept[device] = torch.tensor([self.offsets, self.sinks, rings, self.ends], device=device)
+        return kept[device]
+
+    def _slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """int64 ``[slots]``, twice: each slot's head, and its place in that head."""
+        kept: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_slots_by_device", {})
+        if device not in kept:
+            counts = torch.tensor(self.capacities, device=device)
+            head = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=self.slots)
+            kept[device] = head, torch.arange(self.slots, device=device) - self._columns(device)[0][head]
+        return kept[device]
+
+
+def _slot(offset: Tensor, sink: Tensor, ring: Tensor, position: Tensor) -> Tensor:
+    return offset + position.where(position < sink, sink + (position - sink) % ring)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ from moa_search.api.converting import PlanFormat, export_plan, import_plan
 from moa_search.api.evaluating import evaluate_model
 from moa_search.api.inspecting import inspect_plan
 from moa_search.api.profiling import merge_profiles, profile_model
+from moa_search.api.reporting import report_model
 from moa_search.api.searching import search_front, search_plan
 from moa_search.api.tuning import serve_study, tune_plan
 from moa_search.api.validating import validate_front
@@ -25,6 +26,7 @@ __all__ = [
     "inspect_plan",
     "merge_profiles",
     "profile_model",
+    "report_model",
     "search_front",
     "search_plan",
     "serve_study",

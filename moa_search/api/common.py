@@ -15,6 +15,7 @@ __all__ = [
     "Progress",
     "Searcher",
     "model_and_tokenizer",
+    "require_depths",
     "require_lengths",
     "require_positive",
     "require_writable",
@@ -41,6 +42,13 @@ def require_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{name}: {value:g} is out of range; it must be over 0")
+
+
+def require_depths(depths: Sequence[float]) -> None:
+    """Refuse places in a text that lie outside it."""
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ConfigError(f"depths: {depth:g} is out of range; it must be from 0, the start, to 1, the end")
 
 
 def require_lengths(**values: Sequence[int]) -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Dtype, Progress, model_and_tokenizer, require_positive, require_writable
+from moa_search.api.common import (
+    Dtype,
+    Progress,
+    model_and_tokenizer,
+    require_depths,
+    require_positive,
+    require_writable,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moa_search.formats import Plan
 
-__all__ = ["evaluate_model"]
+__all__ = ["evaluate_model", "plan_name"]
 
 
 def evaluate_model(
@@ -25,6 +32,8 @@ def evaluate_model(
     tasks: Sequence[str] = ("passkey", "copy"),
     lengths: Sequence[int] = (1024,),
     samples: int = 10,
+    answers: Literal["forced", "generated"] = "forced",
+    depths: Sequence[float] = (),
     output: str | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -37,9 +46,13 @@ def evaluate_model(
         model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
         plan: Plan files; in Python also Plans.
         baselines: dense, and uniform: one span for all heads with as much memory as the plan.
-        tasks: passkey (exact match) and copy (token accuracy); both also give the answer's NLL.
+        tasks: passkey, multikey, lines and lookup (exact match), copy and tracking (token accuracy), perplexity;
+            perplexity:TEXTS, nll:SOURCE and longbench:FILE.jsonl over data of yours (docs/evaluation.md).
         lengths: Tokens per item, answer included.
-        samples: Items per task and length.
+        samples: Items per task and length, or per depth where depths are given.
+        answers: forced predicts each answer token given those before it and gives the answer's NLL too; generated
+            decodes greedily, to the same exact matches.
+        depths: Where the sought text stands, such as 0 0.5 1; by default spread evenly.
         output: CSV file for the scores of every item.
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
@@ -60,12 +73,13 @@ def evaluate_model(
     from moa_search.formats.files import atomic_write
 
     require_positive(lengths=min(lengths, default=0), samples=samples)
+    require_depths(depths)
     require_tasks(tasks)
     require_writable(output)
     plans: dict[str, Plan] = {}
     for index, entry in enumerate(plan):
         loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        plans[_plan_name(entry, loaded, index, plans)] = loaded
+        plans[plan_name(entry, loaded, index, plans)] = loaded
     variants = make_variants(plans, baselines, lengths)
     if not variants:
         raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
@@ -82,6 +96,8 @@ def evaluate_model(
         lengths=lengths,
         count=samples,
         seed=seed,
+        answers=answers,
+        depths=depths,
         progress=progress,
     )
     if output is not None:
@@ -90,7 +106,7 @@ def evaluate_model(
     return items
 
 
-def _plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:
+def plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:
     """The shortest name that tells a plan from those before: its file's, its folder's, else a number."""
     candidates = [f"plan {index + 1}"]
     if isinstance(entry, str | os.PathLike):

@@ -56,7 +56,7 @@ def inspect_plan(
     Raises:
         MoAError: The file is no valid plan, of another model, or the format can't express it.
     """
-    from moa_search.inspection import default_lengths, save_heat_map
+    from moa_search.inspection import save_heat_map
 
     require_lengths(lengths=lengths)
     if save is None and (format != "plan" or reanchor):
@@ -75,5 +75,5 @@ def inspect_plan(
     if save is not None:
         export_plan(loaded, save, format=format, reanchor=reanchor)
     if output is not None:
-        save_heat_map(loaded, output, lengths=list(lengths) or default_lengths(loaded))
+        save_heat_map(loaded, output, lengths=list(lengths) or loaded.lengths)
     return loaded

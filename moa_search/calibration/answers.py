@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moa_search.calibration.prompts import Frame, Item
 
-__all__ = ["answering", "greedy_answer", "right_part", "stop_tokens"]
+__all__ = ["answering", "greedy_answer", "normalised", "right_part", "shared_words", "stop_tokens"]
 
 LONG_WORDS = 5
 """References from this many words on may be put in other words: see `is_right`."""
@@ -137,22 +137,22 @@ def right_part(tokenizer: Any, item: Item, answer: Tokens) -> Tokens | None:
 
 
 def _says(text: str, accepted: str, *, free: bool) -> bool:
-    wanted, given = _normalised(accepted), _normalised(text)
+    wanted, given = normalised(accepted), normalised(text)
     if not wanted:  # nothing but punctuation or articles
         return accepted.strip().casefold() in text.casefold()
     if re.search(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9])", given):
         return True
     words = wanted.split()
-    return free and len(words) >= LONG_WORDS and _f1(given.split(), words) >= LEAST_F1
+    return free and len(words) >= LONG_WORDS and shared_words(given.split(), words) >= LEAST_F1
 
 
-def _f1(given: list[str], wanted: list[str]) -> float:
-    """Harmonic mean of the shares of words that two texts have in common."""
+def shared_words(given: Sequence[str], wanted: Sequence[str]) -> float:
+    """F1: the harmonic mean of the shares of words that two texts have in common."""
     common = sum((Counter(given) & Counter(wanted)).values())
     return 2 * common / (len(given) + len(wanted))
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
     """Lower case without punctuation, articles and doubled spaces (SQuAD, arXiv 1606.05250)."""
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())

@@ -6,6 +6,7 @@ construction.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,7 +155,13 @@ def take_turns(names: Sequence[str], count: int) -> list[str]:
 
 
 def draw_round(
-    makers: Mapping[str, Generator], turns: Sequence[str], length: int, seed: int, number: int = 0
+    makers: Mapping[str, Generator],
+    turns: Sequence[str],
+    length: int,
+    seed: int,
+    number: int = 0,
+    *,
+    depths: Sequence[float] = (),
 ) -> dict[str, list[Item]]:
     """One item for every turn, depths uniform within each maker; fewer where a maker's records run out.
 
@@ -164,16 +171,17 @@ def draw_round(
         length: Tokens per item.
         seed: At least 0.
         number: Of the round; equal arguments draw equal items.
+        depths: Taken in turn within each maker instead.
 
     Returns:
         Each maker's items, in order.
     """
     rng = np.random.default_rng([seed, length, number] if number else [seed, length])
-    depths = {name: _stratified(turns.count(name), rng) for name in makers}
+    places = {name: itertools.cycle(depths) if len(depths) else _stratified(turns.count(name), rng) for name in makers}
     drawn: dict[str, list[Item]] = {name: [] for name in makers}
     for name in turns:
         try:
-            drawn[name].append(makers[name].draw(length, next(depths[name]), rng))
+            drawn[name].append(makers[name].draw(length, next(places[name]), rng))
         except NoMoreRecordsError:
             continue
     return drawn

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def show(plan: Plan, /, *, lengths: Sequence[int], output: str | None, save: str | None, **options: Any) -> None:
     """Print origin, densities, rules and spans."""
-    from moa_search.inspection import default_lengths, density_table, origin_lines, rule_table, span_table
+    from moa_search.inspection import density_table, origin_lines, rule_table, span_table
 
-    shown = list(lengths) or default_lengths(plan)
+    shown = list(lengths) or plan.lengths
     console = open_console()
     for line in origin_lines(plan):
         console.print(line, highlight=False)

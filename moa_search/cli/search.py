@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import compare_searchers, search_front, serve_study, tune_plan, validate_front
-from moa_search.cli.command import EXIT_BAD_INPUT, open_console, run
-from moa_search.formats.files import nearest
+from moa_search.cli.command import open_console, run
+from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
 __all__ = ["COMMANDS", "main", "show", "show_comparison", "show_study", "show_validation"]
 
@@ -19,13 +15,6 @@ if TYPE_CHECKING:
 
     from moa_search.search import Front
     from moa_search.search.tuning import Summary
-
-COMMANDS = {
-    "validate": "runs every plan of a front on held-out samples and keeps the best",
-    "compare": "sets the baselines beside our search",
-    "tune": "searches settings of the search by true loss",
-    "serve": "shares a study's database with many machines",
-}
 
 
 def show(front: Front, *, output: str, validate: str | None, **options: Any) -> None:
@@ -79,37 +68,37 @@ def show_study(summary: Summary, *, output: str, **options: Any) -> None:
         print(f"{output}/plan.json is the best plan; all of the last front in {output}/front")
 
 
+COMMANDS = {
+    "validate": Subcommand(
+        "runs every plan of a front on held-out samples and keeps the best",
+        validate_front,
+        show_validation,
+        first="folder",
+        task="validating",
+        required=("model",),
+        interrupted="what was measured is kept; the same command goes on from here",
+    ),
+    "compare": Subcommand(
+        "sets the baselines beside our search", compare_searchers, show_comparison, first="profile", task="comparing"
+    ),
+    "tune": Subcommand(
+        "searches settings of the search by true loss",
+        tune_plan,
+        show_study,
+        first="profile",
+        task="tuning",
+        required=("model", "output"),
+        interrupted="the study is kept; the same command goes on from here",
+    ),
+    "serve": Subcommand(
+        "shares a study's database with many machines", serve_study, lambda *_, **__: None, first="storage"
+    ),
+}
+
+
 def main() -> NoReturn:
     """Entry point."""
-    runners: dict[str, Callable[[str, list[str]], NoReturn]] = {
-        "validate": partial(
-            _run,
-            validate_front,
-            show_validation,
-            first="folder",
-            task="validating",
-            required=("model",),
-            interrupted="what was measured is kept; the same command goes on from here",
-        ),
-        "compare": partial(_run, compare_searchers, show_comparison, first="profile", task="comparing"),
-        "tune": partial(
-            _run,
-            tune_plan,
-            show_study,
-            first="profile",
-            task="tuning",
-            required=("model", "output"),
-            interrupted="the study is kept; the same command goes on from here",
-        ),
-        "serve": partial(_run, serve_study, lambda *_, **__: None, first="storage"),
-    }
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command in runners:
-        runners[command](f"moa-search {command}", sys.argv[2:])
-    hint = nearest(command, COMMANDS)
-    if hint and not os.path.exists(command):
-        print(f"moa-search: error: {command!r} is neither a profile nor a command{hint}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    run_subcommand("moa-search", COMMANDS, otherwise="a profile")
     run(
         "moa-search",
         search_front,
@@ -117,9 +106,5 @@ def main() -> NoReturn:
         first="profile",
         task="searching",
         required=("output",),
-        also=COMMANDS,
+        also=descriptions(COMMANDS),
     )
-
-
-def _run(function: Any, show: Any, program: str, arguments: list[str], **options: Any) -> NoReturn:
-    run(program, function, show, arguments=arguments, **options)

@@ -1,7 +1,18 @@
 """Held-out scores of a model with and without a plan, with intervals."""
 
 from moa_search.evaluation.compare import BASELINES, compare_variants, make_variants
-from moa_search.evaluation.statistics import summarise
-from moa_search.evaluation.tasks import TASKS
+from moa_search.evaluation.effective import EffectiveContext, effective_context
+from moa_search.evaluation.statistics import paired_differences, summarise
+from moa_search.evaluation.tasks import ANSWERS, TASKS
 
-__all__ = ["BASELINES", "TASKS", "compare_variants", "make_variants", "summarise"]
+__all__ = [
+    "ANSWERS",
+    "BASELINES",
+    "TASKS",
+    "EffectiveContext",
+    "compare_variants",
+    "effective_context",
+    "make_variants",
+    "paired_differences",
+    "summarise",
+]

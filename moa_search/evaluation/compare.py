@@ -10,15 +10,25 @@ from typing import Any
 
 import pandas as pd
 
+from moa_search.calibration import Sample
 from moa_search.errors import ConfigError
-from moa_search.evaluation.scoring import score_answer
-from moa_search.evaluation.tasks import require_tasks
+from moa_search.evaluation.tasks import Answers, Task, require_tasks
 from moa_search.formats.files import nearest
 from moa_search.formats.plan import Plan
 from moa_search.runtime import applied
 from moa_search.spans import SpanRule
 
-__all__ = ["BASELINES", "Variant", "as_it_runs", "compare_variants", "make_variants"]
+__all__ = [
+    "BASELINES",
+    "Variant",
+    "as_it_runs",
+    "compare_variants",
+    "densities",
+    "make_variants",
+    "measure",
+    "require_baselines",
+    "uniform_like",
+]
 
 BASELINES = ("dense", "uniform")
 """``dense`` is the untouched model; ``uniform`` gives every head, for each plan and length, one constant span that
@@ -46,11 +56,7 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
     Raises:
         ConfigError: A baseline is unknown, or ``uniform`` is asked for without a plan to match.
     """
-    for name in baselines:
-        if name not in BASELINES:
-            raise ConfigError(f"baseline {name!r} is unknown{nearest(name, BASELINES)}; choose from dense, uniform")
-    if "uniform" in baselines and not plans:
-        raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
+    require_baselines(baselines, any_plan=bool(plans))
     variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
     if "uniform" in baselines:
         matched: dict[tuple[tuple[int, ...], ...], tuple[str, Plan]] = {}
@@ -64,6 +70,23 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
     for name, plan in plans.items():
         variants.append(Variant(f"plan {name}" if name in taken else name, partial(as_it_runs, plan)))
     return variants
+
+
+def require_baselines(baselines: Sequence[str], *, any_plan: bool) -> None:
+    """Check the names of baselines.
+
+    Args:
+        baselines: The names.
+        any_plan: Whether there is a plan whose memory ``uniform`` can match.
+
+    Raises:
+        ConfigError: One is unknown, or ``uniform`` has no plan to match.
+    """
+    for name in baselines:
+        if name not in BASELINES:
+            raise ConfigError(f"baseline {name!r} is unknown{nearest(name, BASELINES)}; choose from dense, uniform")
+    if "uniform" in baselines and not any_plan:
+        raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
 
 
 def uniform_like(plan: Plan, length: int) -> Plan:
@@ -94,6 +117,8 @@ def compare_variants(
     lengths: Sequence[int],
     count: int,
     seed: int,
+    answers: Answers = "forced",
+    depths: Sequence[float] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Score every variant on the same items.
@@ -104,37 +129,88 @@ def compare_variants(
         variants: What to compare.
         tasks: Task names.
         lengths: Tokens per item, answer included.
-        count: Items per task and length.
+        count: Items per task and length, or per depth where depths are given.
         seed: Of the items.
-        progress: Told after each forward pass the tokens done and in all.
+        answers: How items are answered.
+        depths: Where the sought text stands, 0 to 1; by default spread evenly.
+        progress: Told after each item the tokens done and in all.
 
     Returns:
-        One row per variant and item: ``task``, ``length``, ``variant``, ``density``, ``attention_density``,
-        ``metric``, ``item``, ``depth``, ``nll`` (nats per answer token), ``score`` (0 to 1).
+        One row per variant and item (or part of it, such as a slice of a document): ``task``, ``length``, ``variant``,
+        ``density``, ``attention_density``, ``metric``, ``answers``, ``item``, ``depth``, ``nll`` (nats per answer
+        token, missing where answers are generated), ``score`` (0 to 1).
     """
     rows = []
     kinds, lengths = require_tasks(tasks), list(dict.fromkeys(lengths))  # an item scored twice is no second item
-    total, done = sum(lengths) * len(kinds) * count * len(variants), 0
+    done, total = (
+        0,
+        len(variants)
+        * sum(length * count * (max(1, len(depths)) if task.at_depths else 1) for length in lengths for task in kinds),
+    )
+
+    def report(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress is not None:
+            progress(done, total)
+
     for length in lengths:
         for task in kinds:
-            samples = task.build(tokenizer, length=length, count=count, seed=seed)
+            samples = task.build(tokenizer, length=length, count=count, seed=seed, depths=depths)
             for variant in variants:
                 plan = variant.plan_at(length)
-                keys = {
-                    "task": task.name,
-                    "length": length,
-                    "variant": variant.name,
-                    "density": plan.density(length) if plan else 1.0,
-                    "attention_density": plan.attention_density(length) if plan else 1.0,
-                    "metric": task.metric,
-                }
-                scope: AbstractContextManager[Any] = applied(model, plan) if plan else nullcontext()
-                with scope:
-                    for item, sample in enumerate(samples):
-                        answer = score_answer(model, sample)
-                        score = task.score(answer.correct)
-                        rows.append({**keys, "item": item, "depth": sample.depth, "nll": answer.nll, "score": score})
-                        done += length
-                        if progress is not None:
-                            progress(done, total)
+                keys = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
+                for row in measure(model, tokenizer, plan, task, samples, answers=answers, report=report):
+                    rows.append({**keys, **row})
     return pd.DataFrame(rows)
+
+
+def densities(plan: Plan | None, length: int) -> dict[str, float]:
+    """What a plan keeps and computes at a length; everything without a plan."""
+    return {
+        "density": plan.density(length) if plan else 1.0,
+        "attention_density": plan.attention_density(length) if plan else 1.0,
+    }
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan | None,
+    task: Task,
+    samples: Sequence[Sample],
+    *,
+    answers: Answers,
+    report: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """What the model makes of the items of one task under one plan.
+
+    Args:
+        model: A dense transformers model; left dense at the end.
+        tokenizer: Its tokenizer.
+        plan: As it runs at the items' length; None for dense attention.
+        task: Made the items.
+        samples: The items.
+        answers: How they are answered.
+        report: Told after each item its tokens.
+
+    Returns:
+        The columns of `compare_variants` from ``metric`` on, in the order of the items.
+    """
+    scope: AbstractContextManager[Any] = applied(model, plan) if plan else nullcontext()
+    rows = []
+    with scope:
+        for item, sample in enumerate(samples):
+            for reading in task.measure(model, tokenizer, sample, answers):
+                rows.append(
+                    {
+                        "metric": task.metric,
+                        "answers": task.way(answers),
+                        "item": item,
+                        "depth": reading.depth,
+                        "nll": reading.nll,
+                        "score": reading.score,
+                    }
+                )
+            report(sample.target_length)
+    return rows

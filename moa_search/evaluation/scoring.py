@@ -1,7 +1,7 @@
-"""Teacher-forced scoring of samples.
+"""A model's answer to one sample, teacher-forced or generated.
 
-The answer's tokens are predicted given the tokens before them. All of them ranked first is the same event as
-greedy decoding printing the answer; a plan anchored at positions makes both paths compute the same numbers.
+Teacher-forced, the answer's tokens are predicted given the tokens before them. All of them ranked first is the same
+event as greedy decoding printing the answer; a plan anchored at positions makes both paths compute the same numbers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import numpy.typing as npt
 import torch
 
 from moa_search.calibration import Sample
+from moa_search.calibration.answers import answering
 
-__all__ = ["AnswerScore", "score_answer"]
+__all__ = ["AnswerScore", "generate_answer", "generate_tokens", "score_answer"]
+
+ROWS_AT_ONCE = 1024
+"""Answer tokens that are scored together: the float32 logits of a whole document would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +27,58 @@ class AnswerScore:
     """How a model rates one answer.
 
     Attributes:
-        nll: Mean negative log-likelihood in nats per answer token.
-        correct: Whether each answer token is ranked first, ``[answer]``.
+        losses: Negative log-likelihood in nats of each answer token, ``[answer]``; not numbers where it was generated.
+        correct: Whether each answer token is ranked first, or was generated, ``[answer]``.
     """
 
-    nll: float
+    losses: npt.NDArray[np.float64]
     correct: npt.NDArray[np.bool_]
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood in nats per answer token."""
+        return float(self.losses.mean())
 
 
 @torch.no_grad()
 def score_answer(model: Any, sample: Sample) -> AnswerScore:
     """One forward pass over prompt and answer."""
     ids = torch.from_numpy(sample.ids)[None].to(model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits
-    predicted = logits[0, -sample.answer_tokens - 1 : -1].float()
-    answer = ids[0, -sample.answer_tokens :]
-    nll = torch.nn.functional.cross_entropy(predicted, answer).item()
-    return AnswerScore(nll, (predicted.argmax(-1) == answer).cpu().numpy())
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits[0]
+    predicted, answer = logits[-sample.answer_tokens - 1 : -1], ids[0, -sample.answer_tokens :]
+    losses, correct = [], []
+    for rows, wanted in zip(predicted.split(ROWS_AT_ONCE), answer.split(ROWS_AT_ONCE), strict=True):
+        losses.append(torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="none").double())
+        correct.append(rows.argmax(-1) == wanted)
+    return AnswerScore(torch.cat(losses).cpu().numpy(), torch.cat(correct).cpu().numpy())
+
+
+def generate_answer(model: Any, sample: Sample) -> AnswerScore:
+    """Greedy decoding of as many tokens as the answer has."""
+    given = generate_tokens(model, sample.prompt, sample.answer_tokens)
+    return AnswerScore(np.full(sample.answer_tokens, np.nan), given == sample.answer)
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Any, prompt: npt.NDArray[np.int64], count: int, stops: tuple[int, ...] = ()
+) -> npt.NDArray[np.int64]:
+    """What greedy decoding adds to a prompt.
+
+    Args:
+        model: A causal language model; settings of its own, such as a temperature, are left aside.
+        prompt: Token ids, ``[prompt]``.
+        count: Tokens at most; exactly as many where there are no stops.
+        stops: Tokens that end it.
+    """
+    ids = torch.from_numpy(prompt)[None].to(model.device)
+    with answering(model):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=list(stops) or None,
+            pad_token_id=stops[0] if stops else 0,
+        )
+    return np.asarray(out[0, len(prompt) :].cpu().numpy(), dtype=np.int64)

@@ -28,6 +28,7 @@ from moa_search.formats.files import (
     parse_plan_json,
     sha256_of,
 )
+from moa_search.formats.plan_views import PlanViews
 from moa_search.formats.signature import ModelSignature
 from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SINK_TOKENS, SpanRule
 from moa_search.version import __version__
@@ -153,7 +154,7 @@ class LengthMetrics(_Strict):
     loss_error: float | None = Field(default=None, description="standard error of that loss")
 
 
-class Plan(_Strict):
+class Plan(_Strict, PlanViews):
     """For every layer and KV head, a span rule, with the model it was made for.
 
     Layers whose attention has a sliding window of its own may be native: they stay as the model made them, and

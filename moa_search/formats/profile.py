@@ -39,6 +39,7 @@ from moa_search.formats.files import (
     sha256_of,
 )
 from moa_search.formats.plan import own_window
+from moa_search.formats.profile_views import ProfileViews
 from moa_search.formats.signature import ModelSignature
 from moa_search.version import __version__
 
@@ -195,7 +196,7 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(ProfileViews):
     """Influence statistics of one model at one or more lengths.
 
     Attributes:

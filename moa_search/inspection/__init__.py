@@ -2,6 +2,7 @@
 
 from moa_search.inspection.plots import plot_spans, save_heat_map
 from moa_search.inspection.profiles import calibration_lines, profile_quality, profile_table, sample_advice
+from moa_search.inspection.scores import effective_context_table, effective_lines, score_tables
 from moa_search.inspection.searches import (
     budget_lines,
     comparison_table,
@@ -13,11 +14,9 @@ from moa_search.inspection.searches import (
     validation_table,
 )
 from moa_search.inspection.tables import (
-    default_lengths,
     density_table,
     origin_lines,
     rule_table,
-    score_tables,
     span_table,
 )
 
@@ -25,8 +24,9 @@ __all__ = [
     "budget_lines",
     "calibration_lines",
     "comparison_table",
-    "default_lengths",
     "density_table",
+    "effective_context_table",
+    "effective_lines",
     "front_table",
     "origin_lines",
     "plot_densities",

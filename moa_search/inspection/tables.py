@@ -1,10 +1,9 @@
-"""Plans, fronts and scores as terminal tables."""
+"""Plans as terminal tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,17 +11,11 @@ from rich.table import Table
 from moa_search.formats import Plan
 from moa_search.formats.plan import LengthMetrics
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 __all__ = [
-    "default_lengths",
     "density_table",
     "origin_lines",
     "predicted_loss",
     "rule_table",
-    "score_tables",
     "span_table",
     "with_error",
 ]
@@ -30,13 +23,6 @@ __all__ = [
 
 HEADS_PER_LINE = 8
 """KV heads in one line of a table: as many as a terminal shows."""
-
-
-def default_lengths(plan: Plan) -> list[int]:
-    """The lengths a plan was made for, or a quarter, half and all of the model's context."""
-    if plan.predicted:
-        return [metrics.length for metrics in plan.predicted]
-    return plan.model.usual_lengths
 
 
 def origin_lines(plan: Plan) -> list[str]:
@@ -116,27 +102,6 @@ def rule_table(plan: Plan, most: int = 8) -> Table:
     if native:
         table.add_row(_own_window(plan), str(len(native) * plan.model.num_key_value_heads))
     return table
-
-
-def score_tables(summary: pd.DataFrame) -> list[Table]:
-    """One table per task and length: means with 95 % bootstrap intervals for every variant."""
-    tables = []
-    for (task, length), group in summary.groupby(["task", "length"], sort=False):
-        rows = group.to_dict("records")
-        title = f"{task} at {length} tokens: mean of {rows[0]['n']} items, 95 % interval"
-        table = Table(title=title, title_justify="left")
-        table.add_column("variant")
-        for name in ("KV kept", "answer NLL", rows[0]["metric"]):
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(
-                escape(row["variant"]),
-                f"{row['density']:.1%}",
-                f"{row['nll']:.2f}  {row['nll_low']:.2f}-{row['nll_high']:.2f}",
-                f"{row['score']:.2f}  {row['score_low']:.2f}-{row['score_high']:.2f}",
-            )
-        tables.append(table)
-    return tables
 
 
 def _own_window(plan: Plan) -> str:

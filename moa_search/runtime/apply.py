@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from transformers import DynamicCache, PreTrainedModel
-from transformers.generation import GenerationMode
+import torch
+from transformers import PreTrainedModel
 
 from moa_search.architecture import require_attention_interface
-from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
-from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE, PLAN_FILE
-from moa_search.runtime.attention import NAME, RULES_ATTRIBUTE, register
-from moa_search.runtime.cache import MoACache
+from moa_search.errors import ModelUnsupportedError
+from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
+from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
+from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied
+from moa_search.runtime.kernels import runs_kernels
 from moa_search.runtime.rules import LayerRules, layer_rules
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    import torch
+    from moa_kernels.backends import Impl
 
     from moa_search.formats import Plan
 
 __all__ = ["applied", "apply_plan", "remove_plan"]
 
-STATE_ATTRIBUTE = "_moa_applied"
 SAVED_ATTENTION_ATTRIBUTE = "attn_implementation"
 """Attribute of the configuration that, once saved, `from_pretrained` of transformers takes for the attention to use.
 
@@ -36,22 +33,7 @@ Without it, a plain reload would run dense in silence. With it, the reload asks 
 registered that, and an error in the first forward pass otherwise, since no plan is applied."""
 
 
-@dataclass
-class _Applied:
-    """What a model under a plan remembers.
-
-    Attributes:
-        plan: The plan.
-        attention: The attention implementation before.
-        overridden: Instance attributes before, by name; absent where the class's own method was in use.
-    """
-
-    plan: Plan
-    attention: str
-    overridden: dict[str, Any]
-
-
-def apply_plan(model: Any, plan: Plan) -> Any:
+def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
     """Make a model attend as a plan says, in place.
 
     From then on `generate` builds a `MoACache` by itself, and `save_pretrained` writes the plan beside the weights,
@@ -61,30 +43,36 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     Args:
         model: A transformers decoder.
         plan: The plan, made for this model.
+        impl: What attends: ``"triton"`` kernels, plain ``"torch"``, or ``"auto"``, which is Triton on CUDA devices for
+            whatever the kernels can do and no gradient is asked of, and torch otherwise.
 
     Returns:
         ``model``.
 
     Raises:
-        ConfigError: The plan's rules aren't anchored at positions.
+        ConfigError: The plan's rules aren't anchored at positions, or ``impl`` is unknown.
         ModelMismatchError: The plan was made for another model.
         ModelUnsupportedError: The model's attention can't be replaced.
+        BackendUnavailableError: Triton was asked for and can't run on the model's device or type.
     """
     text = model.config.get_text_config(decoder=True)
     rules = layer_rules(plan, model.config)
     modules = _attention_modules(model, text, rules)
+    if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
+        runs_kernels(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
     register()
-    state: _Applied | None = getattr(model, STATE_ATTRIBUTE, None)
+    state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:
         if text._attn_implementation == NAME:  # a plain reload of a model that was saved under a plan
             _set_attention(model, text, None)
-        state = _Applied(plan, attention=text._attn_implementation, overridden={})
+        state = Applied(plan, impl, attention=text._attn_implementation, overridden={})
     _set_attention(model, text, NAME)
     if text._attn_implementation != NAME:
         raise ModelUnsupportedError(f"{type(model).__name__}: its attention function can't be replaced")
-    state.plan = plan
+    state.plan, state.impl = plan, impl
     for module, module_rules in modules:
         setattr(module, RULES_ATTRIBUTE, module_rules)
+        setattr(module, IMPL_ATTRIBUTE, impl)
     setattr(text, CONFIG_ATTRIBUTE, plan.model_dump(mode="json", by_alias=True))
     setattr(model.config, SAVED_ATTENTION_ATTRIBUTE, _attention_choice(model, text, NAME))
     if getattr(model, STATE_ATTRIBUTE, None) is None:
@@ -103,14 +91,15 @@ def remove_plan(model: Any) -> Any:
     Returns:
         ``model``.
     """
-    state: _Applied | None = getattr(model, STATE_ATTRIBUTE, None)
+    state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:
         return model
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation == NAME:
         _set_attention(model, text, state.attention)
     for module in model.modules():
-        vars(module).pop(RULES_ATTRIBUTE, None)
+        for name in (RULES_ATTRIBUTE, IMPL_ATTRIBUTE):
+            vars(module).pop(name, None)
     vars(text).pop(CONFIG_ATTRIBUTE, None)
     vars(model.config).pop(SAVED_ATTENTION_ATTRIBUTE, None)
     for name in HOOKS:
@@ -122,24 +111,29 @@ def remove_plan(model: Any) -> Any:
 
 
 @contextmanager
-def applied(model: Any, plan: Plan) -> Iterator[Any]:
+def applied(model: Any, plan: Plan, *, impl: Impl = "auto") -> Iterator[Any]:
     """Put a model under a plan for the duration of a ``with`` block, then under what it had before.
+
+    Args:
+        model: A transformers decoder.
+        plan: The plan, made for this model.
+        impl: As in `apply_plan`.
 
     Raises:
         ConfigError: The plan's rules aren't anchored at positions.
         ModelMismatchError: The plan was made for another model.
         ModelUnsupportedError: The model's attention can't be replaced.
     """
-    state: _Applied | None = getattr(model, STATE_ATTRIBUTE, None)
-    before = None if state is None else state.plan
-    apply_plan(model, plan)
+    state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
+    before = None if state is None else (state.plan, state.impl)
+    apply_plan(model, plan, impl=impl)
     try:
         yield model
     finally:
         if before is None:
             remove_plan(model)
         else:
-            apply_plan(model, before)
+            apply_plan(model, before[0], impl=before[1])
 
 
 def _attention_modules(
@@ -181,53 +175,3 @@ def _attention_choice(model: Any, text: Any, name: str | None) -> Any:
     if key is None:
         raise ModelUnsupportedError(f"{type(model).__name__}: its text decoder is nested too deeply")
     return {key: name}
-
-
-def _original(model: Any, name: str) -> Any:
-    """The method that a hook stands in for."""
-    overridden: dict[str, Any] = getattr(model, STATE_ATTRIBUTE).overridden
-    return overridden[name] if name in overridden else MethodType(getattr(type(model), name), model)
-
-
-def _prepare_cache_for_generation(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Let transformers prepare a cache, then put a `MoACache` in the place of its default one."""
-    original = _original(model, "_prepare_cache_for_generation")
-    from_user = model_kwargs.get("past_key_values") is not None
-    result = original(generation_config, model_kwargs, *args, **kwargs)
-    cache = model_kwargs.get("past_key_values")
-    text = model.config.get_text_config(decoder=True)
-    if from_user or cache is None or text._attn_implementation != NAME:
-        return result
-    if type(cache) is not DynamicCache or cache.offloading:
-        raise UnsupportedInputError(
-            f'cache_implementation "{generation_config.cache_implementation}" can\'t keep a span per head; '
-            "leave it unset under a plan"
-        )
-    model_kwargs["past_key_values"] = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
-    if getattr(generation_config, "is_assistant", False) or GenerationMode.ASSISTED_GENERATION in args:
-        model_kwargs["past_key_values"].activate_past_recording()
-    return result
-
-
-def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    """Refuse: transformers would switch to another attention and so drop the plan in silence."""
-    raise UnsupportedInputError("continuous batching can't run under a plan; call remove_plan(model) first")
-
-
-def _save_pretrained(
-    model: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
-) -> Any:
-    """Save the model as ever, and its plan beside it."""
-    result = _original(model, "save_pretrained")(save_directory, is_main_process, *args, **kwargs)
-    if is_main_process and Path(save_directory).is_dir():
-        getattr(model, STATE_ATTRIBUTE).plan.save(Path(save_directory) / PLAN_FILE)
-    return result
-
-
-HOOKS: dict[str, Callable[..., Any]] = {
-    "_prepare_cache_for_generation": _prepare_cache_for_generation,
-    "init_continuous_batching": _init_continuous_batching,
-    "save_pretrained": _save_pretrained,
-}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from moa_kernels import span_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from moa_search.errors import UnsupportedInputError
+from moa_search.runtime import blockwise, kernels
 from moa_search.runtime.rules import LayerRules
 from moa_search.runtime.staged import Staged
 
 if TYPE_CHECKING:
-    from moa_search.runtime.cache import MoACacheLayer
+    from moa_kernels.backends import Impl
 
-__all__ = ["NAME", "RULES_ATTRIBUTE", "moa_attention", "moa_mask", "register"]
+__all__ = ["IMPL_ATTRIBUTE", "NAME", "RULES_ATTRIBUTE", "moa_attention", "moa_mask", "register"]
 
 NAME = "moa"
 """What ``config._attn_implementation`` says under a plan."""
@@ -24,8 +24,8 @@ NAME = "moa"
 RULES_ATTRIBUTE = "_moa_rules"
 """Attribute of attention modules that holds their `LayerRules`."""
 
-ROW_BLOCK = 128
-"""Queries handled at once: bounds the memory of masks, and how many keys are read in vain."""
+IMPL_ATTRIBUTE = "_moa_impl"
+"""Attribute of attention modules that says what runs them: ``"triton"``, ``"torch"`` or ``"auto"``."""
 
 
 def register() -> None:
@@ -89,9 +89,9 @@ def moa_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer under its rules, called by transformers.
 
-    With a `MoACache`, reads the ring and the new tokens, then stores the latter. With any other cache, or
-    none, keys and values are complete and the rules only mask them: same output, no memory saved. Gradients
-    flow, except into the past of a `MoACache`.
+    With a `MoACache`, reads the ring and the new tokens, then stores the latter; a few new tokens that fit into the
+    rings are stored first where Triton kernels run. With any other cache, or none, keys and values are complete and
+    the rules only mask them: same output, no memory saved. Gradients flow, except into the past of a `MoACache`.
 
     Args:
         module: The attention module; carries its `LayerRules`.
@@ -111,6 +111,7 @@ def moa_attention(
 
     Raises:
         UnsupportedInputError: An argument can't be honoured.
+        BackendUnavailableError: Triton kernels were asked for and can't run.
     """
     rules = getattr(module, RULES_ATTRIBUTE, None)
     if not isinstance(rules, LayerRules):
@@ -137,96 +138,22 @@ def moa_attention(
         if attention_mask.shape[1] < key.shape[2]:
             raise UnsupportedInputError("layers with and without a MoACache see different lengths")
         valid = attention_mask[:, -key.shape[2] :]
-        key, value = _pack(key, valid), _pack(value, valid)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _attend(query, key, value, valid, rules, past, scale, softcap, s_aux)
-    if past is not None:
-        past.commit(key, value, valid)
+    impl: Impl = getattr(module, IMPL_ATTRIBUTE)
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+        "sink_logits": s_aux,
+    }
+    with_kernels = kernels.runs_kernels(impl, query, key, value)
+    if with_kernels and past is not None and past.decodes(query.shape[2], valid):
+        past.commit(key, value, valid, impl)
+        out = past.decode(query, impl, **options)
+    else:
+        attend = kernels.prefill if with_kernels else blockwise.attend
+        out = attend(query, key, value, valid, rules, past, **options)
+        if past is not None:
+            past.commit(key, value, valid, impl)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    valid: torch.Tensor | None,
-    rules: LayerRules,
-    past: MoACacheLayer | None,
-    scale: float,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention over ring and new tokens, ``[batch, heads, query, value_dim]``.
-
-    Positions are ``[batch, ...]``, or ``[1, ...]`` where all samples agree, so that they share one mask.
-    """
-    rows, keys = query.shape[2], key.shape[2]
-    group = query.shape[1] // key.shape[1]
-    start = torch.zeros(1, dtype=torch.int64, device=query.device) if past is None else past.start
-    key_at = start[:, None] + torch.arange(keys, device=query.device)
-    query_at = key_at[:, keys - rows :]
-    if valid is not None:
-        # Padding rows take their predecessor's position: nobody reads them, and positions stay sorted.
-        query_at = start[:, None] + (valid.cumsum(1) - 1)[:, keys - rows :].clamp(min=0)
-    ring = None if past is None or past.is_empty else past
-    ring_key, ring_value, ring_at = (None,) * 3 if ring is None else (ring.keys, ring.values, ring.positions())
-    tops = list(range(0, rows, ROW_BLOCK))
-    last_rows = [min(top + ROW_BLOCK, rows) - 1 for top in tops]
-    ends = (query_at[:, last_rows] - start[:, None] + 1).amax(0).tolist()
-    sink_end = min(max(rules.sink - int(start.min()), 0), keys)
-
-    blocks: list[list[torch.Tensor]] = [[] for _ in rules.rules]
-    for rule, heads in rules.heads_by_rule.items():
-        oldest = rules.oldest_key(query_at, rule)
-        begins = (oldest[:, tops] - start[:, None]).amin(0).tolist()
-        for top, begin, end in zip(tops, begins, ends, strict=True):
-            block = slice(top, top + ROW_BLOCK)
-            new = _columns(begin, end, sink_end)
-            old = [slice(0)] * len(rules.rules) if ring is None else ring.slots(only_sink=begin >= 0)
-            at = _join(ring_at, old[heads[0]], key_at, new)
-            mask = _mask(query_at[:, block], oldest[:, block], at, rules)
-            for head in heads:
-                group_heads = slice(head * group, (head + 1) * group)
-                out = span_attention(
-                    query[:, group_heads, block],
-                    _join(ring_key, old[head], key[:, head], new),
-                    _join(ring_value, old[head], value[:, head], new),
-                    mask,
-                    scale=scale,
-                    softcap=softcap,
-                    sink_logits=None if sink_logits is None else sink_logits[group_heads],
-                )
-                blocks[head].append(out)
-    return torch.cat([torch.cat(parts, 2) for parts in blocks], 1)
-
-
-def _columns(begin: int, end: int, sink_end: int) -> list[slice]:
-    """The new tokens that a block of rows may attend: the sink, and from its first row's window on."""
-    if begin <= sink_end:
-        return [slice(0 if sink_end else max(begin, 0), end)]
-    return [slice(0, sink_end), slice(begin, end)] if sink_end else [slice(begin, end)]
-
-
-def _join(ring: torch.Tensor | None, old: slice, fresh: torch.Tensor, new: list[slice]) -> torch.Tensor:
-    """Slots ``old`` of a ring, if there is one, then columns ``new`` of new tokens; keys are dimension 1."""
-    parts = [fresh[:, part] for part in new]
-    if ring is not None:
-        parts.insert(0, ring[:, old])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _mask(at: torch.Tensor, oldest: torch.Tensor, key_at: torch.Tensor, rules: LayerRules) -> torch.Tensor:
-    """Boolean ``[batch or 1, query, key]`` from positions: queries, their windows' starts, and keys."""
-    # Half the width of int64 makes these comparisons twice as fast.
-    i, first, j = at.int()[:, :, None], oldest.int()[:, :, None], key_at.int()[:, None, :]
-    mask = (j <= i) & ((j >= first) | (j < rules.sink))
-    return mask if rules.sliding_window is None else mask & (j > i - rules.sliding_window)
-
-
-def _pack(states: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """``[batch, heads, keys, dim]`` with each sample's real tokens in front: columns become positions."""
-    order = (~valid).long().argsort(dim=1, stable=True)
-    return states.gather(2, order[:, None, :, None].expand_as(states))
 
 
 def _is_causal(mask_function: Any) -> bool:

@@ -14,37 +14,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from moa_kernels.append import append_tokens
+from moa_kernels.decode import MOST_NEW_TOKENS, span_decode
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from moa_search.errors import UnsupportedInputError
-from moa_search.runtime.layout import EMPTY, Layout
+from moa_search.runtime.padding import real_first
 from moa_search.runtime.rules import LayerRules, layer_rules
 from moa_search.runtime.staged import Staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moa_kernels.backends import Impl
+    from moa_kernels.rings import RingLayout
+
     from moa_search.formats import Plan
 
-__all__ = ["ROLLBACK_TOKENS", "MoACache", "MoACacheLayer"]
+__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACache", "MoACacheLayer"]
+
+EMPTY = 2**31 - 1
+"""Position of a slot that holds no key: later than any query, so that causality hides it."""
 
 ROLLBACK_TOKENS = 256
 """Tokens that can be rolled back while past states are recorded (assisted decoding)."""
 
 
 class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """Keys and values of one decoder layer.
+    """Keys and values of one decoder layer, in slots as `moa_kernels.rings.RingLayout` says.
 
-    Position p of a head with ``capacity`` slots lies in slot p if p < sink, else in slot
-    ``sink + (p - sink) % (capacity - sink)``. Only real tokens are stored and counted, so left, right and
-    inner padding all become one length per sample.
+    Only real tokens are stored and counted, so left, right and inner padding all become one length per sample.
 
     Attributes:
         rules: What the layer's heads attend.
         keys: ``[batch, sum of capacities, head_dim]``, heads one after the other.
         values: ``[batch, sum of capacities, value_dim]``.
         lens: ``[batch]`` int64, tokens seen per sample.
+        longest: Tokens seen in the longest sample, known without asking the device.
+        layout: Where every head's keys are.
         cumulative_length: Tokens seen including padding.
         record_past: Whether room for a rollback of `ROLLBACK_TOKENS` is kept.
     """
@@ -56,7 +64,8 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     lens: torch.Tensor
     cumulative_length: int
     _staged: bool
-    _longest: int
+    longest: int
+    layout: RingLayout
     _even: bool
     _unpadded: int
     _reserved: int
@@ -75,7 +84,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.keys = key_states.new_empty(batch, 0, key_states.shape[-1])
         self.values = value_states.new_empty(batch, 0, value_states.shape[-1])
         self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self._layout = Layout(self.rules, [0] * len(self.rules.rules), self.device)
+        self.layout = self.rules.layout([0] * len(self.rules.rules))
         self._floor = self.lens.new_full((batch, len(self.rules.rules)), self.rules.sink)
         self.is_initialized = True
 
@@ -100,9 +109,14 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return self.lens[:1] if self._even else self.lens
 
     @property
+    def shortest(self) -> int:
+        """Tokens seen in the shortest sample."""
+        return self.longest if self._even else int(self.lens.min())
+
+    @property
     def is_empty(self) -> bool:
         """Whether no token is stored."""
-        return self._longest == 0
+        return self.longest == 0
 
     @property
     def nbytes(self) -> int:
@@ -111,41 +125,57 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
     def slots(self, only_sink: bool) -> list[slice]:
         """Where each head's keys lie in `keys` and `values`: all of them, or just its sink tokens'."""
-        layout = self._layout
+        layout = self.layout
         counts = [min(self.rules.sink, most) if only_sink else most for most in layout.capacities]
         return [slice(first, first + count) for first, count in zip(layout.offsets, counts, strict=True)]
 
     def positions(self) -> torch.Tensor:
         """Position that each slot holds, or `EMPTY`: int64 ``[batch or 1, slots]``, as `start`."""
-        return self._layout.positions(self.start, self._floor[: len(self.start)])
+        position = self.layout.positions(self.start)
+        floor = self._floor[: len(self.start), self.layout.heads(self.device)]
+        held = (position >= 0) & ((position < self.rules.sink) | (position >= floor))
+        return position.where(held, EMPTY)
 
-    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
+    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, impl: Impl = "torch") -> None:
         """Store new tokens, detached, overwriting the oldest ones that no later query needs.
 
         Args:
-            key: ``[batch, kv_heads, new tokens, head_dim]``, each sample's real tokens first.
-            value: ``[batch, kv_heads, new tokens, value_dim]``, likewise.
-            valid: Boolean ``[batch, new tokens]`` in the original order, False for padding; None if none is.
+            key: ``[batch, kv_heads, new tokens, head_dim]``.
+            value: ``[batch, kv_heads, new tokens, value_dim]``.
+            valid: Boolean ``[batch, new tokens]``, False for padding; None if none is.
+            impl: What runs `append_tokens`.
         """
-        tokens = key.shape[2]
-        lens = self.lens + (tokens if valid is None else valid.sum(1))
-        self._longest = self._longest + tokens if valid is None else int(lens.max())
-        self._reserve(self._longest)
-        position = self.lens[:, None] + torch.arange(tokens, device=self.device)  # [batch, token]
-        ring_start = lens[:, None] - self._layout.ring  # [batch, head]
-        real, sunk = position < lens[:, None], position < self.rules.sink
-        kept = real[:, None] & (sunk[:, None] | (position[:, None] >= ring_start[:, :, None]))
-        batch, head, token = kept.nonzero(as_tuple=True)
-        slot = self._layout.slot(head, position[batch, token])
-        self.keys[batch, slot] = key.detach()[batch, head, token]
-        self.values[batch, slot] = value.detach()[batch, head, token]
-        self._floor = self._floor.maximum(ring_start)
+        tokens, counts = key.shape[2], None
+        if valid is not None:
+            key, value, counts = real_first(key, valid), real_first(value, valid), valid.sum(1)
+        lens = self.lens + (tokens if counts is None else counts)
+        self.longest = self.longest + tokens if counts is None else int(lens.max())
+        self._reserve(self.longest)
+        append_tokens(self.keys, self.values, key, value, self.lens, self.layout, counts=counts, impl=impl)
+        self._floor = self._floor.maximum(lens[:, None] - self.layout.rings(self.device))
         self.lens = lens
         self.cumulative_length += tokens
         self._even = self._even and valid is None
         trailing = tokens if valid is None else int(valid.all(0).flip(0).long().cumprod(0).sum())
         self._unpadded = self._unpadded + tokens if trailing == tokens else trailing
         self._staged = False
+
+    def decodes(self, tokens: int, valid: torch.Tensor | None) -> bool:
+        """Whether so many new tokens can be stored before they attend, as `decode` wants it."""
+        if tokens > min(MOST_NEW_TOKENS, 1 + self._slack):
+            return False
+        return valid is None or tokens == 1  # `span_decode` takes the newest tokens, without padding among them
+
+    def decode(self, query: torch.Tensor, impl: Impl, **options: Any) -> torch.Tensor:
+        """Attention of the newest tokens, which are stored already: ``[batch, heads, tokens, head_dim]``.
+
+        Args:
+            query: ``[batch, heads, tokens, head_dim]``.
+            impl: What runs `span_decode`.
+            **options: ``scale``, ``softcap`` and ``sink_logits`` of `span_decode`.
+        """
+        spans = self.rules.head_spans
+        return span_decode(query, self.keys, self.values, self.lens, self.layout, spans, impl=impl, **options)[0]
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included, as transformers counts them."""
@@ -181,7 +211,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             self.reset()
             return
         self.lens = self.lens - removed
-        self._longest -= removed
+        self.longest -= removed
         self._unpadded -= removed
         self.cumulative_length -= removed
 
@@ -230,27 +260,25 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.cumulative_length = 0
         self._staged = False
         self._reserved = self._slack = 0
-        self._longest = 0  # tokens of the longest sample, known without asking the device
+        self.longest = 0
         self._even = True  # whether all samples have the same length
         self._unpadded = 0  # newest tokens since the last padding in any sample
 
     def _reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens and one more, a block at a time."""
-        # One reallocation per block and layer keeps each head within a block of what the plan predicts.
-        reserved = max(self._reserved, (length // self.rules.block + 1) * self.rules.block)
+        """Make room for ``length`` tokens and one more, in steps that leave no head more than a block to spare."""
         slack = ROLLBACK_TOKENS if self.record_past else 0
-        if (reserved, slack) == (self._reserved, self._slack):
+        if length < self._reserved and slack == self._slack:
             return
+        reserved = self._reserved if length < self._reserved else self.rules.roomy_length(length)
         self._reserved, self._slack = reserved, slack
-        capacities = self.rules.capacities(reserved, slack)
-        if capacities == self._layout.capacities:
+        layout = self.rules.layout(self.rules.capacities(reserved, slack))
+        if layout == self.layout:
             return
-        layout = Layout(self.rules, capacities, self.device)
-        self._floor = self._floor.maximum(self.lens[:, None] - layout.ring)
-        position = layout.positions(self.lens, self._floor)
-        source = self._layout.slot(layout.head, position).where(position != EMPTY, 0)
+        position = layout.positions(self.lens)
+        source = self.layout.slot(layout.heads(self.device), position).where(position >= 0, 0)
         self.keys, self.values = _gather(self.keys, source), _gather(self.values, source)
-        self._layout = layout
+        self.layout = layout
+        self._floor = self._floor.maximum(self.lens[:, None] - layout.rings(self.device))
 
 
 def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

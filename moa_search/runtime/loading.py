@@ -14,6 +14,7 @@ from moa_search.runtime.apply import apply_plan
 from moa_search.runtime.rules import layer_rules
 
 if TYPE_CHECKING:
+    from moa_kernels.backends import Impl
     from transformers import PreTrainedModel
 
 __all__ = ["from_pretrained"]
@@ -21,7 +22,9 @@ __all__ = ["from_pretrained"]
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def from_pretrained(name: str | os.PathLike[str], *, plan: Plan | str | None = None, **options: Any) -> PreTrainedModel:
+def from_pretrained(
+    name: str | os.PathLike[str], *, plan: Plan | str | None = None, impl: Impl = "auto", **options: Any
+) -> PreTrainedModel:
     """Load a model that `save_pretrained` wrote under a plan, and put it under that plan again.
 
     The plan is that of ``moa_plan.json`` beside the weights, or else the one in the configuration, and is checked
@@ -30,6 +33,7 @@ def from_pretrained(name: str | os.PathLike[str], *, plan: Plan | str | None = N
     Args:
         name: Folder or hub id.
         plan: A plan, or its file, to use instead.
+        impl: What attends, as in `apply_plan`.
         **options: For transformers' ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``device_map``.
             ``attn_implementation`` is what `remove_plan` goes back to.
 
@@ -41,6 +45,7 @@ def from_pretrained(name: str | os.PathLike[str], *, plan: Plan | str | None = N
         PlanFormatError: The plan is damaged.
         ModelMismatchError: It was made for another model.
         ModelUnsupportedError: The model's attention can't be replaced.
+        BackendUnavailableError: Triton was asked for and can't run on the model's device or type.
     """
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     config = options.get("config")
@@ -56,4 +61,4 @@ def from_pretrained(name: str | os.PathLike[str], *, plan: Plan | str | None = N
         plan = Plan.load(plan)
     layer_rules(plan, config)
     options.setdefault("attn_implementation", None)  # not what the configuration says, which is the plan's
-    return apply_plan(AutoModelForCausalLM.from_pretrained(name, **options), plan)
+    return apply_plan(AutoModelForCausalLM.from_pretrained(name, **options), plan, impl=impl)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from operator import sub
 from typing import TYPE_CHECKING, Any
 
 import torch
+from moa_kernels.rings import RingLayout
+from moa_kernels.spans import HeadSpans
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from moa_search.architecture import require_own_keys
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats import ModelSignature, Plan
-from moa_search.spans import SpanRule, span
+from moa_search.spans import BETA_ONE, SpanRule, span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,11 +49,37 @@ class LayerRules:
             for rule in dict.fromkeys(self.rules)
         }
 
+    @cached_property
+    def head_spans(self) -> HeadSpans:
+        """The same rules as the integers that kernels take."""
+        return self.shifted(0)
+
+    def shifted(self, shift: int) -> HeadSpans:
+        """The rules for positions less ``shift`` tokens, a multiple of 256: beta times it is an integer."""
+        assert shift % BETA_ONE == 0
+        rules = ((rule.alpha + rule.beta_256 * (shift // BETA_ONE), rule.beta_256) for rule in self.rules)
+        return HeadSpans.of(rules, sink=self.sink, min_span=self.sink + self.block, sliding_window=self.sliding_window)
+
     def capacities(self, length: int, slack: int = 0) -> list[int]:
         """Slots per KV head that hold every key a query up to context ``length`` may need, plus ``slack``."""
         most = length if self.sliding_window is None else self.sink + self.sliding_window
         kept = [min(span(length, rule, self.sink + self.block), most) for rule in self.rules]
         return [min(tokens + slack, length) for tokens in kept]
+
+    def roomy_length(self, length: int) -> int:
+        """The longest context to lay out a cache for that holds ``length`` tokens, one block to spare per head at most.
+
+        Heads that grow slowly get room for many blocks of tokens, so that the cache is seldom moved; for about twice
+        its length where no head grows.
+        """
+        now = self.capacities(length)
+        choices = range(length + 1, 2 * (length + self.block) + 1)
+        excess = bisect_right(choices, self.block, key=lambda tokens: max(map(sub, self.capacities(tokens), now)))
+        return choices[excess - 1]
+
+    def layout(self, capacities: Sequence[int]) -> RingLayout:
+        """Where a cache with so many slots per KV head keeps their keys."""
+        return RingLayout(tuple(capacities), (self.sink,) * len(capacities))
 
     def oldest_key(self, position: torch.Tensor, rule: SpanRule) -> torch.Tensor:
         """Where the window of a query starts, the sink aside.

@@ -1,6 +1,6 @@
 """The best rules for a budget, from a profile alone: no model, no GPU, no torch."""
 
-from moa_search.search.losses import CRITERIA
+from moa_search.formats.criteria import CRITERIA
 from moa_search.search.searchers import SEARCHERS
 from moa_search.search.searching import Front, search_densities, search_profile
 from moa_search.search.space import SearchOptions

@@ -73,7 +73,7 @@ def predicted_losses(profile: Profile, plan: Plan, criterion: str) -> dict[int, 
     Args:
         profile: Influence statistics; its sink and block are the plan's.
         plan: A plan.
-        criterion: One of `moa_search.search.losses.CRITERIA`.
+        criterion: One of `moa_search.formats.criteria.CRITERIA`.
     """
     layers = profile.header.searchable_layers
     mine = [rule for layer in layers for rule in plan.rules[layer]]

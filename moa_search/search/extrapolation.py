@@ -57,7 +57,7 @@ def extrapolate(
     Args:
         profile: Statistics.
         rules: Candidate rules.
-        criterion: One of `moa_search.search.losses.CRITERIA`.
+        criterion: One of `moa_search.formats.criteria.CRITERIA`.
         length: Tokens. A profiled length gives what `rule_losses` does.
         anchor: One of `moa_search.search.losses.ANCHORS`.
 

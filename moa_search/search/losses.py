@@ -9,21 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.errors import ConfigError, ProfilingError
+from moa_search.formats.criteria import head_losses, require_criterion, statistic_of
 from moa_search.formats.files import nearest
 from moa_search.formats.profile import LengthProfile, Profile
 from moa_search.spans import SpanRule, span
 
-__all__ = ["ANCHORS", "CRITERIA", "RuleLosses", "losses_from", "require_criterion", "rule_losses"]
-
-CRITERIA = ("squared", "root_squared", "signed", "absolute", "elementwise", "recall")
-"""How a rule's effect on a head is summed up.
-
-* ``squared``: mean over samples of the sum of squared per-row loss changes; ``root_squared`` its root.
-* ``signed``: mean over samples of the absolute net loss change.
-* ``absolute``: sum of absolute per-row loss changes.
-* ``elementwise``: MoA's criterion, the sum over masked entries of each one's absolute effect.
-* ``recall``: attention mass that is lost; needs no gradient.
-"""
+__all__ = ["ANCHORS", "RuleLosses", "losses_from", "rule_losses"]
 
 ANCHORS = ("position", "prompt")
 """Where a rule is evaluated: at every query's own position, or once at the total length."""
@@ -87,16 +78,6 @@ class RuleLosses:
         return self.mean + k * error
 
 
-def require_criterion(name: str) -> None:
-    """Check a criterion's name.
-
-    Raises:
-        ConfigError: It is unknown.
-    """
-    if name not in CRITERIA:
-        raise ConfigError(f"criterion {name!r} is unknown{nearest(name, CRITERIA)}; choose from {', '.join(CRITERIA)}")
-
-
 def rule_losses(
     profile: Profile, rules: Sequence[SpanRule], criterion: str, *, anchor: str = "position"
 ) -> list[RuleLosses]:
@@ -108,7 +89,7 @@ def rule_losses(
     Args:
         profile: Statistics.
         rules: Candidate rules.
-        criterion: One of `CRITERIA`.
+        criterion: One of `moa_search.formats.criteria.CRITERIA`.
         anchor: One of `ANCHORS`. With ``prompt`` every row's span is that of the whole length, as
             `Plan.anchored_at` runs it.
 
@@ -139,7 +120,7 @@ def losses_from(
         entry: Statistics, one of those of ``profile``. A row bucket stands for the same share of the rows.
         profile: Sink, block and layers.
         rules: Candidate rules.
-        criterion: One of `CRITERIA`.
+        criterion: One of `moa_search.formats.criteria.CRITERIA`.
         length: Tokens.
         anchor: One of `ANCHORS`.
         profiled_window: Turns windows at ``length`` into the measured ones that stand for them, in tokens, any
@@ -166,19 +147,7 @@ def losses_from(
         values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
         return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, lookup.shape[-1]).take(rule_of, axis=-1)
 
-    if criterion in ("squared", "root_squared", "signed"):
-        samples = by_rule(entry.per_sample[_statistic_of(criterion)])
-        samples = np.abs(samples) if criterion == "signed" else np.maximum(samples, 0)
-        samples = np.sqrt(samples) if criterion == "root_squared" else samples
-        return RuleLosses(length, samples.mean(0), samples, None)
-    mean, error = by_rule(entry.mean[criterion]), by_rule(entry.error[criterion])
-    if criterion == "recall":
-        mean = entry.mean["recall"][..., -1].sum(-1).take(layers, axis=0).reshape(-1, 1).astype(np.float64) - mean
-    return RuleLosses(length, np.maximum(mean, 0), None, error)
-
-
-def _statistic_of(criterion: str) -> str:
-    return "squared" if criterion == "root_squared" else criterion
+    return RuleLosses(length, *head_losses(entry, criterion, by_rule))
 
 
 def _require_usable(entry: LengthProfile, criterion: str) -> None:
@@ -187,7 +156,7 @@ def _require_usable(entry: LengthProfile, criterion: str) -> None:
     Raises:
         ProfilingError: See `rule_losses`.
     """
-    name = _statistic_of(criterion)
+    name = statistic_of(criterion)
     where = f"statistic {name} at {entry.header.length} tokens"
     groups = (
         {"": entry.per_sample} if name in entry.per_sample else {"": entry.mean, "standard errors of ": entry.error}

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 from moa_search.errors import ConfigError
+from moa_search.formats.criteria import require_criterion
 from moa_search.formats.plan import Budget, LengthMetrics, Plan, Provenance
 from moa_search.formats.profile import Profile
 from moa_search.search.budgets import BudgetSpec, used
 from moa_search.search.front import FrontPoint, knee
-from moa_search.search.losses import require_criterion
 from moa_search.search.searchers import Searcher, find_searcher
 from moa_search.search.searchers.base import Progress
 from moa_search.search.space import SearchOptions, SearchSpace, density_specs, model_context

@@ -68,12 +68,14 @@ def test_rings_hold_the_newest_positions():
     layout = RingLayout((6, 3), (2, 4))
     assert layout.offsets == [0, 6]
     assert layout.slot(0, torch.arange(9)).tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4]
-    assert layout.positions(0, torch.tensor([1, 5, 9])).tolist() == [
-        [0, -1, -1, -1, -1, -1],
-        [0, 1, 2, 3, 4, -1],
-        [0, 1, 6, 7, 8, 5],
+    assert layout.slot(torch.tensor([0, 1, 1]), torch.tensor([8, 0, 2])).tolist() == [4, 6, 8]
+    assert layout.heads(torch.device("cpu")).tolist() == [0] * 6 + [1] * 3
+    assert layout.positions(torch.tensor([1, 2, 5, 9])).tolist() == [
+        [0, -1, -1, -1, -1, -1, 0, -1, -1],
+        [0, 1, -1, -1, -1, -1, 0, 1, -1],
+        [0, 1, 2, 3, 4, -1, 0, 1, 2],
+        [0, 1, 6, 7, 8, 5, 0, 1, 2],
     ]
-    assert layout.positions(1, torch.tensor([2])).tolist() == [[0, 1, -1]]
     assert layout.tensor(torch.device("cpu")).tolist() == [[0, 2, 6], [6, 4, 3]]
     with pytest.raises(ValueError, match="capacities"):
         RingLayout((1,), (1, 2))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moa_search import api, load_model
-from moa_search.api.evaluating import _plan_name
+from moa_search.api.evaluating import plan_name
 from moa_search.errors import ConfigError, MoAError
 from moa_search.models import DTYPES
 from moa_search.parallel import Workers
@@ -77,5 +77,5 @@ def test_plans_of_one_name_are_told_apart(tiny_plan, tmp_path):
     names = {}
     for path in ("half/plan.json", "quarter/plan.json", "other/half.json", "a/half.json"):
         tiny_plan.save(tmp_path / path)
-        names[_plan_name(str(tmp_path / path), tiny_plan, len(names), names)] = tiny_plan
+        names[plan_name(str(tmp_path / path), tiny_plan, len(names), names)] = tiny_plan
     assert list(names) == ["half", "quarter", "other/half", "a/half"]

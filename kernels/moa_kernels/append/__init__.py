@@ -57,7 +57,16 @@ def append_tokens(
         BackendUnavailableError: ``impl="triton"`` can't run here.
     """
     _check(keys, values, new_keys, new_values, lens, layout, counts)
-    _append_tokens(keys, values, new_keys.detach(), new_values.detach(), lens, counts, layout.flat, impl)
+    new_keys, new_values = new_keys.detach(), new_values.detach()
+    if not torch.compiler.is_compiling() and _chosen(impl, keys, values, new_keys, new_values) == "torch":
+        # An operator takes longer than what it does here, and would lay the rings out anew.
+        reference.append_tokens(keys, values, new_keys, new_values, lens, layout, counts)
+        return
+    _append_tokens(keys, values, new_keys, new_values, lens, counts, layout.flat, impl)
+
+
+def _chosen(impl: str, *states: Tensor) -> str:
+    return choose(impl, *states, head_dim=None, dtypes=STORABLE)
 
 
 @torch.library.custom_op("moa_kernels::append_tokens", mutates_args=("keys", "values"))
@@ -73,7 +82,7 @@ def _append_tokens(
 ) -> None:
     """`append_tokens` on what an operator takes."""
     run = reference.append_tokens
-    if choose(impl, keys, values, new_keys, new_values, head_dim=None, dtypes=STORABLE) == "triton":
+    if _chosen(impl, keys, values, new_keys, new_values) == "triton":
         from moa_kernels.append import kernel
 
         run = kernel.append_tokens

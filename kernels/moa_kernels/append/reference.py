@@ -1,4 +1,4 @@
-"""Storing new keys and values in plain torch, one KV head after the other."""
+"""Storing new keys and values in plain torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ def append_tokens(
     counts: Tensor | None,
 ) -> None:
     """As `moa_kernels.append.append_tokens`."""
-    token = torch.arange(new_keys.shape[2], device=lens.device)
-    position = lens[:, None] + token
-    count = torch.full_like(lens, len(token)) if counts is None else counts.clamp(max=len(token))
-    for head, (offset, capacity, sink) in enumerate(zip(layout.offsets, layout.capacities, layout.sinks, strict=True)):
-        slot = layout.slot(head, position)
-        lasts = position >= (lens + count)[:, None] - max(capacity - sink, 1)
-        # Where the sink is longer than the whole capacity, slots lie beyond it.
-        kept = (token < count[:, None]) & ((position < sink) | lasts) & (slot < offset + capacity)
-        sample, column = kept.nonzero(as_tuple=True)
-        keys[sample, slot[kept]] = new_keys[sample, head, column]
-        values[sample, slot[kept]] = new_values[sample, head, column]
+    new = new_keys.shape[2]
+    token = torch.arange(new, device=lens.device)
+    count = torch.full_like(lens, new) if counts is None else counts.clamp(max=new)
+    slot, kept = layout.kept(lens[:, None] + token, lens + count)
+    if counts is not None:
+        kept = kept & (token < count[:, None, None])
+    sample = kept.nonzero(as_tuple=True)[0]
+    keys[sample, slot[kept]] = new_keys[kept]
+    values[sample, slot[kept]] = new_values[kept]

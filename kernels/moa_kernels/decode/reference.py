@@ -28,10 +28,11 @@ def span_decode(
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).unflatten(1, (kv_heads, heads // kv_heads))
     query_at = lens[:, None] - new + torch.arange(new, device=lens.device)
+    positions = layout.positions(lens)
     outputs, lses = [], []
     for head, (offset, capacity) in enumerate(zip(layout.offsets, layout.capacities, strict=True)):
         rule = HeadSpans((spans.heads[head],), spans.sliding_window)
-        visible = rule.visible(query_at, layout.positions(head, lens))[0]  # [batch, new, capacity]
+        visible = rule.visible(query_at, positions[:, offset : offset + capacity])[0]  # [batch, new, capacity]
         # Slots that no query sees may hold NaN, and 0 * NaN is NaN.
         unseen = ~visible.any(1)[:, :, None]
         key, value = (

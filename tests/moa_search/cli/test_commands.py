@@ -23,6 +23,7 @@ COMMANDS = {
     "moa-search tune": (search, api.tune_plan, "profile"),
     "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
+    "moa-eval report": (evaluate, api.report_model, "config"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
 }
 
@@ -83,7 +84,7 @@ def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     assert set(pd.read_csv(scores)["variant"]) == {"dense", "uniform", "half"}
-    assert "passkey at 300 tokens: mean of 2 items" in out
+    assert "passkey at 300 tokens, teacher-forced: mean of 2 items" in out
     picture = tmp_path / "spans.png"
     status, out, err = call("moa-inspect", tmp_path / "half" / "plan.json", "--output", picture)
     assert status == 0, err
@@ -153,14 +154,21 @@ class TestOptions:
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
             "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
-            "format": "moa", "reanchor": True,
+            "format": "moa", "reanchor": True, "depths": [0.0, 0.5],
+            "against": ["dense"], "windows": False, "refine": 2,
         }  # fmt: skip
+        own = {
+            ("moa-inspect", "plan"): "a",
+            ("moa-eval", "answers"): "generated",
+            ("moa-eval report", "answers"): "generated",
+            ("moa-eval report", "samples"): [3, 4],
+        }
         import inspect as introspect
 
         for program, (_, function, first) in COMMANDS.items():
             parser = build_parser(program, function, first=first)
             names = [n for n in introspect.signature(function).parameters if n != "progress"]
-            wanted = {n: "a" if (program, n) == ("moa-inspect", "plan") else values[n] for n in names}
+            wanted = {n: own.get((program, n), values[n]) for n in names}
             flags = []
             for name, value in wanted.items():
                 parts = [str(v) for v in (value if isinstance(value, list) else [value])]
@@ -180,9 +188,16 @@ class TestOptions:
         options = parse(parser, ["--config", str(config), "--seed", "7"], first="model")
         assert (options.samples, options.seed, options.row_buckets) == (5, 7, 32)
 
-    @pytest.mark.parametrize("folder", ["profile", "search", "eval"])
-    def test_shipped_configurations_parse(self, folder):
-        program = f"moa-{folder}"
+    @pytest.mark.parametrize(
+        ("program", "folder"),
+        [
+            ("moa-profile", "profile"),
+            ("moa-search", "search"),
+            ("moa-eval", "eval"),
+            ("moa-eval report", "eval/report"),
+        ],
+    )
+    def test_shipped_configurations_parse(self, program, folder):
         parser = build_parser(program, COMMANDS[program][1], first=COMMANDS[program][2])
         files = sorted((Path(__file__).parents[3] / "configs" / folder).glob("*.yaml"))
         assert files

@@ -190,7 +190,7 @@ def test_the_model_is_dense_again_even_after_an_error(tiny_model, short, monkeyp
         assert model.config._attn_implementation != attention
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("moa_search.evaluation.compare.score_answer", fail)
+    monkeypatch.setattr("moa_search.evaluation.tasks.base.score_answer", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         compare(tiny_model, [always("short", short)])
     assert model.config._attn_implementation == attention

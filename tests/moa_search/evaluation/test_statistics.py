@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moa_search.evaluation import summarise
+from moa_search.errors import ConfigError
+from moa_search.evaluation import paired_differences, summarise
 from moa_search.evaluation.statistics import bootstrap_interval
 
 
@@ -67,3 +68,40 @@ def test_means_with_their_intervals(items):
     assert (row["nll_low"], row["nll_high"]) == bootstrap_interval([10, 11, 12, 13])
     assert (row["score_low"], row["score_high"]) == bootstrap_interval([0, 1, 0, 1])
     assert (row["density"], row["attention_density"], row["metric"]) == (0.5, 0.6, "exact match")
+
+
+def test_parts_of_one_item_are_not_items_of_their_own(items):
+    halves = pd.concat([items.assign(nll=items["nll"] - 1), items.assign(nll=items["nll"] + 1)])
+    pd.testing.assert_frame_equal(summarise(halves), summarise(items))
+
+
+class TestPairedDifferences:
+    def test_each_variant_less_the_one_it_is_compared_with(self, items):
+        table = paired_differences(items)
+        assert table[["task", "length", "variant", "against", "n"]].to_numpy().tolist() == [
+            [task, length, "plan", "dense", 4] for task in ("passkey", "copy") for length in (1024, 512)
+        ]
+        assert (table["nll_difference"] == 10).all()
+        assert (table[["nll_difference_low", "nll_difference_high"]] == 10).all(axis=None), "pairs differ by no more"
+        assert (table["score_difference"] == 0).all()
+
+    def test_any_variant_can_be_the_other(self, items):
+        table = paired_differences(items, against="plan")
+        assert set(table["variant"]) == {"dense"}
+        assert (table["nll_difference"] == -10).all()
+
+    def test_items_are_matched_whatever_their_order(self, items):
+        shuffled = items.sample(frac=1, random_state=0)
+        key = ["task", "length"]
+        mine, theirs = (paired_differences(rows).sort_values(key).reset_index(drop=True) for rows in (shuffled, items))
+        pd.testing.assert_frame_equal(mine, theirs)
+
+    def test_only_what_both_have_counts(self, items):
+        fewer = items[(items["variant"] == "dense") | (items["item"] < 3)]
+        assert set(paired_differences(fewer)["n"]) == {3}
+        elsewhere = items[(items["variant"] == "dense") | (items["length"] == 512)]
+        assert set(paired_differences(elsewhere)["length"]) == {512}
+
+    def test_an_unknown_variant_suggests_the_nearest(self, items):
+        with pytest.raises(ConfigError, match=r"'dence' is unknown \(did you mean 'dense'\?\)"):
+            paired_differences(items, against="dence")

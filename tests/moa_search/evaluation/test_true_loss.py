@@ -219,7 +219,7 @@ class TestTheModelEndsDense:
     @pytest.mark.usefixtures("check")
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_after_a_loss_that_is_none(self, tiny_model, samples, plan, monkeypatch, value):
-        monkeypatch.setattr(true_loss, "score_answer", lambda *a: AnswerScore(value, np.zeros(1, bool)))
+        monkeypatch.setattr(true_loss, "score_answer", lambda *a: AnswerScore(np.full(1, value), np.zeros(1, bool)))
         with pytest.raises(MoAError, match=f"the loss of a passkey sample of 200 tokens is {value}; try --dtype"):
             TrueLoss(tiny_model[0], samples).loss(plan)
 

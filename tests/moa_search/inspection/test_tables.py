@@ -3,20 +3,16 @@
 import io
 import re
 
-import pandas as pd
 import pytest
 from rich.console import Console
 
-from moa_search.evaluation import summarise
-from moa_search.formats import ModelSignature, Plan
+from moa_search.formats import Plan
 from moa_search.formats.plan import LengthMetrics
 from moa_search.inspection import (
-    default_lengths,
     density_table,
     front_table,
     origin_lines,
     rule_table,
-    score_tables,
     span_table,
 )
 from moa_search.search import SearchOptions, search_profile
@@ -33,22 +29,6 @@ def cells(text):
     """The rows of a rendered table, stripped."""
     rows = [re.split(r"[│┃]", line)[1:-1] for line in text.splitlines() if line.startswith(("│", "┃"))]
     return [[cell.strip() for cell in row] for row in rows]
-
-
-class TestDefaultLengths:
-    def test_those_of_the_prediction(self, tiny_plan):
-        assert default_lengths(tiny_plan) == [1024]
-
-    def test_parts_of_the_models_context(self, sized_plan):
-        assert default_lengths(sized_plan) == [2048, 4096, 8192]
-
-    @pytest.mark.parametrize(
-        ("config", "lengths"),
-        [({}, [1024, 2048, 4096]), ({"max_position_embeddings": 3}, [1, 3]), ({"max_position_embeddings": 1}, [1])],
-    )
-    def test_other_contexts(self, tiny_signature, config, lengths):
-        model = ModelSignature(**{**tiny_signature.model_dump(), "config": config})
-        assert default_lengths(Plan.uniform(DENSE, model)) == lengths
 
 
 class TestOrigin:
@@ -162,25 +142,3 @@ class TestFront:
     def test_a_uniform_plan_has_no_gap(self, tiny_profile):
         front = search_profile(tiny_profile, SearchOptions(density=[0.4], criterion="squared", searcher="uniform"))
         assert cells(render(front_table(front)))[2][-1] == ""
-
-
-def scores(variants):
-    rows = [
-        {"task": task, "length": 1024, "variant": variant, "density": 0.25, "attention_density": 0.4,
-         "metric": "exact match", "item": item, "nll": 1.5, "score": 0.75}
-        for task in ("passkey", "copy") for variant in variants for item in range(3)
-    ]  # fmt: skip
-    return "".join(map(render, score_tables(summarise(pd.DataFrame(rows)))))
-
-
-def test_scores_with_intervals():
-    text = scores(["dense", "uniform"])
-    assert "passkey at 1024 tokens: mean of 3 items" in text
-    assert "copy at 1024 tokens: mean of 3 items" in text
-    assert cells(text).count(["dense", "25.0%", "1.50  1.50-1.50", "0.75  0.75-0.75"]) == 2
-    assert cells(text).count(["uniform", "25.0%", "1.50  1.50-1.50", "0.75  0.75-0.75"]) == 2
-
-
-@pytest.mark.parametrize("name", ["[bold]", "plan[/]", "a [red]b"])
-def test_a_plans_name_is_no_markup(name):
-    assert name in scores([name])

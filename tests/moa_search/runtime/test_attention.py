@@ -16,7 +16,8 @@ from transformers.masking_utils import (
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.runtime import MoACache, applied, apply_plan
-from moa_search.runtime.attention import ROW_BLOCK, moa_mask
+from moa_search.runtime.attention import moa_mask
+from moa_search.runtime.blockwise import ROW_BLOCK
 from moa_search.spans import DENSE
 
 from .explicit import explicit, logits, tiny_model, tiny_plan, tokens

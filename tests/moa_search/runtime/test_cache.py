@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from moa_search.errors import UnsupportedInputError
-from moa_search.formats import ModelSignature, Plan
 from moa_search.runtime import MoACache, applied, apply_plan
-from moa_search.runtime.cache import ROLLBACK_TOKENS, MoACacheLayer
-from moa_search.runtime.layout import EMPTY
+from moa_search.runtime.cache import EMPTY, ROLLBACK_TOKENS, MoACacheLayer
 from moa_search.runtime.rules import LayerRules
-from moa_search.spans import BLOCK_TOKENS, SpanRule
+from moa_search.spans import SpanRule
 
 from .explicit import RULES, explicit, greedy, logits, tiny_model, tiny_plan, tokens
 
@@ -334,32 +332,6 @@ def test_reset_frees_the_memory_and_starts_over(llama, reference):
     assert (cache.nbytes, cache.get_seq_length()) == (0, 0)
     sequence = tokens(1, 70, seed=1)
     torch.testing.assert_close(run(llama, cache, sequence), logits(reference, sequence))
-
-
-def test_bytes_are_within_one_block_per_head_of_the_plan():
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
-    signature = ModelSignature.of(model.config)
-    rules = [[SpanRule(128, 0), SpanRule(0, 64), SpanRule(-100, 160), SpanRule(300, 32)]] * 2
-    plan = Plan.from_rules(rules, signature)
-    cache = MoACache(model.config, plan)
-    heads = signature.num_hidden_layers * signature.num_key_value_heads
-    width = 2 * signature.head_dim * torch.float32.itemsize
-    lengths = [1, 2, 63, 64, 65, 127, 128, 200, 511, 512, 1000, 1024, 1500, 2047, 2048]
-    sizes = [b - a for a, b in zip([0, *lengths], lengths, strict=False)]
-    batch = 2
-    for length, size in zip(lengths, sizes, strict=True):
-        states = torch.zeros(batch, signature.num_key_value_heads, size, signature.head_dim)
-        for layer in cache.layers:
-            layer.update(states, states)
-            layer.commit(states, states, None)
-        allocated = sum(
-            states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values)
-        )
-        assert cache.nbytes == allocated
-        predicted = plan.kv_bytes(length, batch=batch, bytes_per_element=4)
-        dense = batch * heads * length * width
-        assert predicted == pytest.approx(plan.density(length) * dense)
-        assert predicted <= allocated <= predicted + batch * heads * BLOCK_TOKENS * width
 
 
 def test_native_sliding_windows_bound_the_cache():

@@ -98,8 +98,9 @@ def test_the_cache_holds_their_window_and_no_sink_besides(kind):
     with applied(model, plan), torch.no_grad():
         for size in (10, 5, 1, 20, 100, 1):
             model(tokens(1, size), past_key_values=cache)
-            laid_out = (cache.get_seq_length() // BLOCK + 1) * BLOCK
-            assert cache.nbytes == plan.kv_bytes(laid_out, bytes_per_element=model.dtype.itemsize)
+            itemsize = model.dtype.itemsize
+            kept = plan.kv_bytes(cache.get_seq_length(), bytes_per_element=itemsize)
+            assert kept <= cache.nbytes <= kept + 6 * 2 * BLOCK * model.config.head_dim * itemsize  # six heads
     held = [slots.stop - slots.start for slots in cache.layers[0].slots(only_sink=False)]
     assert held == [WINDOW, WINDOW]
 

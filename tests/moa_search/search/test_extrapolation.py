@@ -7,8 +7,9 @@ import pytest
 
 from moa_search.errors import ConfigError
 from moa_search.formats import Profile
+from moa_search.formats.criteria import CRITERIA
 from moa_search.search.extrapolation import extrapolate, require_reachable
-from moa_search.search.losses import CRITERIA, losses_from, rule_losses
+from moa_search.search.losses import losses_from, rule_losses
 from moa_search.search.rules import rule_grid
 from moa_search.spans import DENSE, SpanRule
 

@@ -5,6 +5,7 @@ import pytest
 
 from moa_search.errors import ConfigError, ProfilingError
 from moa_search.formats import Plan
+from moa_search.formats.criteria import CRITERIA
 from moa_search.formats.profile import (
     MEAN_STATISTICS,
     SAMPLE_STATISTICS,
@@ -13,7 +14,7 @@ from moa_search.formats.profile import (
     Profile,
     ProfileHeader,
 )
-from moa_search.search.losses import CRITERIA, losses_from, rule_losses
+from moa_search.search.losses import losses_from, rule_losses
 from moa_search.search.rules import rule_grid
 from moa_search.spans import DENSE, SpanRule
 
