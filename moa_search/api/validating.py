@@ -182,8 +182,10 @@ def _read_front(folder: Path) -> tuple[list[_Candidate], str | None]:
 
 
 def _default_lengths(candidates: Sequence[_Candidate], config: Any) -> list[int]:
-    """Twice the longest length that the search knew losses of, if the model's context is as long."""
-    predicted = [metrics for candidate in candidates for metrics in candidate.plan.predicted]
+    """Twice the longest length that losses were profiled at, if the model's context is as long."""
+    predicted = [
+        metrics for candidate in candidates for metrics in candidate.plan.predicted if not metrics.extrapolated
+    ]
     known = [metrics.length for metrics in predicted if metrics.loss is not None]
     longest = max(known or [metrics.length for metrics in predicted], default=None)
     if longest is None:

@@ -162,6 +162,7 @@ def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
                 attention_density=plan.attention_density(loss.length),
                 loss=value,
                 loss_error=error,
+                extrapolated=loss.length not in space.profile.lengths,
             )
         )
     proves = searcher.proves

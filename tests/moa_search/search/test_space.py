@@ -173,6 +173,7 @@ def test_robust_steers_but_predictions_stay_plain(tiny_profile):
 def test_extrapolated_losses_are_reported_beside_the_profiled_ones(tiny_profile):
     plan = search_profile(tiny_profile, SearchOptions(density=[0.4], predict_lengths=[2048, 512], front_steps=0)).chosen
     assert [metrics.length for metrics in plan.predicted] == [512, 1024, 2048]
+    assert [metrics.extrapolated for metrics in plan.predicted] == [False, False, True]
     assert plan.predicted[2].loss > 0
 
 
