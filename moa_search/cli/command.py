@@ -129,8 +129,10 @@ def run(
         options = vars(parse(build_parser(program, function, first=first, also=also), arguments, first=first))
         for name in ("config", "debug"):
             options.pop(name, None)
-        for name in (first, *required):
-            if name != "config" and not options.get(name):
+        parameter = inspect.signature(function).parameters.get(first)  # none is called "config"
+        needed = parameter is not None and parameter.default is inspect.Parameter.empty
+        for name in (*((first,) if needed else ()), *required):
+            if not options.get(name):
                 given = name if name == first and name != "model" else f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{given} is required; see {program} --help")
         result = _with_progress(function, task if prints else None, options)

@@ -19,7 +19,7 @@ from moa_kernels.decode import MOST_NEW_TOKENS, span_decode
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from moa_search.errors import UnsupportedInputError
+from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
 from moa_search.runtime.padding import real_first
 from moa_search.runtime.rules import LayerRules, layer_rules
 from moa_search.runtime.staged import Staged
@@ -288,6 +288,19 @@ def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return states.gather(1, source[:, :, None].expand(-1, -1, states.shape[2]))
 
 
+def _ragged(layer: Any, rules: LayerRules) -> Any:
+    """What takes the place of a cache layer of transformers: itself where it holds no keys that grow."""
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return MoACacheLayer(rules)
+    if not isinstance(layer, DynamicLayer):
+        return layer
+    if not hasattr(layer, "update_conv_state"):
+        raise ModelUnsupportedError(f"a plan can't take the place of the model's {type(layer).__name__}")
+    from moa_search.runtime.hybrid import MoAHybridCacheLayer  # only versions that have such layers can import it
+
+    return MoAHybridCacheLayer(rules, layer.number_of_states)
+
+
 class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A cache for `generate` and `forward` of a model under a plan.
 
@@ -305,11 +318,8 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def __init__(self, config: Any, plan: Plan) -> None:
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        layers = [
-            MoACacheLayer(rules) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
-            for rules, layer in zip(layer_rules(plan, config, stock), stock, strict=True)
-        ]
-        super().__init__(layers=layers)
+        rules = layer_rules(plan, config, stock)
+        super().__init__(layers=[_ragged(*pair) for pair in zip(stock, rules, strict=True)])
 
     def activate_past_recording(self) -> None:
         """Keep room for rollbacks of up to `ROLLBACK_TOKENS` tokens from now on."""
