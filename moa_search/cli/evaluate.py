@@ -1,14 +1,14 @@
-"""``moa-eval``: score a model on held-out items; ``moa-eval throughput`` measures speed and memory."""
+"""``moa-eval``: score a model on held-out items; its other commands report, run lm-eval and measure speed."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import evaluate_model, measure_throughput, report_model
+from moa_search.api import evaluate_model, measure_throughput, report_model, run_harness
 from moa_search.cli.command import open_console, run
 from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["COMMANDS", "main", "show", "show_report", "show_throughput"]
+__all__ = ["COMMANDS", "main", "show", "show_harness", "show_report", "show_throughput"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +37,15 @@ def show_report(effective: pd.DataFrame, *, output: str, **options: Any) -> None
     print(f"{output}/report.html is the page; items, summary, differences and effective contexts are CSVs beside it")
 
 
+def show_harness(summary: pd.DataFrame, *, output: str | None, **options: Any) -> None:
+    """Print what lm-evaluation-harness found, and where its logs are."""
+    from moa_search.inspection import harness_table
+
+    open_console().print(harness_table(summary))
+    if output is not None:
+        print(f"results.csv, items.csv and the log of every sample are in {output}")
+
+
 def show_throughput(found: Throughput, *, output: str | None, **options: Any) -> None:
     """Print times, memory, and where a gain comes from."""
     from moa_search.evaluation.throughput import split_gains, summarise_throughput
@@ -54,7 +63,14 @@ def show_throughput(found: Throughput, *, output: str | None, **options: Any) ->
         print(f"every run, the tables and a plot are in {output}")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Subcommand] = {
+    "lm-eval": Subcommand(
+        "runs tasks of lm-evaluation-harness",
+        run_harness,
+        show_harness,
+        first="model",
+        required=("tasks",),
+    ),
     "report": Subcommand(
         "runs dense, plans and baselines over tasks and lengths and writes a page",
         report_model,

@@ -12,7 +12,7 @@ from moa_search.inspection.profiles import (
     profile_table,
     sample_advice,
 )
-from moa_search.inspection.scores import effective_context_table, effective_lines, score_tables
+from moa_search.inspection.scores import effective_context_table, effective_lines, harness_table, score_tables
 from moa_search.inspection.searches import (
     budget_lines,
     comparison_table,
@@ -52,6 +52,7 @@ __all__ = [
     "front_page",
     "front_table",
     "gain_table",
+    "harness_table",
     "head_table",
     "origin_lines",
     "pair_table",

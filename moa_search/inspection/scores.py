@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["WAYS", "effective_context_table", "effective_lines", "score_tables", "signed_interval"]
+__all__ = ["WAYS", "effective_context_table", "effective_lines", "harness_table", "score_tables", "signed_interval"]
 
 WAYS = {"forced": "teacher-forced", "generated": "generated"}
 """How answers came about, in words."""
@@ -85,6 +85,25 @@ def effective_lines(items: pd.DataFrame) -> list[str]:
         for name, found in effective_contexts(items, task.name).items():
             lines.append(f"  {escape(name)}: {found.bracket} tokens ({found.low}-{found.high}), n = {found.items}")
     return lines
+
+
+def harness_table(summary: pd.DataFrame) -> Table:
+    """What lm-evaluation-harness found, as `moa_search.evaluation.harness.harness_summary` returns it."""
+    table = Table("variant", "task", "metric", title="lm-evaluation-harness", title_justify="left")
+    for name in ("n", "value", "less dense, 95 %"):
+        table.add_column(name, justify="right")
+    for row in summary.astype(object).where(summary.notna(), None).to_dict("records"):
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        value = row["value"]
+        shown = f"{value:.4g}" if isinstance(value, float | int) else str(value)
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.2g}"
+        difference = ""
+        if row["difference"] is not None:
+            low, high = row["difference_low"], row["difference_high"]
+            difference = f"{row['difference']:+.3f}  {low:+.3f} to {high:+.3f}"
+        count = "" if row["n"] is None else str(int(row["n"]))
+        table.add_row(escape(row["variant"]), escape(row["task"]), escape(metric), count, shown + error, difference)
+    return table
 
 
 def signed_interval(row: pd.Series, name: str) -> str:

@@ -23,6 +23,7 @@ COMMANDS = {
     "moa-search tune": (search, api.tune_plan, "profile"),
     "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
+    "moa-eval lm-eval": (evaluate, api.run_harness, "model"),
     "moa-eval throughput": (evaluate, api.measure_throughput, "model"),
     "moa-eval report": (evaluate, api.report_model, "config"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
@@ -163,6 +164,8 @@ class TestOptions:
             "repetitions": 2, "prefill_chunk": 512, "memory_limit_gib": 1.5,
             "format": "moa", "reanchor": True, "depths": [0.0, 0.5],
             "against": ["dense"], "windows": False, "refine": 2,
+            "include_path": "i", "builtin": True, "length": 99, "limit": 8, "num_fewshot": 1, "batch_size": 2,
+            "apply_chat_template": True,
             "html": "h", "heads": ["7:2"], "front": "f", "plans": ["a", "b"],
         }  # fmt: skip
         own = {
