@@ -155,8 +155,10 @@ def held_out_loss(
 
 
 def _default_lengths(candidates: Sequence[StoredPlan], config: Any) -> list[int]:
-    """Twice the longest length that the search knew losses of, if the model's context is as long."""
-    predicted = [metrics for candidate in candidates for metrics in candidate.plan.predicted]
+    """Twice the longest length that losses were profiled at, if the model's context is as long."""
+    predicted = [
+        metrics for candidate in candidates for metrics in candidate.plan.predicted if not metrics.extrapolated
+    ]
     known = [metrics.length for metrics in predicted if metrics.loss is not None]
     longest = max(known or [metrics.length for metrics in predicted], default=None)
     if longest is None:

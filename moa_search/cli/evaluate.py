@@ -1,4 +1,4 @@
-"""``moa-eval``: score a model on held-out items; its other commands are in `COMMANDS`."""
+"""``moa-eval``: score a model on held-out items; its other commands report, run lm-eval and measure speed."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -152,6 +152,7 @@ class LengthMetrics(_Strict):
     attention_density: float = Field(description="share of causal pairs computed in a prefill, native layers aside")
     loss: float | None = Field(default=None, description="predicted loss, in the criterion's unit")
     loss_error: float | None = Field(default=None, description="standard error of that loss")
+    extrapolated: bool = Field(default=False, description="told from the losses at other lengths, not profiled here")
 
 
 class Plan(_Strict, PlanViews):
@@ -268,8 +269,13 @@ class Plan(_Strict, PlanViews):
 
     def attention_density(self, length: int) -> float:
         """Share of causal query-key pairs computed in a prefill of ``length`` tokens, over the heads of `density`."""
-        plan = self.anchored_at(length) if self.anchor == "prompt" else self
-        return spans.attention_density(plan._searchable_rules(), length, self.min_span)
+        return self.attention_densities([length])[0]
+
+    def attention_densities(self, lengths: Sequence[int]) -> list[float]:
+        """`attention_density` at several lengths, in the time of the longest one (unless anchored at the prompt)."""
+        if self.anchor == "prompt":
+            return [self.anchored_at(length).attention_density(length) for length in lengths]
+        return spans.attention_densities(self._searchable_rules(), lengths, self.min_span)
 
     def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
         """Bytes of keys and values kept at ``length`` tokens, native layers' too, cache granularity aside."""
@@ -359,6 +365,9 @@ class Plan(_Strict, PlanViews):
         content = self.model_dump(mode="json", by_alias=True)
         if not self.validated:
             del content["validated"]  # as in files from before it: equal plans give equal bytes
+        for metrics in content["predicted"]:
+            if not metrics["extrapolated"]:
+                del metrics["extrapolated"]  # likewise
         return content
 
 

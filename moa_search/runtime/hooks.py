@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moa_kernels.backends import Impl
+    from torch.utils.hooks import RemovableHandle
 
     from moa_search.formats import Plan
 
-__all__ = ["HOOKS", "PREFILL_CHUNK_TOKENS", "STATE_ATTRIBUTE", "Applied"]
+__all__ = ["HOOKS", "PREFILL_CHUNK_TOKENS", "STATE_ATTRIBUTE", "Applied", "give_cache"]
 
 STATE_ATTRIBUTE = "_moa_applied"
 
@@ -45,12 +47,14 @@ class Applied:
         impl: What attends, as in `apply_plan`.
         attention: The attention implementation before.
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
+        giving: What stops `give_cache`.
     """
 
     plan: Plan
     impl: Impl
     attention: str
     overridden: dict[str, Any]
+    giving: RemovableHandle | None = None
 
 
 def _original(model: Any, name: str) -> Any:
@@ -75,8 +79,14 @@ def _prepare_cache_for_generation(
             f'cache_implementation "{generation_config.cache_implementation}" can\'t keep a span per head; '
             "leave it unset under a plan"
         )
-    model_kwargs["past_key_values"] = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
-    if getattr(generation_config, "is_assistant", False) or GenerationMode.ASSISTED_GENERATION in args:
+    plan, config = getattr(model, STATE_ATTRIBUTE).plan, model.config
+    drafting = getattr(generation_config, "is_assistant", False)
+    if drafting and text.num_hidden_layers < plan.model.num_hidden_layers:
+        # For a model that drafts for itself with its first layers, transformers hides the others meanwhile.
+        config = copy.copy(text)
+        config.num_hidden_layers = plan.model.num_hidden_layers
+    model_kwargs["past_key_values"] = MoACache(config, plan)
+    if drafting or GenerationMode.ASSISTED_GENERATION in args:
         model_kwargs["past_key_values"].activate_past_recording()
     return result
 
@@ -105,6 +115,20 @@ def _wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, m
     # It splits these two; images or embeddings would be repeated with every chunk.
     inputs = {name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
     return inputs <= {"attention_mask", "position_ids"} and not generation_config.output_hidden_states
+
+
+def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a forward pass that would make a cache of transformers' kind by itself, hand it a `MoACache`."""
+    if kwargs.get("past_key_values") is None:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        text = model.config.get_text_config(decoder=True)
+        use_cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("use_cache")
+        wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
+        free = "past_key_values" in names[len(args) :]
+        if wanted and free and text._attn_implementation == NAME:
+            cache = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
+            return args, {**kwargs, "past_key_values": cache}
+    return args, kwargs
 
 
 def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
