@@ -36,7 +36,7 @@ def require_causal(config: Any) -> None:
 
 
 def require_attention_interface(model: Any) -> None:
-    """Check that a model calls its attention through transformers' ``AttentionInterface``.
+    """Check that each layer of a model calls its own attention through transformers' ``AttentionInterface``.
 
     Raises:
         ModelUnsupportedError: It doesn't, so its heads can be neither observed nor shortened.
@@ -48,6 +48,11 @@ def require_attention_interface(model: Any) -> None:
         raise ModelUnsupportedError(f"{name}: not a transformers model")
     if not model._can_set_attn_implementation():
         raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
+    # Zamba runs one attention module in many layers, and says so by this number.
+    if any(getattr(module, "layer_idx", None) == -1 for module in model.modules()):
+        raise ModelUnsupportedError(
+            f"{name}: several of its layers share one attention module; a plan has rules for each"
+        )
 
 
 def require_context(config: Any, length: int) -> None:

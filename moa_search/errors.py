@@ -22,6 +22,7 @@ __all__ = [
     "SolverError",
     "TuningError",
     "UnsupportedInputError",
+    "VerificationError",
 ]
 
 
@@ -91,3 +92,7 @@ class BackendUnavailableError(MoAError):
 
 class UnsupportedInputError(MoAError):
     """A forward pass under a plan got a mask, cache or argument that the plan can't honour."""
+
+
+class VerificationError(MoAError):
+    """What was about to be measured gives another result than its reference."""

@@ -23,6 +23,7 @@ __all__ = [
     "cache_dir",
     "load_config",
     "load_model",
+    "random_model",
     "resolve_dtype",
     "weights_hash",
 ]
@@ -96,16 +97,54 @@ def load_config(spec: str) -> Any:
     """The transformers configuration of a model, without its weights.
 
     Args:
-        spec: As for `load_model`.
+        spec: As for `load_model`, or a ``.json`` file with the configuration alone.
 
     Raises:
         ModelNotFoundError: ``spec`` names nothing that can be loaded.
     """
-    source, options = _source(spec)
+    alone = Path(spec).suffix == ".json" and Path(spec).is_file()
+    source, options = (spec, {}) if alone else _source(spec)
     try:
         return _read_config(source, options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _not_found(spec, error) from error
+
+
+def random_model(
+    spec: str, *, layers: int | None = None, dtype: str = "auto", device: str = "auto", seed: int = 0
+) -> Any:
+    """A causal language model of a configuration's shape, its weights drawn at random, ready for inference.
+
+    Args:
+        spec: As for `load_config`.
+        layers: Decoder layers instead of the configuration's.
+        dtype: As for `load_model`; ``auto`` on a GPU is the configuration's type, or else bfloat16.
+        device: As for `load_model`.
+        seed: Of the weights.
+
+    Raises:
+        ModelNotFoundError: ``spec`` names nothing that can be loaded.
+        ModelUnsupportedError: It isn't a causal language model.
+        ConfigError: An unknown ``dtype`` or a device that isn't there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = torch.device(_device(device, 0))
+    config = load_config(spec)
+    require_causal(config)
+    text = config.get_text_config(decoder=True)
+    if layers is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    wanted = resolve_dtype(dtype, str(place))
+    if wanted == "auto":
+        wanted = text.dtype or torch.bfloat16
+    torch.manual_seed(seed)
+    with place:  # gigabytes of weights are drawn where they stay
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    return model.eval().requires_grad_(False)
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:

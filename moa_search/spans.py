@@ -66,7 +66,8 @@ class SpanRule:
     def __str__(self) -> str:
         if self.is_dense:
             return "dense"
-        growth = f"{self.beta:.8g}n" if self.beta_256 else ""
+        share = "" if self.beta_256 == BETA_ONE else f"{self.beta:.8g}"
+        growth = f"{share}n" if self.beta_256 else ""
         if not growth or not self.alpha:
             return growth or f"{self.alpha}"
         return f"{growth}{self.alpha:+d}"

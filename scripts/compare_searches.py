@@ -21,8 +21,13 @@ from moa_search import Plan, Profile, load_model, search_plan
 from moa_search.evaluation import compare_variants, summarise
 from moa_search.evaluation.compare import Variant, as_it_runs, uniform_like
 
+MEASURED = {"predict_lengths": ()}
+"""Criteria and anchors are told apart by what was profiled, without looking ahead."""
+
 ROWS = {
-    "criteria": {name: {"criterion": name} for name in ("recall", "elementwise", "absolute", "signed", "squared")},
+    "criteria": {
+        name: {"criterion": name, **MEASURED} for name in ("recall", "elementwise", "absolute", "signed", "squared")
+    },
     "searchers": {
         "recall": {"searcher": "recall"},
         "per-layer": {"searcher": "per-layer"},
@@ -30,7 +35,7 @@ ROWS = {
         "moa": {"searcher": "moa"},
         "exact": {"searcher": "exact"},
     },
-    "anchors": {"prompt": {"anchor": "prompt"}, "exact": {}},
+    "anchors": {"prompt": {"anchor": "prompt", **MEASURED}, "exact": MEASURED},
 }
 """Options of moa-search for each row."""
 
@@ -41,7 +46,9 @@ DENSITIES = (0.25, 0.125, 0.5)
 TASKS = ("passkey", "copy")
 
 
-def make_plan(profile: Profile, name: str, options: dict[str, str], density: float, folder: Path, length: int) -> Plan:
+def make_plan(
+    profile: Profile, name: str, options: dict[str, object], density: float, folder: Path, length: int
+) -> Plan:
     only = {}
     if name in ONE_PLAN_PER_LENGTH:
         nearest = max((known for known in profile.lengths if known <= length), default=profile.lengths[0])

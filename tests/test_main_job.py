@@ -54,7 +54,7 @@ def test_shipped_plans_are_what_the_search_finds(profile, name, density):
     for length in profile.lengths:
         assert shipped.density(length) <= density
     assert shipped.provenance.profile == profile.checksum
-    assert shipped.provenance.gap <= 1e-6
+    assert shipped.provenance.gap <= 1e-4
     if first.provenance.versions == shipped.provenance.versions:
         assert first.patterns == shipped.patterns
         # Sums differ in their last digits between processors, and so do bounds.

@@ -7,8 +7,11 @@ from moa_search.api.common import Criterion, Dtype, Searcher
 from moa_search.api.comparing import compare_searchers
 from moa_search.api.converting import PlanFormat, export_plan, import_plan
 from moa_search.api.evaluating import evaluate_model
-from moa_search.api.inspecting import inspect_plan
+from moa_search.api.harness import run_harness
+from moa_search.api.inspecting import diff_plans, inspect_front, inspect_plan, inspect_profile
+from moa_search.api.measuring import WayKind, measure_throughput
 from moa_search.api.profiling import merge_profiles, profile_model
+from moa_search.api.reporting import report_model
 from moa_search.api.searching import search_front, search_plan
 from moa_search.api.tuning import serve_study, tune_plan
 from moa_search.api.validating import validate_front
@@ -18,13 +21,20 @@ __all__ = [
     "Dtype",
     "PlanFormat",
     "Searcher",
+    "WayKind",
     "compare_searchers",
+    "diff_plans",
     "evaluate_model",
     "export_plan",
     "import_plan",
+    "inspect_front",
     "inspect_plan",
+    "inspect_profile",
+    "measure_throughput",
     "merge_profiles",
     "profile_model",
+    "report_model",
+    "run_harness",
     "search_front",
     "search_plan",
     "serve_study",

@@ -62,16 +62,16 @@ def require_lengths(**values: Sequence[int]) -> None:
                 raise ConfigError(f"{name}: {max(lengths)} is out of range; it must be at most {MAX_LENGTH}")
 
 
-def require_writable(output: str | None) -> None:
-    """Find out before hours of work, not after, that a result can't be written."""
+def require_writable(output: str | None, name: str = "output") -> None:
+    """Find out before hours of work, not after, that a result can't be written; ``name`` is the option's."""
     if output is None:
         return
     path = Path(output)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir():
-        raise ConfigError(f"output: {output} is a folder; give a file")
+        raise ConfigError(f"{name}: {output} is a folder; give a file")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"output: {output} can't be written, {parent} is no writable folder")
+        raise ConfigError(f"{name}: {output} can't be written, {parent} is no writable folder")
 
 
 def require_writable_folder(output: str | None) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from moa_search.formats import Plan
 
-__all__ = ["evaluate_model", "plan_name"]
+__all__ = ["evaluate_model", "named_plans", "plan_name"]
 
 
 def evaluate_model(
@@ -69,17 +69,14 @@ def evaluate_model(
     from moa_search.errors import ConfigError
     from moa_search.evaluation import compare_variants, make_variants
     from moa_search.evaluation.tasks import require_tasks
-    from moa_search.formats import ModelSignature, Plan
+    from moa_search.formats import ModelSignature
     from moa_search.formats.files import atomic_write
 
     require_positive(lengths=min(lengths, default=0), samples=samples)
     require_depths(depths)
     require_tasks(tasks)
     require_writable(output)
-    plans: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        plans[plan_name(entry, loaded, index, plans)] = loaded
+    plans = named_plans(plan)
     variants = make_variants(plans, baselines, lengths)
     if not variants:
         raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
@@ -104,6 +101,17 @@ def evaluate_model(
         with atomic_write(output) as file:
             file.write(items.to_csv(index=False).encode())
     return items
+
+
+def named_plans(plan: Sequence[str | Plan]) -> dict[str, Plan]:
+    """Plans, loaded where a file is given, by the shortest names that tell them apart."""
+    from moa_search.formats import Plan
+
+    plans: dict[str, Plan] = {}
+    for index, entry in enumerate(plan):
+        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
+        plans[plan_name(entry, loaded, index, plans)] = loaded
+    return plans
 
 
 def plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:

@@ -39,12 +39,12 @@ def search_front(
     anchor: Literal["position", "prompt"] = "position",
     rules_per_layer: int | None = None,
     length_weights: Sequence[str] = (),
-    predict_lengths: Sequence[int] = (),
+    predict_lengths: Sequence[int] | None = None,
     robust: float = 0.0,
     min_span: int | None = None,
     layer_floor: Sequence[str] = (),
     time_limit_s: float = 60.0,
-    front_steps: int = 6,
+    front_steps: int | None = None,
     validate: str | None = None,
     output: str | None = None,
     progress: Progress | None = None,
@@ -57,7 +57,7 @@ def search_front(
             is given.
         densities: Several densities instead: the best plan for each, and the one where keeping more stops paying.
         budget_lengths: Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones
-            and, with the last density, the model's full context.
+            and, with the last density, the predicted ones and the model's full context.
         budget: Budgets in other units, also beside a density: tokens=512@8192, kv=2GiB@32768x8,
             memory=24GiB@32768x4, decode=12ms@32768x8 or prefill=900ms@32768 (docs/budgets.md).
         hardware: For times: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from scripts/measure_hardware.py.
@@ -70,12 +70,14 @@ def search_front(
         anchor: Where a rule is evaluated; position at every query's own, prompt once at the total length.
         rules_per_layer: Most different rules in one layer, 1 to 3; any number by default.
         length_weights: Weights of the losses in the chosen plan, such as 1024=1 2048=3; equal by default.
-        predict_lengths: Lengths never profiled to predict losses at, by extrapolation.
+        predict_lengths: Lengths never profiled to predict losses at, by extrapolation; they count like profiled ones.
+            By default exact looks ahead to twice the longest profiled length, where a budget holds there.
         robust: Standard errors to add to every loss, so that noise isn't mistaken for a bargain.
         min_span: Smallest span in tokens of any head.
         layer_floor: Smallest density of every head of some layers, such as 0-1=1.0 29=0.5.
         time_limit_s: Seconds for each solve; when they run out, the best plan found is kept with its gap.
-        front_steps: Steps of the lattice of weights over the profiled lengths; 0 for the chosen plan alone.
+        front_steps: Steps of the lattice of weights over the lengths; 0 for the chosen plan alone, by default as many
+            as take about 15 solves.
         validate: Model to try every plan of the front on, at an unseen, longer length; the best becomes plan.json
             (moa-search validate has more options).
         output: Folder to write plan.json and front/ to.
@@ -93,7 +95,7 @@ def search_front(
     from moa_search.search.output import write_front
 
     require_positive(time_limit_s=time_limit_s)
-    if front_steps < 0:
+    if front_steps is not None and front_steps < 0:
         raise ConfigError(f"front_steps is {front_steps}; it must be at least 0")
     if densities and density:
         raise ConfigError("density asks for one plan, densities for one each: give one of them")

@@ -116,9 +116,9 @@ def tune_plan(
         criterion=criteria[0],
         time_limit_s=time_limit_s,
     )
-    make_space(statistics, options, find_searcher("exact"))  # no trial could keep a budget that is refused here
+    plain = make_space(statistics, options, find_searcher("exact"))  # no trial could keep a budget that is refused here
     space = KnobSpace(
-        tuple(statistics.lengths),
+        tuple(plain.weights),
         tuple(dict.fromkeys(criteria)),
         densities=None if densities is None else (min(densities), max(densities)),
     )
@@ -138,7 +138,7 @@ def tune_plan(
         with_cost=densities is not None,
         join=join,
     )
-    weights = _front_weights(len(statistics.lengths))
+    weights = _front_weights(len(space.lengths))
     seeds = [space.default, *(space.of_weights(vector) for vector in weights)]
     seeds += [dataclasses.replace(space.default, criterion=name) for name in space.criteria[1:]]
     if workers == 1:

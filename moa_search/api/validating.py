@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,10 +17,9 @@ if TYPE_CHECKING:
     from moa_search.evaluation.true_loss import TrueLoss
     from moa_search.formats import Plan
     from moa_search.formats.plan import Budget, Validation
+    from moa_search.search.output import StoredPlan
 
 __all__ = ["held_out_loss", "validate_front"]
-
-PLAN_FILE = re.compile(r"plan-(\d+)\.json")
 
 
 def validate_front(
@@ -73,11 +70,12 @@ def validate_front(
     """
     from moa_search.formats import ModelSignature
     from moa_search.formats.files import atomic_write
+    from moa_search.search.output import read_front
 
     require_positive(samples=samples)
     if lengths is not None:
         require_positive(lengths=min(lengths, default=0))
-    candidates, chosen = _read_front(Path(folder))
+    candidates, chosen = read_front(folder)
     table = Path(folder) / "validation.csv"
     require_writable(str(table))
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
@@ -156,34 +154,11 @@ def held_out_loss(
     return TrueLoss(model, drawn.samples, cache)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A plan of the front and its file."""
-
-    path: Path
-    plan: Plan
-
-
-def _read_front(folder: Path) -> tuple[list[_Candidate], str | None]:
-    """The plans in their order, and the fingerprint of plan.json; where it is none of them, it comes last."""
-    from moa_search.formats import Plan
-
-    front = folder / "front"
-    numbered = {int(match[1]): path for path in front.glob("plan-*.json") if (match := PLAN_FILE.fullmatch(path.name))}
-    if not numbered:
-        raise ConfigError(f"{folder}: it holds no front/plan-*.json; give the folder that moa-search wrote to")
-    candidates = [_Candidate(numbered[number], Plan.load(numbered[number])) for number in sorted(numbered)]
-    if not (folder / "plan.json").exists():
-        return candidates, None
-    chosen = Plan.load(folder / "plan.json")
-    if chosen.fingerprint not in {candidate.plan.fingerprint for candidate in candidates}:
-        candidates.append(_Candidate(front / f"plan-{max(numbered) + 1:02d}.json", chosen))
-    return candidates, chosen.fingerprint
-
-
-def _default_lengths(candidates: Sequence[_Candidate], config: Any) -> list[int]:
-    """Twice the longest length that the search knew losses of, if the model's context is as long."""
-    predicted = [metrics for candidate in candidates for metrics in candidate.plan.predicted]
+def _default_lengths(candidates: Sequence[StoredPlan], config: Any) -> list[int]:
+    """Twice the longest length that losses were profiled at, if the model's context is as long."""
+    predicted = [
+        metrics for candidate in candidates for metrics in candidate.plan.predicted if not metrics.extrapolated
+    ]
     known = [metrics.length for metrics in predicted if metrics.loss is not None]
     longest = max(known or [metrics.length for metrics in predicted], default=None)
     if longest is None:
@@ -192,9 +167,9 @@ def _default_lengths(candidates: Sequence[_Candidate], config: Any) -> list[int]
     return [2 * longest if context is None else min(2 * longest, context)]
 
 
-def _measure(truth: TrueLoss, candidates: Sequence[_Candidate], chosen: str | None, progress: Progress | None) -> None:
+def _measure(truth: TrueLoss, candidates: Sequence[StoredPlan], chosen: str | None, progress: Progress | None) -> None:
     """Measure dense attention and every distinct plan, and write each plan's result at once, the chosen one's first."""
-    by_fingerprint: dict[str, list[_Candidate]] = {}
+    by_fingerprint: dict[str, list[StoredPlan]] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.plan.fingerprint != chosen):
         by_fingerprint.setdefault(candidate.plan.fingerprint, []).append(candidate)
     runs = 1 + len(by_fingerprint)
@@ -205,10 +180,10 @@ def _measure(truth: TrueLoss, candidates: Sequence[_Candidate], chosen: str | No
             _validated(truth, candidate.plan).save(candidate.path)
 
 
-def _rivals(candidates: Sequence[_Candidate], chosen: str | None) -> list[_Candidate]:
+def _rivals(candidates: Sequence[StoredPlan], chosen: str | None) -> list[StoredPlan]:
     """The plans that plan.json may become: those made for its budgets, or all where there was none."""
 
-    def budgets(candidate: _Candidate) -> tuple[Budget, ...]:
+    def budgets(candidate: StoredPlan) -> tuple[Budget, ...]:
         provenance = candidate.plan.provenance
         return provenance.budgets if provenance else ()
 
@@ -230,7 +205,7 @@ def _validated(truth: TrueLoss, plan: Plan) -> Plan:
     return plan.model_copy(update={"validated": tuple(entries[key] for key in sorted(entries))})
 
 
-def _rows(truth: TrueLoss, candidates: Sequence[_Candidate], chosen: str | None, best: _Candidate) -> pd.DataFrame:
+def _rows(truth: TrueLoss, candidates: Sequence[StoredPlan], chosen: str | None, best: StoredPlan) -> pd.DataFrame:
     import pandas as pd
 
     dense = truth.loss(None)

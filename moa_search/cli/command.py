@@ -40,7 +40,7 @@ def build_parser(
     Args:
         program: Name of the command.
         function: API function; its Google-style ``Args`` become the help texts.
-        first: Name of its first parameter.
+        first: Name of its first parameter, or "config".
         also: Commands of their own that begin with this one's name, with what they do.
     """
     helps = _argument_helps(function)
@@ -48,7 +48,10 @@ def build_parser(
     if also:
         about += " Other commands: " + "; ".join(f"{program} {name} {does}" for name, does in also.items()) + "."
     parser = ArgumentParser(prog=program, description=about, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    placed = "; also as the first argument, without the flag"
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of these options" + placed * (first == "config")
+    )
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name, parameter in inspect.signature(function).parameters.items():
@@ -64,7 +67,7 @@ def build_parser(
         else:
             options["default"] = list(default) if isinstance(default, tuple) else default
         if name == first and name != "model":
-            options["help"] += "; also as the first argument, without the flag"
+            options["help"] += placed
         if options.get("type") is bool:
             flag = name.replace("_", "-")
             parser.add_argument(
@@ -113,7 +116,7 @@ def run(
         program: Name of the command.
         function: API function.
         show: Prints its result, given the result and the options.
-        first: Name of the function's first parameter.
+        first: Name of the function's first parameter; "config" for the configuration file.
         task: What a progress bar says, or None for no bar.
         required: Options that must be given.
         interrupted: What to say when the user stops it.
@@ -126,7 +129,9 @@ def run(
         options = vars(parse(build_parser(program, function, first=first, also=also), arguments, first=first))
         for name in ("config", "debug"):
             options.pop(name, None)
-        for name in (first, *required):
+        parameter = inspect.signature(function).parameters.get(first)  # none is called "config"
+        needed = parameter is not None and parameter.default is inspect.Parameter.empty
+        for name in (*((first,) if needed else ()), *required):
             if not options.get(name):
                 given = name if name == first and name != "model" else f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{given} is required; see {program} --help")

@@ -1,17 +1,19 @@
-"""``moa-eval``: score a model dense, under plans and under uniform spans, on held-out items."""
+"""``moa-eval``: score a model on held-out items; other commands report, run lm-evaluation-harness, time it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import evaluate_model
+from moa_search.api import evaluate_model, measure_throughput, report_model, run_harness
 from moa_search.cli.command import open_console, run
 from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["COMMANDS", "main", "show"]
+__all__ = ["COMMANDS", "main", "show", "show_harness", "show_report", "show_throughput"]
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from moa_search.evaluation.throughput import Throughput
 
 
 def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
@@ -26,7 +28,66 @@ def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
         print(f"scores of every item written to {output}")
 
 
-COMMANDS: dict[str, Subcommand] = {}
+def show_report(effective: pd.DataFrame, *, output: str, **options: Any) -> None:
+    """Print how far each variant carries, and where the page is."""
+    from moa_search.inspection import effective_context_table
+
+    if len(effective):
+        open_console().print(effective_context_table(effective))
+    print(f"{output}/report.html is the page; items, summary, differences and effective contexts are CSVs beside it")
+
+
+def show_harness(summary: pd.DataFrame, *, output: str | None, **options: Any) -> None:
+    """Print what lm-evaluation-harness found, and where its logs are."""
+    from moa_search.inspection import harness_table
+
+    open_console().print(harness_table(summary))
+    if output is not None:
+        print(f"results.csv, items.csv and the log of every sample are in {output}")
+
+
+def show_throughput(found: Throughput, *, output: str | None, **options: Any) -> None:
+    """Print times, memory, and where a gain comes from."""
+    from moa_search.evaluation.throughput import split_gains, summarise_throughput
+    from moa_search.inspection import fact_lines, gain_table, throughput_table
+
+    console = open_console()
+    for line in fact_lines(found.facts, found.gates):
+        console.print(line, highlight=False)
+    summary = summarise_throughput(found.runs)
+    console.print(throughput_table(summary))
+    gains = split_gains(summary)
+    if len(gains):
+        console.print(gain_table(gains))
+    if output is not None:
+        print(f"every run, the tables and a plot are in {output}")
+
+
+COMMANDS: dict[str, Subcommand] = {
+    "lm-eval": Subcommand(
+        "runs tasks of lm-evaluation-harness",
+        run_harness,
+        show_harness,
+        first="model",
+        required=("tasks",),
+    ),
+    "report": Subcommand(
+        "runs dense, plans and baselines over tasks and lengths and writes a page",
+        report_model,
+        show_report,
+        first="config",
+        task="measuring",
+        required=("model", "output"),
+        interrupted="what was measured is kept; the same command goes on from here",
+    ),
+    "throughput": Subcommand(
+        "measures speed and memory, dense and under plans",
+        measure_throughput,
+        show_throughput,
+        first="model",
+        task="measuring",
+    ),
+}
 
 
 def main() -> NoReturn:

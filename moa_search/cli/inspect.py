@@ -1,20 +1,25 @@
-"""``moa-inspect``: show a plan, ours or another tool's, and convert it."""
+"""``moa-inspect``: show a plan, ours or another tool's, and convert it; show a profile, a front, or two plans."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import inspect_plan
+from moa_search.api import diff_plans, inspect_front, inspect_plan, inspect_profile
+from moa_search.api.inspecting import kind_of, plan_titles
 from moa_search.cli.command import open_console, run
+from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["main", "show"]
+__all__ = ["COMMANDS", "command_for", "main", "show", "show_diff", "show_front", "show_profile"]
 
 if TYPE_CHECKING:
-    from moa_search.formats import Plan
+    from moa_search.formats import Plan, Profile
+    from moa_search.search.output import StoredPlan
 
 
-def show(plan: Plan, /, *, lengths: Sequence[int], output: str | None, save: str | None, **options: Any) -> None:
+def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, **options: Any) -> None:
     """Print origin, densities, rules and spans."""
     from moa_search.inspection import density_table, origin_lines, rule_table, span_table
 
@@ -25,12 +30,76 @@ def show(plan: Plan, /, *, lengths: Sequence[int], output: str | None, save: str
     console.print(density_table(plan, shown))
     console.print(rule_table(plan))
     console.print(span_table(plan, max(shown)))
-    if output is not None:
-        print(f"heat map written to {output}")
+    _say_written("heat map", **options)
     if save is not None:
         print(f"plan written to {save}")
 
 
+def show_profile(profile: Profile, /, *, lengths: Sequence[int], criterion: str, **options: Any) -> None:
+    """Print what was measured, how well, and which heads lose most."""
+    from moa_search.inspection import calibration_lines, head_table, profile_table, sample_advice
+
+    console = open_console()
+    for line in calibration_lines(profile):
+        console.print(line, highlight=False)
+    console.print(profile_table(profile))
+    for length in lengths or profile.lengths:
+        console.print(head_table(profile, length, criterion))
+    advice = sample_advice(profile)
+    if advice is not None:
+        console.print(f"[yellow]more samples?[/yellow] {advice}", highlight=False)
+    _say_written("heat map", **options)
+
+
+def show_diff(loaded: list[Plan], /, *, plans: Sequence[str], lengths: Sequence[int], **options: Any) -> None:
+    """Print what both keep, and the largest changes."""
+    from moa_search.inspection import change_table, diff_lengths, diff_line, pair_table
+
+    console = open_console()
+    at, names = diff_lengths(loaded, lengths), plan_titles(plans)
+    console.print(diff_line(loaded, at), highlight=False)
+    console.print(pair_table(loaded, names, at))
+    if loaded[0].fingerprint != loaded[1].fingerprint:
+        console.print(change_table(loaded, names, max(at)))
+    _say_written("heat map", **options)
+
+
+def show_front(found: tuple[list[StoredPlan], str | None], /, *, folder: str, **options: Any) -> None:
+    """Print the plans of a front."""
+    from moa_search.inspection import stored_front_table
+
+    plans, chosen = found
+    open_console().print(stored_front_table(plans, chosen))
+    if chosen is None:
+        print(f"{folder} holds no plan.json, so no plan is chosen")
+    _say_written("chart", **options)
+
+
+def _say_written(picture: str, *, output: str | None, html: str | None, **_: Any) -> None:
+    if output is not None:
+        print(f"{picture} written to {output}")
+    if html is not None:
+        print(f"page written to {html}")
+
+
+COMMANDS = {
+    "plan": Subcommand("shows a plan", inspect_plan, show, first="plan"),
+    "profile": Subcommand("shows a profile", inspect_profile, show_profile, first="profile"),
+    "diff": Subcommand("sets two plans side by side", diff_plans, show_diff, first="plans"),
+    "front": Subcommand("shows the plans in moa-search's folder", inspect_front, show_front, first="folder"),
+}
+
+
 def main() -> NoReturn:
     """Entry point."""
-    run("moa-inspect", inspect_plan, show, first="plan")
+    run_subcommand("moa-inspect", COMMANDS, otherwise="a file")
+    command = COMMANDS[command_for(sys.argv[1:])]
+    run("moa-inspect", command.function, command.show, first=command.first, also=descriptions(COMMANDS))
+
+
+def command_for(words: Sequence[str]) -> str:
+    """The command for a line that names none: what its file is, or a difference where it begins with two files."""
+    files = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if len(files) > 1:
+        return "diff"
+    return kind_of(files[0]) if files else "plan"

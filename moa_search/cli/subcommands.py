@@ -60,7 +60,7 @@ def run_subcommand(program: str, subcommands: Mapping[str, Subcommand], *, other
             interrupted=found.interrupted,
             arguments=sys.argv[2:],
         )
-    hint = nearest(name, subcommands)
+    hint = "" if name.startswith("-") else nearest(name, subcommands)
     if hint and not os.path.exists(name):
         print(f"{program}: error: {name!r} is neither {otherwise} nor a command{hint}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

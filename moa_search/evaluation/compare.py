@@ -26,6 +26,7 @@ __all__ = [
     "densities",
     "make_variants",
     "measure",
+    "require_baselines",
     "uniform_like",
 ]
 
@@ -55,11 +56,7 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
     Raises:
         ConfigError: A baseline is unknown, or ``uniform`` is asked for without a plan to match.
     """
-    for name in baselines:
-        if name not in BASELINES:
-            raise ConfigError(f"baseline {name!r} is unknown{nearest(name, BASELINES)}; choose from dense, uniform")
-    if "uniform" in baselines and not plans:
-        raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
+    require_baselines(baselines, any_plan=bool(plans))
     variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
     if "uniform" in baselines:
         matched: dict[tuple[tuple[int, ...], ...], tuple[str, Plan]] = {}
@@ -73,6 +70,23 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
     for name, plan in plans.items():
         variants.append(Variant(f"plan {name}" if name in taken else name, partial(as_it_runs, plan)))
     return variants
+
+
+def require_baselines(baselines: Sequence[str], *, any_plan: bool) -> None:
+    """Check the names of baselines.
+
+    Args:
+        baselines: The names.
+        any_plan: Whether there is a plan whose memory ``uniform`` can match.
+
+    Raises:
+        ConfigError: One is unknown, or ``uniform`` has no plan to match.
+    """
+    for name in baselines:
+        if name not in BASELINES:
+            raise ConfigError(f"baseline {name!r} is unknown{nearest(name, BASELINES)}; choose from dense, uniform")
+    if "uniform" in baselines and not any_plan:
+        raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
 
 
 def uniform_like(plan: Plan, length: int) -> Plan:

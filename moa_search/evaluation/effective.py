@@ -17,6 +17,7 @@ its average span S = density(N) · N:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,15 @@ import pandas as pd
 
 from moa_search.evaluation.statistics import accuracy_by_item, draws_of, interval_of
 
-__all__ = ["THRESHOLD", "EffectiveContext", "effective_context", "effective_contexts", "multiple", "window_lengths"]
+__all__ = [
+    "THRESHOLD",
+    "EffectiveContext",
+    "effective_context",
+    "effective_contexts",
+    "effective_table",
+    "multiple",
+    "window_lengths",
+]
 
 THRESHOLD = 0.9
 """Share of items that have to be answered rightly."""
@@ -114,6 +123,66 @@ def multiple(plan: EffectiveContext, uniform: EffectiveContext) -> tuple[float |
     low = "" if uniform.fails is None else f"{plan.passes / uniform.fails:.2f}"
     high = "" if plan.fails is None else f"{plan.fails / uniform.passes:.2f}"
     return plan.passes / uniform.passes, f"{low or 'unknown'} to {high or 'unknown'}"
+
+
+def effective_table(
+    items: pd.DataFrame,
+    tasks: Sequence[str],
+    *,
+    uniform: Mapping[str, str],
+    windows: Mapping[str, Mapping[str, int]],
+    window_items: pd.DataFrame,
+) -> pd.DataFrame:
+    """Effective contexts of every variant with the multiples that plans have.
+
+    Args:
+        items: As `moa_search.evaluation.compare_variants` returns them.
+        tasks: Retrieval tasks.
+        uniform: For a plan's variant, the one that keeps as much of the cache with spans that are alike.
+        windows: By task, for a plan's variant, its average span in tokens at its effective context.
+        window_items: Scores of constant windows of these spans, with ``window N`` as variant.
+
+    Returns:
+        One row per task and variant: ``effective_context`` with ``low``, ``high`` and ``fails_at`` in tokens, ``n``,
+        the ``density`` and ``average_span`` there, and of plans the two multiples of this module, each with the
+        effective context that it divides by and its bracket.
+    """
+    rows = []
+    for task in tasks:
+        found = effective_contexts(items, task)
+        carried = effective_contexts(window_items, task)
+        for name, context in found.items():
+            at = items[(items["task"] == task) & (items["variant"] == name) & (items["length"] == context.passes)]
+            density = float(at["density"].iloc[0]) if len(at) else None
+            row: dict[str, object] = {
+                "task": task,
+                "variant": name,
+                "n": context.items,
+                "effective_context": context.passes,
+                "low": context.low,
+                "high": context.high,
+                "fails_at": context.fails,
+                "density": density,
+                "average_span": None if density is None else round(density * context.passes),
+            }
+            if uniform.get(name) in found:
+                other = found[uniform[name]]
+                ratio, bracket = multiple(context, other)
+                row |= {"uniform_context": other.passes, "at_equal_density": ratio, "at_equal_density_bracket": bracket}
+            window = windows.get(task, {}).get(name)
+            if window is not None and f"window {window}" in carried:
+                other = carried[f"window {window}"]
+                ratio, bracket = multiple(context, other)
+                row |= {"window_context": other.passes, "at_equal_span": ratio, "at_equal_span_bracket": bracket}
+            rows.append(row)
+    columns = ["task", "variant", "n", "effective_context", "low", "high", "fails_at", "density", "average_span"]
+    for denominator, ratio_name in (("uniform_context", "at_equal_density"), ("window_context", "at_equal_span")):
+        columns += [denominator, ratio_name, f"{ratio_name}_bracket"]
+    return (
+        pd.DataFrame(rows, columns=columns)
+        .astype({"fails_at": "Int64", "average_span": "Int64"})
+        .astype({"uniform_context": "Int64", "window_context": "Int64"})
+    )
 
 
 def window_lengths(window: int, longest: int) -> list[int]:

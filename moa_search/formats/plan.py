@@ -152,6 +152,7 @@ class LengthMetrics(_Strict):
     attention_density: float = Field(description="share of causal pairs computed in a prefill, native layers aside")
     loss: float | None = Field(default=None, description="predicted loss, in the criterion's unit")
     loss_error: float | None = Field(default=None, description="standard error of that loss")
+    extrapolated: bool = Field(default=False, description="told from the losses at other lengths, not profiled here")
 
 
 class Plan(_Strict, PlanViews):
@@ -359,6 +360,9 @@ class Plan(_Strict, PlanViews):
         content = self.model_dump(mode="json", by_alias=True)
         if not self.validated:
             del content["validated"]  # as in files from before it: equal plans give equal bytes
+        for metrics in content["predicted"]:
+            if not metrics["extrapolated"]:
+                del metrics["extrapolated"]  # likewise
         return content
 
 

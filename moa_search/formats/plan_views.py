@@ -46,6 +46,13 @@ class PlanViews:
         plan = self._plan
         return [metrics.length for metrics in plan.predicted] or plan.model.usual_lengths
 
+    @property
+    def density_lengths(self) -> list[int]:
+        """From 64 tokens up to the model's context, eight per octave: where `plot_density` draws by default."""
+        longest = max(*self._plan.model.usual_lengths, *self.lengths, SHORTEST + 1)
+        steps = int(np.ceil(8 * np.log2(longest / SHORTEST))) + 1
+        return sorted({round(n) for n in np.geomspace(SHORTEST, longest, steps)})
+
     def rule_text(self, layer: int, kv_head: int) -> str:
         """The exact rule of one head, such as ``0.25n-512`` or ``dense``; of a native layer, its own window."""
         plan = self._plan
@@ -169,8 +176,9 @@ class PlanViews:
         """
         from moa_search.pictures import draw_mask
 
-        plan = self._plan
-        kept = f"{plan.spans(n)[layer][kv_head] / n:.1%}" if self._has(layer, kv_head, n) else ""
+        plan, n = self._plan, self._one(n)
+        plan.model.require_head(layer, kv_head)
+        kept = f"{plan.spans(n)[layer][kv_head] / n:.1%}"
         return draw_mask(
             self._mask(layer, kv_head, n),
             n,
@@ -183,13 +191,13 @@ class PlanViews:
         """Shares of the KV cache that is kept and of the prefill that is computed, over the length; budgets as marks.
 
         Args:
-            lengths: Context lengths in tokens; by default from 64 up to the model's context, eight per octave.
+            lengths: Context lengths in tokens; by default `density_lengths`.
             ax: Axes to draw on.
         """
         from moa_search.pictures import draw_lines
 
         plan = self._plan
-        at = sorted(self._checked(lengths or self._up_to_context()))
+        at = sorted(self._checked(lengths or self.density_lengths))
         lines = {
             "KV cache kept": [100 * plan.density(n) for n in at],
             "prefill computed": [100 * plan.attention_density(n) for n in at],
@@ -256,17 +264,6 @@ class PlanViews:
             rule = SpanRule(plan.spans(n)[layer][kv_head], 0)
         return span_mask(rule, n, sink=plan.sink, min_span=plan.min_span, most_points=MASK_POINTS)
 
-    def _has(self, layer: int, kv_head: int, n: int) -> bool:
-        """True, or an error: numbers that the model doesn't have must not count from the end."""
-        model = self._plan.model
-        for name, value, count in (
-            ("layer", layer, model.num_hidden_layers),
-            ("KV head", kv_head, model.num_key_value_heads),
-        ):
-            if not 0 <= value < count:
-                raise ConfigError(f"{name} {value} is out of range; the model has 0 to {count - 1}")
-        return bool(self._checked([n]))
-
     def _checked(self, lengths: Iterable[int]) -> list[int]:
         """The lengths, or `lengths` where there are none."""
         wanted = list(lengths) or self.lengths
@@ -276,11 +273,6 @@ class PlanViews:
 
     def _one(self, length: int | None) -> int:
         return max(self.lengths) if length is None else self._checked([length])[0]
-
-    def _up_to_context(self) -> list[int]:
-        longest = max(*self._plan.model.usual_lengths, *self.lengths, SHORTEST + 1)
-        steps = int(np.ceil(8 * np.log2(longest / SHORTEST))) + 1
-        return sorted({round(n) for n in np.geomspace(SHORTEST, longest, steps)})
 
     def _budgets(self) -> Sequence[Any]:
         origin = self._plan.provenance

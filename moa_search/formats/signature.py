@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from moa_search.errors import ModelMismatchError, ModelUnsupportedError
+from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
 
 __all__ = ["ModelSignature"]
 
@@ -105,6 +105,17 @@ class ModelSignature(BaseModel):
             rope={key: _plain(getattr(text, key, None)) for key in ROPE_KEYS if getattr(text, key, None)},
             config={key: _plain(getattr(text, key)) for key in OTHER_KEYS if getattr(text, key, None) is not None},
         )
+
+    def require_head(self, layer: int, kv_head: int) -> None:
+        """Check that the model has a head.
+
+        Raises:
+            ConfigError: It has no such layer or KV head; negative numbers don't count from the end.
+        """
+        counts = {"layer": (layer, self.num_hidden_layers), "KV head": (kv_head, self.num_key_value_heads)}
+        for name, (value, count) in counts.items():
+            if not 0 <= value < count:
+                raise ConfigError(f"{name} {value} is out of range; the model has 0 to {count - 1}")
 
     def differences(self, other: ModelSignature) -> list[str]:
         """The fields in which ``other`` differs, each as ``name: mine != theirs``."""

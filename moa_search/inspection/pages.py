@@ -40,6 +40,7 @@ a { color: var(--link); }
 .skip { position: absolute; left: -100rem; }
 .skip:focus { left: 1rem; background: var(--paper); padding: .5rem; }
 h1 { margin-bottom: 0; font-size: 1.6rem; line-height: 1.25; }
+h1, h2, h3, p, li, figcaption, summary { overflow-wrap: anywhere; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); font-size: 1.25rem; }
 header p, figcaption, caption, footer { color: var(--faint); }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; list-style: none; }
@@ -64,6 +65,7 @@ summary { cursor: pointer; color: var(--link); }
   figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
   .scroll { overflow: visible; }
+  th, td { padding: .15rem .4rem; white-space: normal; }
 }
 """
 

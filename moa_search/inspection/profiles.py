@@ -11,7 +11,7 @@ from moa_search.formats import Profile
 from moa_search.search.losses import rule_losses
 from moa_search.spans import BETA_ONE, SpanRule
 
-__all__ = ["LengthQuality", "calibration_lines", "profile_quality", "profile_table", "sample_advice"]
+__all__ = ["LengthQuality", "calibration_lines", "head_table", "profile_quality", "profile_table", "sample_advice"]
 
 QUARTER, EIGHTH = SpanRule(0, BETA_ONE // 4), SpanRule(0, BETA_ONE // 8)
 
@@ -96,6 +96,20 @@ def profile_table(profile: Profile) -> Table:
         ]
         seconds = times.get(quality.length)
         table.add_row(*cells, *(["" if seconds is None else f"{seconds:.1f}"] if times else []))
+    return table
+
+
+def head_table(profile: Profile, length: int, criterion: str, most: int = 8) -> Table:
+    """The heads that lose most under a short window, and the share of all heads' losses that they have."""
+    losses, _, window = profile.influence(length, criterion=criterion)
+    known = np.nan_to_num(losses)
+    total = known.sum() or 1.0
+    table = Table(title=f"{criterion} loss, window {window} of {length}", title_justify="left")
+    for name in ("layer", "KV head", "loss", "of all"):
+        table.add_column(name, justify="right")
+    for index in np.argsort(-known, axis=None, kind="stable")[:most]:
+        layer, head = divmod(int(index), known.shape[1])
+        table.add_row(str(layer), str(head), f"{known[layer, head]:.3g}", f"{known[layer, head] / total:.1%}")
     return table
 
 

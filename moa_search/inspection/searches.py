@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from moa_search.formats.files import atomic_write
+from moa_search.inspection.plots import save_figure
 from moa_search.inspection.tables import predicted_loss, with_error
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def plot_densities(front: Front) -> Figure:
 
 def save_density_plot(front: Front, path: str | os.PathLike[str]) -> None:
     """Write `plot_densities` as PNG, atomically."""
-    with atomic_write(path) as file:
-        plot_densities(front).savefig(file, format="png", dpi=130)
+    save_figure(plot_densities(front), path)
 
 
 def validation_table(rows: pd.DataFrame) -> Table:

@@ -110,10 +110,10 @@ def _own_window(plan: Plan) -> str:
 
 
 def predicted_loss(metrics: LengthMetrics) -> str:
-    """A predicted loss with its standard error, as far as they are known."""
+    """A predicted loss with its standard error, as far as they are known; ``≈`` where it is extrapolated."""
     if metrics.loss is None:
         return ""
-    return with_error(metrics.loss, metrics.loss_error)
+    return "≈ " * metrics.extrapolated + with_error(metrics.loss, metrics.loss_error)
 
 
 def with_error(value: float, error: float | None) -> str:

@@ -3,7 +3,16 @@
 It knows neither plans nor profiles, so that their own methods may use it.
 """
 
-from moa_search.pictures.axes import OKABE_ITO, axes_or_new, draw_cells, draw_lines, draw_mask
+from moa_search.pictures.axes import OKABE_ITO, axes_or_new, cells_size, draw_cells, draw_lines, draw_mask
 from moa_search.pictures.svg import cell_grid, hex_colours
 
-__all__ = ["OKABE_ITO", "axes_or_new", "cell_grid", "draw_cells", "draw_lines", "draw_mask", "hex_colours"]
+__all__ = [
+    "OKABE_ITO",
+    "axes_or_new",
+    "cell_grid",
+    "cells_size",
+    "draw_cells",
+    "draw_lines",
+    "draw_mask",
+    "hex_colours",
+]

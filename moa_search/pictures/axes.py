@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from matplotlib.axes import Axes
 
-__all__ = ["OKABE_ITO", "axes_or_new", "draw_cells", "draw_lines", "draw_mask"]
+__all__ = ["OKABE_ITO", "axes_or_new", "cells_size", "draw_cells", "draw_lines", "draw_mask"]
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Line colours of Okabe and Ito (2008); the yellow, too pale on white, is left out."""
@@ -20,13 +20,18 @@ MISSING = "lightgrey"
 MOST_TICKS = 15
 
 
-def axes_or_new(ax: Axes | None, *, width: float = 6.4, height: float = 4.0) -> Axes:
-    """The caller's Axes, or those of a new figure of pyplot's, which a notebook shows by itself; sizes in inches."""
+def axes_or_new(ax: Axes | None, size: tuple[float, float] = (6.4, 4.0)) -> Axes:
+    """The caller's Axes, or those of a new figure of pyplot's, which a notebook shows by itself; in inches."""
     if ax is not None:
         return ax
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def cells_size(layers: int, heads: int) -> tuple[float, float]:
+    """Width and height in inches of a figure with a heat map."""
+    return max(5.0, 0.27 * layers + 1.8), max(1.6, 0.32 * heads + 1.1)
 
 
 def draw_cells(
@@ -56,7 +61,7 @@ def draw_cells(
     from matplotlib.colors import LogNorm, Normalize
 
     layers, heads = values.shape
-    ax = axes_or_new(ax, width=max(5.0, 0.27 * layers + 1.8), height=max(1.6, 0.32 * heads + 1.1))
+    ax = axes_or_new(ax, cells_size(layers, heads))
     norm = (LogNorm if logarithmic else Normalize)(*limits, clip=True)
     image = ax.imshow(
         np.ma.masked_invalid(values.T),
@@ -86,7 +91,7 @@ def draw_mask(mask: npt.NDArray[np.bool_], length: int, ax: Axes | None, *, titl
     """
     from matplotlib.colors import ListedColormap
 
-    ax = axes_or_new(ax, width=4.2, height=4.2)
+    ax = axes_or_new(ax, (4.2, 4.2))
     colours = ListedColormap(["#00000000", "dimgrey" if native else OKABE_ITO[0]])
     ax.imshow(mask, cmap=colours, vmin=0, vmax=1, extent=(0, length, length, 0), interpolation="auto")
     ax.set_title(title, loc="left", fontsize=10)

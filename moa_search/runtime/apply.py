@@ -7,7 +7,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError
@@ -148,6 +148,8 @@ def _attention_modules(
             f"{name}: tensor parallelism splits its KV heads over {ranks} processes, and a plan isn't sliced for each; "
             "spread layers with device_map instead"
         )
+    if isinstance(model, GenerationMixin) and not model._supports_default_dynamic_cache():
+        raise ModelUnsupportedError(f"{name}: it keeps a cache of its own, which a plan can't take the place of")
     decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
     found = {
         id(module): (module, rules[module.layer_idx])

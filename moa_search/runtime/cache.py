@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from moa_search.errors import ConfigError
+from moa_search.errors import ConfigError, ModelUnsupportedError
 from moa_search.runtime.layer import MoACacheLayer
 from moa_search.runtime.report import CacheReport, LayerReport
 from moa_search.runtime.rules import layer_rules
@@ -16,8 +16,32 @@ from moa_search.runtime.static import StaticMoACacheLayer
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan
+    from moa_search.runtime.rules import LayerRules
 
 __all__ = ["MoACache"]
+
+
+def _ragged(layer: Any, rules: LayerRules) -> Any:
+    """What takes the place of a cache layer of transformers: itself where it holds no keys that grow."""
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return MoACacheLayer(rules)
+    if not isinstance(layer, DynamicLayer):
+        return layer
+    if not hasattr(layer, "update_conv_state"):
+        raise ModelUnsupportedError(f"a plan can't take the place of the model's {type(layer).__name__}")
+    from moa_search.runtime.hybrid import MoAHybridCacheLayer  # only versions that have such layers can import it
+
+    return MoAHybridCacheLayer(rules, layer.number_of_states)
+
+
+def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) -> StaticMoACacheLayer:
+    """What takes its place in a cache of fixed size, after the layers ``before``."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ModelUnsupportedError(
+            f"a MoACache of fixed size can't replace the model's {type(layer).__name__}; leave max_length unset"
+        )
+    first = not any(isinstance(other, StaticMoACacheLayer) for other in before)
+    return StaticMoACacheLayer(rules, max_length, checks=first)
 
 
 class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
@@ -42,14 +66,11 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
             raise ConfigError(f"max_length is {max_length} tokens; it must be positive, or None for a cache that grows")
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
         layers: list[Any] = []
-        for rules, layer in zip(layer_rules(plan, config, stock), stock, strict=True):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                layers.append(layer)
-            elif max_length is None:
-                layers.append(MoACacheLayer(rules))
+        for layer, rules in zip(stock, layer_rules(plan, config, stock), strict=True):
+            if max_length is None or not isinstance(layer, DynamicLayer):
+                layers.append(_ragged(layer, rules))
             else:
-                first = not any(isinstance(other, StaticMoACacheLayer) for other in layers)
-                layers.append(StaticMoACacheLayer(rules, max_length, checks=first))
+                layers.append(_fixed(layer, rules, max_length, layers))
         super().__init__(layers=layers)
 
     def copy(self) -> MoACache:

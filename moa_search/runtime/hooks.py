@@ -142,7 +142,7 @@ def _wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, m
     if generation_config.prefill_chunk_size is not None:
         return False
     # Not every linear-attention layer goes on from its state when it gets several tokens.
-    if not all(isinstance(layer, MoACacheLayer) for layer in cache.layers):
+    if any(not isinstance(layer, MoACacheLayer) or hasattr(layer, "update_conv_state") for layer in cache.layers):
         return False
     # Up to some version, transformers starts over where a cache holds tokens already.
     if input_ids.shape[1] <= PREFILL_CHUNK_TOKENS or cache.get_seq_length() > 0:

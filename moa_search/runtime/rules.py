@@ -12,10 +12,10 @@ import torch
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moa_search.architecture import require_own_keys
-from moa_search.errors import ConfigError, ModelMismatchError
+from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.spans import BETA_ONE, SpanRule, span
 
@@ -120,6 +120,8 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
     require_own_keys(config)
     plan.model.require(ModelSignature.of(config), "plan")
     stock = DynamicCache(config=text).layers if stock is None else stock
+    if not any(isinstance(layer, DynamicLayer) for layer in stock):
+        raise ModelUnsupportedError(f"{text.model_type}: none of its layers attends, so there is nothing to shorten")
     windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in stock]
     native = plan.native_layers
     for layer in native:

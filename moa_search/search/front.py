@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moa_search.errors import ConfigError, SolverError
 from moa_search.search.solver import Problem, Solution
 
-__all__ = ["FrontPoint", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
+__all__ = ["FrontPoint", "default_steps", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
 
 Doubles = npt.NDArray[np.float64]
 
@@ -24,6 +24,9 @@ EXTREME = 1e-3
 
 MOST_WEIGHTINGS = 10_000
 """Of a lattice; every one is a solve."""
+
+MOST_STEPS, ENOUGH_WEIGHTINGS = 6, 15
+"""Of a lattice by default, over two to five lengths 7, 15, 10 and 15 weightings: every plan may be validated."""
 
 LOSS_STEPS = 10**6
 """Whole steps that a bound on a length's loss is counted in."""
@@ -50,8 +53,7 @@ def lattice(lengths: int, steps: int) -> list[tuple[float, ...]]:
     Raises:
         ConfigError: There are too many of them to be solved for.
     """
-    count = math.comb(steps + lengths - 1, lengths - 1)
-    if count > MOST_WEIGHTINGS:
+    if _count(lengths, steps) > MOST_WEIGHTINGS:
         raise ConfigError(
             f"front_steps: {steps} steps over {lengths} lengths are over {MOST_WEIGHTINGS} solves; take fewer steps"
         )
@@ -62,12 +64,22 @@ def lattice(lengths: int, steps: int) -> list[tuple[float, ...]]:
     return list(dict.fromkeys([tuple([1 / lengths] * lengths), *points]))
 
 
+def default_steps(lengths: int) -> int:
+    """Steps of a lattice over ``lengths`` losses that are fine enough to choose from and soon solved for."""
+    return max(steps for steps in range(1, MOST_STEPS + 1) if steps == 1 or _count(lengths, steps) <= ENOUGH_WEIGHTINGS)
+
+
+def _count(lengths: int, steps: int) -> int:
+    """Weight vectors of a lattice."""
+    return math.comb(steps + lengths - 1, lengths - 1)
+
+
 def trade_off(
     losses: Sequence[Doubles],
     problem: Problem,
     solve: Callable[[Problem], Solution],
     *,
-    steps: int,
+    steps: int | None = None,
     weights: Sequence[float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FrontPoint]:
@@ -81,7 +93,7 @@ def trade_off(
         losses: One ``[head, rule]`` per length.
         problem: Costs and limits; its losses are replaced by weighted sums.
         solve: Exact solver.
-        steps: Steps of the weight lattice; 0 for the first point alone.
+        steps: Steps of the weight lattice; 0 for the first point alone, None for `default_steps`.
         weights: Of the first point, one per length; equal ones if None.
         progress: Told the solves done and in all.
     """
@@ -89,6 +101,7 @@ def trade_off(
     solved: list[FrontPoint] = []
     asked = [1.0] * len(losses) if weights is None else weights
     first = tuple(weight / sum(asked) for weight in asked)
+    steps = default_steps(len(losses)) if steps is None else steps
     vectors = list(dict.fromkeys([first, *(lattice(len(losses), steps) if steps else ())]))
     for done, vector in enumerate(vectors, 1):
         point_weights = _weights(vector, worst)

@@ -1,4 +1,4 @@
-"""Writing a front: the chosen plan, every plan, and a table of them."""
+"""A front in a folder: the chosen plan, every plan, and a table of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,51 @@ import contextlib
 import csv
 import io
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moa_search.errors import ConfigError
+from moa_search.formats import Plan
 from moa_search.formats.files import atomic_write
 from moa_search.search.searching import Front
 
-__all__ = ["front_rows", "write_front"]
+__all__ = ["StoredPlan", "front_rows", "read_front", "write_front"]
+
+PLAN_FILE = re.compile(r"plan-(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """A plan of a front and its file."""
+
+    path: Path
+    plan: Plan
+
+
+def read_front(folder: str | os.PathLike[str]) -> tuple[list[StoredPlan], str | None]:
+    """The plans that `write_front` wrote, in their order, and the fingerprint of plan.json.
+
+    Where plan.json is none of them it comes last, with the path that it would have; where there is no plan.json, the
+    fingerprint is None.
+
+    Raises:
+        ConfigError: The folder holds no front.
+        PlanFormatError: A plan is damaged.
+    """
+    root = Path(folder)
+    front = root / "front"
+    numbered = {int(match[1]): path for path in front.glob("plan-*.json") if (match := PLAN_FILE.fullmatch(path.name))}
+    if not numbered:
+        raise ConfigError(f"{folder}: it holds no front/plan-*.json; give the folder that moa-search wrote to")
+    plans = [StoredPlan(numbered[number], Plan.load(numbered[number])) for number in sorted(numbered)]
+    if not (root / "plan.json").exists():
+        return plans, None
+    chosen = Plan.load(root / "plan.json")
+    if chosen.fingerprint not in {stored.plan.fingerprint for stored in plans}:
+        plans.append(StoredPlan(front / f"plan-{max(numbered) + 1:02d}.json", chosen))
+    return plans, chosen.fingerprint
 
 
 def front_rows(front: Front) -> list[dict[str, Any]]:

@@ -10,15 +10,18 @@ from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
 from moa_search.formats.plan import Budget, LengthMetrics, Plan, Provenance
 from moa_search.formats.profile import Profile
-from moa_search.search.budgets import used
+from moa_search.search.budgets import BudgetSpec, used
 from moa_search.search.front import FrontPoint, knee
 from moa_search.search.searchers import Searcher, find_searcher
 from moa_search.search.searchers.base import Progress
-from moa_search.search.space import SearchOptions, SearchSpace, density_specs
+from moa_search.search.space import SearchOptions, SearchSpace, density_specs, model_context
 from moa_search.spans import DENSE
 from moa_search.version import __version__
 
 __all__ = ["Front", "make_space", "plan_of", "search_densities", "search_profile"]
+
+AHEAD = 2
+"""Furthest length that counts by default, in multiples of the longest profiled one."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,26 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
     header = profile.header
     if options.rules_per_layer not in (None, 1, 2, 3):
         raise ConfigError(f"rules_per_layer is {options.rules_per_layer}; it must be 1, 2 or 3, or left out")
+    if options.predict_lengths is None:
+        options = replace(options, predict_lengths=_ahead(profile, options) if searcher.looks_ahead else ())
     density_specs(profile, options)  # rules are fitted to its lengths, so an absurd one has to be refused before
-    lengths = [*profile.lengths, *(options.budget_lengths or ())]
+    lengths = [*profile.lengths, *(options.budget_lengths or ()), *(options.predict_lengths or ())]
     rules = searcher.rules(lengths, sink=header.sink, block=header.block)
     return SearchSpace.build(profile, options, rules, searcher.criterion or options.criterion)
+
+
+def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
+    """Twice the longest profiled length, where the model goes so far and a budget holds beyond the profiled ones.
+
+    Rules that are best at the profiled lengths alone use up freedom that these don't punish (docs/results.md, "Beyond
+    the profiled lengths"). Without a budget there, looking ahead would only grow spans where nothing limits them.
+    """
+    ahead, context = AHEAD * profile.lengths[-1], model_context(profile)
+    asked = density_specs(profile, options) if options.budget_lengths else []
+    asked += map(BudgetSpec.parse, options.budgets)
+    by_default = bool(options.density) and not options.budget_lengths
+    budgeted = by_default or ahead <= max((spec.length for spec in asked), default=0)
+    return (ahead,) if budgeted and (context is None or ahead <= context) else ()
 
 
 def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
@@ -143,6 +162,7 @@ def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
                 attention_density=plan.attention_density(loss.length),
                 loss=value,
                 loss_error=error,
+                extrapolated=loss.length not in space.profile.lengths,
             )
         )
     proves = searcher.proves

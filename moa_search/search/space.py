@@ -18,7 +18,7 @@ from moa_search.search.losses import RuleLosses, rule_losses
 from moa_search.search.solver import Problem
 from moa_search.spans import SpanRule, span
 
-__all__ = ["SearchOptions", "SearchSpace", "density_specs", "parse_floors", "parse_weights"]
+__all__ = ["SearchOptions", "SearchSpace", "density_specs", "model_context", "parse_floors", "parse_weights"]
 
 Booleans = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
@@ -31,7 +31,8 @@ class SearchOptions:
     Attributes:
         density: Largest share of the KV cache to keep: one for all lengths, one for each, or none.
         budget_lengths: Lengths in tokens that the densities hold at. If None, the profiled ones, and the last
-            density also at the model's full context, so that no plan explodes beyond what was profiled.
+            density also at the predicted ones and the model's full context, so that no plan explodes beyond what was
+            profiled.
         budgets: Further budgets, such as ``kv=2GiB@32768x8`` (docs/budgets.md).
         hardware: For budgets on times.
         weights_bytes: Size of the model's weights, for budgets that count them; the profile's if None.
@@ -39,13 +40,14 @@ class SearchOptions:
         searcher: Name of the searcher.
         anchor: Where the plan evaluates its rules.
         rules_per_layer: Most different rules in one layer; None for any number.
-        length_weights: Weight of each length's loss in the chosen plan; the profiled ones weigh the same if empty.
-        predict_lengths: Lengths never profiled to predict losses at, by extrapolation.
+        length_weights: Weight of each length's loss in the chosen plan; if empty, all weigh the same.
+        predict_lengths: Lengths never profiled to predict losses at, by extrapolation; None for those that the
+            searcher looks ahead to.
         robust: Standard errors added to every loss.
         min_span: Smallest span in tokens that any head may have; None for sink and one block.
         layer_floors: Smallest density of every head of a layer, by layer.
         time_limit_s: Seconds for each solve.
-        front_steps: Steps of the weight lattice over lengths.
+        front_steps: Steps of the weight lattice over lengths; None for as many as take about 15 solves.
     """
 
     density: Sequence[float] = ()
@@ -58,12 +60,12 @@ class SearchOptions:
     anchor: Literal["position", "prompt"] = "position"
     rules_per_layer: int | None = None
     length_weights: Mapping[int, float] = field(default_factory=dict)
-    predict_lengths: Sequence[int] = ()
+    predict_lengths: Sequence[int] | None = None
     robust: float = 0.0
     min_span: int | None = None
     layer_floors: Mapping[int, float] = field(default_factory=dict)
     time_limit_s: float = 60.0
-    front_steps: int = 6
+    front_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class SearchSpace:
             weights_bytes=options.weights_bytes or header.weights_bytes,
         )
         losses = rule_losses(profile, rules, criterion, anchor=options.anchor)
-        for length in sorted(set(options.predict_lengths) - set(profile.lengths)):
+        for length in sorted(set(options.predict_lengths or ()) - set(profile.lengths)):
             from moa_search.search.extrapolation import extrapolate
 
             losses.append(extrapolate(profile, rules, criterion, length, anchor=options.anchor))
@@ -139,9 +141,7 @@ class SearchSpace:
                 raise ConfigError(f"length_weights: {weight:g} at {length} is out of range; it must be at least 0")
         if given and not sum(given.values()) > 0:
             raise ConfigError("length_weights: all are 0; give at least one length a weight")
-        chosen = (
-            {length: given.get(length, 0.0) for length in known} if given else dict.fromkeys(self.profile.lengths, 1.0)
-        )
+        chosen = {length: given.get(length, 0.0) for length in known} if given else dict.fromkeys(known, 1.0)
         total = sum(chosen.values())
         return {length: weight / total for length, weight in chosen.items() if weight > 0}
 
@@ -190,11 +190,19 @@ def density_specs(profile: Profile, options: SearchOptions) -> list[BudgetSpec]:
     if len(densities) not in (1, len(lengths)):
         raise ConfigError(f"{len(densities)} densities for {len(lengths)} lengths; give one, or one per length")
     each = densities * (len(lengths) if len(densities) == 1 else 1)
-    context = profile.header.model.config.get("max_position_embeddings")
-    if not options.budget_lengths and isinstance(context, int) and context > max(lengths):
-        lengths.append(context)
-        each.append(each[-1])
+    if not options.budget_lengths:
+        context = model_context(profile)
+        further = sorted(set(options.predict_lengths or ()) - set(lengths))
+        further += [context] if context is not None and context > max(lengths + further) else []
+        lengths += further
+        each += [each[-1]] * len(further)
     return [BudgetSpec.density(density, length) for density, length in zip(each, lengths, strict=True)]
+
+
+def model_context(profile: Profile) -> int | None:
+    """The longest context in tokens that the profiled model was made for, where its configuration says so."""
+    context = profile.header.model.config.get("max_position_embeddings")
+    return context if isinstance(context, int) else None
 
 
 def parse_floors(texts: Sequence[str], layers: int, native_layers: Sequence[int] = ()) -> dict[int, float]:

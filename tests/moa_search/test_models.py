@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import shutil
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from moa_search import load_model
 from moa_search.errors import ConfigError, ModelNotFoundError
-from moa_search.models import cache_dir, resolve_dtype, weights_hash
+from moa_search.models import cache_dir, random_model, resolve_dtype, weights_hash
 
 
 def test_folder(tiny_model_dir):
@@ -114,3 +115,12 @@ class TestWeightsHash:
     def test_tells_types_apart(self, tiny_model_dir):
         single, half = (load_model(str(tiny_model_dir), dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
         assert weights_hash(single) != weights_hash(half)
+
+
+def test_random_models_have_the_shape_and_a_seed(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 99}
+    (tmp_path / "shape.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 4, **sizes}))
+    spec = str(tmp_path / "shape.json")
+    one, two, other = (random_model(spec, layers=2, dtype="float16", device="cpu", seed=seed) for seed in (0, 0, 1))
+    assert (len(one.model.layers), one.dtype, one.training) == (2, torch.float16, False)
+    assert weights_hash(one) == weights_hash(two) != weights_hash(other)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.calibration import Sample
+from moa_search.calibration import Sample, hash_samples
 from moa_search.calibration.generators import draw_round
 from moa_search.calibration.prompts import Generator
 from moa_search.calibration.texts import TextSource
@@ -90,6 +90,10 @@ class Task(ABC):
     def way(self, answers: Answers) -> Answers:
         """How this task is answered where ``answers`` is asked for."""
         return "forced" if self.always_forced else answers
+
+    def identity(self, samples: Sequence[Sample]) -> str:
+        """A hash over items of this task and what they are scored by."""
+        return hash_samples(samples)
 
     def measure(self, model: Any, tokenizer: Any, sample: Sample, answers: Answers) -> list[Reading]:
         """Answer one item.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.calibration import Sample
+from moa_search.calibration import Sample, hash_samples
 from moa_search.calibration.answers import stop_tokens
 from moa_search.calibration.prompts import Frame, plain_frame
 from moa_search.calibration.texts import encode
@@ -18,7 +18,7 @@ from moa_search.errors import CalibrationError, ConfigError
 from moa_search.evaluation.scoring import generate_tokens
 from moa_search.evaluation.tasks.base import HELD_OUT_SEED, Answers, Reading, Task
 from moa_search.evaluation.tasks.text_scores import TEXT_SCORES
-from moa_search.formats.files import one_line, parse_json
+from moa_search.formats.files import canonical_json, one_line, parse_json, sha256_of
 
 __all__ = ["LongBenchTask"]
 
@@ -111,6 +111,11 @@ class LongBenchTask(Task):
     def score(self, correct: npt.NDArray[np.bool_]) -> float:
         """See `Task.score`; of a forced answer, the share of its tokens ranked first."""
         return float(correct.mean())
+
+    def identity(self, samples: Sequence[Sample]) -> str:
+        """See `Task.identity`."""
+        scored = [[sample.accepted, sample.classes] for sample in samples if isinstance(sample, _Asked)]
+        return sha256_of(hash_samples(samples).encode(), canonical_json(scored))
 
     def measure(self, model: Any, tokenizer: Any, sample: Sample, answers: Answers) -> list[Reading]:
         """See `Task.measure`."""

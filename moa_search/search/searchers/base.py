@@ -25,12 +25,15 @@ class Searcher(ABC):
         criterion: The criterion it always decides by; None for the one that the user chose.
         uses_losses: Whether losses decide at all.
         proves: Whether its solutions state a bound.
+        looks_ahead: Whether twice the longest profiled length counts too, by extrapolated losses, unless the user
+            names the lengths to predict. Baselines choose by what was measured, as their authors do.
     """
 
     name: ClassVar[str]
     criterion: ClassVar[str | None] = None
     uses_losses: ClassVar[bool] = True
     proves: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def rules(self, lengths: Sequence[int], *, sink: int, block: int) -> list[SpanRule]:
         """Candidate rules for these profiled and budgeted lengths in tokens; by default `rule_grid`."""

@@ -17,6 +17,7 @@ class ExactSearcher(Searcher):
 
     name = "exact"
     proves = True
+    looks_ahead = True
     rules_per_layer: int | None = None
 
     def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
@@ -38,6 +39,7 @@ class PerLayerSearcher(ExactSearcher):
     """The best rule for every layer, the same for all its heads (as in PyramidKV's budgets per layer)."""
 
     name = "per-layer"
+    looks_ahead = False
     rules_per_layer = 1
 
 
@@ -45,4 +47,5 @@ class RecallSearcher(ExactSearcher):
     """The exact search by the attention mass that is lost: needs no gradient, knows no loss."""
 
     name = "recall"
+    looks_ahead = False
     criterion = "recall"

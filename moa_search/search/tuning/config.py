@@ -71,7 +71,7 @@ class Tuning:
         space = self.space
         shared = {
             "objectives": ["loss", "cost"] if self.with_cost else ["loss"],
-            "profiled lengths": list(space.lengths),
+            "lengths that count": list(space.lengths),
             "criteria": list(space.criteria),
             "fixed knobs": dict(space.fixed),
             "densities": None if space.densities is None else list(space.densities),

@@ -39,9 +39,7 @@ class Decoder:
             SolverError: None was found in time.
         """
         space = self._space(knobs.criterion, knobs.density)
-        by_length = {loss.length: loss for loss in space.losses}
-        lengths = self._profile.lengths
-        losses = [by_length[length].robust(knobs.robust) for length in lengths]
+        losses = [loss.robust(knobs.robust) for loss in space.losses]
         problem = dataclasses.replace(space.problem, losses=weigh(losses, space.heads_per_layer, knobs))
         solution = solve_exact(problem, time_limit_s=self._options.time_limit_s)
         weights = np.exp([*knobs.length_log_weights, 0.0])

@@ -40,7 +40,7 @@ class Knobs:
 
     Attributes:
         depth: Logarithms of what losses are multiplied with at `DEPTH_KNOTS` depths, linear between them.
-        length_log_weights: Logarithms of the weight of every profiled length but the last, whose is 0; they apply
+        length_log_weights: Logarithms of the weight of every length that counts but the last, whose is 0; they apply
             to losses in units of what the worst choice loses at their length.
         exponent: Influence exponent q: a head whose largest loss is s has its losses multiplied by ``s**(q - 1)``.
         layer_exponent: rho: the losses of a layer whose heads lose at most s together are divided by ``s**rho``.
@@ -65,7 +65,7 @@ class KnobSpace:
     The sink is no knob: every number in a profile was measured with the profile's own.
 
     Attributes:
-        lengths: Profiled lengths in tokens, increasing.
+        lengths: Lengths that count, profiled or predicted, in tokens, increasing.
         criteria: Criteria to choose from, the default first.
         fixed: Values by parameter name of knobs that aren't searched.
         densities: Smallest and largest density where the density is a knob, else None.
@@ -194,7 +194,7 @@ def weigh(losses_by_length: Sequence[Doubles], heads_per_layer: int, knobs: Knob
     """The one loss matrix that the exact solver then minimises.
 
     Args:
-        losses_by_length: One ``[head, rule]`` per profiled length, non-negative, heads in layer-major order and
+        losses_by_length: One ``[head, rule]`` per length that counts, non-negative, heads in layer-major order and
             without those of native layers; of ``knobs.criterion``, with ``knobs.robust`` standard errors in them.
         heads_per_layer: KV heads of a layer.
         knobs: The setting.

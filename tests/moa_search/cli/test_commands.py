@@ -23,7 +23,14 @@ COMMANDS = {
     "moa-search tune": (search, api.tune_plan, "profile"),
     "moa-search serve": (search, api.serve_study, "storage"),
     "moa-eval": (evaluate, api.evaluate_model, "model"),
+    "moa-eval lm-eval": (evaluate, api.run_harness, "model"),
+    "moa-eval throughput": (evaluate, api.measure_throughput, "model"),
+    "moa-eval report": (evaluate, api.report_model, "config"),
     "moa-inspect": (inspect, api.inspect_plan, "plan"),
+    "moa-inspect plan": (inspect, api.inspect_plan, "plan"),
+    "moa-inspect profile": (inspect, api.inspect_profile, "profile"),
+    "moa-inspect diff": (inspect, api.diff_plans, "plans"),
+    "moa-inspect front": (inspect, api.inspect_front, "folder"),
 }
 
 
@@ -153,9 +160,21 @@ class TestOptions:
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
             "workers": 2, "devices": ["cuda:1"], "join": True, "take_over": True, "port": 4321, "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
+            "random_weights": "c.json", "layers": 2, "ways": ["plan"], "batch": ["1", "largest"], "decode_tokens": 8,
+            "repetitions": 2, "prefill_chunk": 512, "memory_limit_gib": 1.5,
             "format": "moa", "reanchor": True, "depths": [0.0, 0.5],
+            "against": ["dense"], "windows": False, "refine": 2,
+            "include_path": "i", "builtin": True, "length": 99, "limit": 8, "num_fewshot": 1, "batch_size": 2,
+            "apply_chat_template": True,
+            "html": "h", "heads": ["7:2"], "front": "f", "plans": ["a", "b"],
         }  # fmt: skip
-        own = {("moa-inspect", "plan"): "a", ("moa-eval", "answers"): "generated"}
+        own = {
+            ("moa-inspect", "plan"): "a",
+            ("moa-inspect plan", "plan"): "a",
+            ("moa-eval", "answers"): "generated",
+            ("moa-eval report", "answers"): "generated",
+            ("moa-eval report", "samples"): [3, 4],
+        }
         import inspect as introspect
 
         for program, (_, function, first) in COMMANDS.items():
@@ -181,9 +200,17 @@ class TestOptions:
         options = parse(parser, ["--config", str(config), "--seed", "7"], first="model")
         assert (options.samples, options.seed, options.row_buckets) == (5, 7, 32)
 
-    @pytest.mark.parametrize("folder", ["profile", "search", "eval"])
-    def test_shipped_configurations_parse(self, folder):
-        program = f"moa-{folder}"
+    @pytest.mark.parametrize(
+        ("program", "folder"),
+        [
+            ("moa-profile", "profile"),
+            ("moa-search", "search"),
+            ("moa-eval", "eval"),
+            ("moa-eval report", "eval/report"),
+            ("moa-eval throughput", "eval/throughput"),
+        ],
+    )
+    def test_shipped_configurations_parse(self, program, folder):
         parser = build_parser(program, COMMANDS[program][1], first=COMMANDS[program][2])
         files = sorted((Path(__file__).parents[3] / "configs" / folder).glob("*.yaml"))
         assert files

@@ -82,7 +82,7 @@ class TestSearch:
             (["--layer-floor", "9=1.0"], "outside 0..1"),
             (["--length-weights", "512=1"], "512 is none of"),
             (["--rules-per-layer", 4], "rules_per_layer is 4"),
-            (["--predict-lengths", 100], "can't be told"),
+            (["--predict-lengths", 100, "--budget-lengths", 600], "can't be told"),
             (["--robust=-1"], "robust is -1"),
             (["--searcher", "moar"], "did you mean 'moa'"),
             (["--front-steps", 10**8], "take fewer steps"),

@@ -3,7 +3,13 @@
 import pandas as pd
 import pytest
 
-from moa_search.evaluation.effective import EffectiveContext, effective_context, multiple, window_lengths
+from moa_search.evaluation.effective import (
+    EffectiveContext,
+    effective_context,
+    effective_table,
+    multiple,
+    window_lengths,
+)
 
 
 def scored(**right):
@@ -76,3 +82,32 @@ def test_a_window_is_tried_where_it_begins_to_miss():
     assert window_lengths(512, 8192) == [512, 544, 576, 608, 640, 704, 768, 1024]
     assert window_lengths(512, 600) == [512, 544, 576, 600]
     assert window_lengths(512, 300) == []
+
+
+def test_the_table_divides_by_the_uniform_plan_and_by_the_window():
+    def rows(variant, density, **right):
+        return scored(**right).assign(task="passkey", variant=variant, density=density)
+
+    items = pd.concat(
+        [
+            rows("dense", 1.0, at512=10, at1024=10, at2048=10),
+            rows("plan", 0.25, at512=10, at1024=10, at2048=5),
+            rows("uniform", 0.25, at512=9, at1024=3, at2048=1),
+            rows("lost", 0.1, at512=1, at1024=1, at2048=1),
+        ]
+    )
+    window_items = rows("window 256", 1.0, at256=10, at288=9, at320=3)
+    table = effective_table(
+        items, ["passkey"], uniform={"plan": "uniform", "lost": "uniform"}, windows={"passkey": {"plan": 256}},
+        window_items=window_items,
+    ).set_index("variant")  # fmt: skip
+    plan = table.loc["plan"]
+    assert (plan["effective_context"], plan["fails_at"], plan["average_span"], plan["n"]) == (1024, 2048, 256, 10)
+    assert (plan["uniform_context"], plan["at_equal_density"]) == (512, 2.0)
+    assert plan["at_equal_density_bracket"] == "1.00 to 4.00"
+    assert (plan["window_context"], plan["at_equal_span"]) == (288, 1024 / 288)
+    assert plan["at_equal_span_bracket"] == "3.20 to 7.11"
+    assert pd.isna(table.loc["dense", "fails_at"])
+    assert pd.isna(table.loc["dense", "at_equal_density"])
+    assert pd.isna(table.loc["lost", "average_span"])
+    assert table.loc["lost", "at_equal_density_bracket"] == "the plan passes at no tested length"

@@ -60,7 +60,7 @@ def test_another_key_is_another_file(tmp_path, change):
 
 
 def test_another_version_measures_anew(kept, tmp_path, monkeypatch):
-    monkeypatch.setattr("moa_search.evaluation.loss_cache.__version__", "99")
+    monkeypatch.setattr("moa_search.evaluation.result_folder.__version__", "99")
     assert LossCache(tmp_path).get(KEY, 3) is None
 
 

@@ -130,13 +130,14 @@ class TestFront:
     def test_every_plan_with_density_and_loss_at_every_length(self, tiny_profile):
         front = search_profile(tiny_profile, SearchOptions(density=[0.4], criterion="squared", front_steps=3))
         above, header, *rows = cells(render(front_table(front)))
-        assert above == ["", "kept", "predicted loss", "kept", "predicted loss", ""]
-        assert header == ["plan", "@512", "@512", "@1024", "@1024", "gap"]
+        assert above == ["", *("kept", "predicted loss") * 3, ""]
+        assert header == ["plan", "@512", "@512", "@1024", "@1024", "@2048", "@2048", "gap"]
         assert [row[0] for row in rows] == ["plan.json", *(f"{i:02d}" for i in range(1, len(front.plans)))]
         for row, plan in zip(rows, front.plans, strict=True):
-            for at, metrics in zip((1, 3), plan.predicted, strict=True):
+            for at, metrics in zip((1, 3, 5), plan.predicted, strict=True):
                 assert row[at] == f"{metrics.density:.2%}"
-                assert row[at + 1] == f"{metrics.loss:.4g} ± {metrics.loss_error:.1g}"
+                loss = f"{metrics.loss:.4g} ± {metrics.loss_error:.1g}"
+                assert row[at + 1] == (f"≈ {loss}" if metrics.length == 2048 else loss), "2048 is extrapolated"
             assert row[-1] == "0.00%"
 
     def test_a_uniform_plan_has_no_gap(self, tiny_profile):

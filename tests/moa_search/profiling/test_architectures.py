@@ -14,63 +14,9 @@ from transformers.masking_utils import eager_mask
 from moa_search.calibration import Sample
 from moa_search.errors import ModelUnsupportedError
 from moa_search.profiling import profile_samples
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attention_dropout": 0.1,
-}
-SLIDING = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-ARCHITECTURES = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen2 with sliding layers": {"use_sliding_window": True, "max_window_layers": 1, **SLIDING},
-    "qwen3": {},
-    "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, **SLIDING},
-    "gemma3_text": {"query_pre_attn_scalar": 8, **SLIDING},
-    "phi3": {},
-    "olmo2": {},
-    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
-    "mixtral": EXPERTS,
-    "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16, "use_sliding_window": True, **SLIDING},
-    "gpt_oss": {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **SLIDING},
-    "granite": {"attention_multiplier": 0.5},
-    "cohere2": SLIDING,
-    "smollm3": {},
-    "starcoder2": {},
-    "phi": {},
-    "stablelm": {},
-}
+from tests.moa_search.architectures import ARCHITECTURES, SMALL, make_model
 
 LENGTH, SINK, BLOCK = 120, 3, 16
-
-
-def make_model(architecture, **changes):
-    torch.manual_seed(0)
-    fields = {**SMALL, **ARCHITECTURES.get(architecture, {}), **changes}
-    config = AutoConfig.for_model(
-        architecture.split()[0], **{name: value for name, value in fields.items() if value is not None}
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
-    if hasattr(config, "num_experts_per_tok"):
-        model.set_experts_implementation("eager")  # the others have no float64
-    with torch.no_grad():
-        for parameter in model.parameters():  # attention that prefers some keys, and biases and sinks that matter
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
 
 
 @pytest.fixture(scope="module")

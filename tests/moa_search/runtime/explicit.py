@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from moa_search.formats import ModelSignature, Plan
 from moa_search.masks import head_masks
@@ -66,9 +67,12 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def explicit(model: Any, plan: Plan) -> Any:
-    """A copy of a model without a plan, attending under explicit masks; for whole, unpadded sequences."""
+    """A copy of a model without a plan, attending under explicit masks; for whole, unpadded sequences.
+
+    The model's own sliding windows come from the masks that transformers makes for its eager attention.
+    """
     AttentionInterface.register("explicit", _explicit_attention)
-    AttentionMaskInterface.register("explicit", lambda *args, **kwargs: None)
+    AttentionMaskInterface.register("explicit", eager_mask)
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("explicit")
     for module in reference.modules():
@@ -98,9 +102,8 @@ def _explicit_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
@@ -109,13 +112,11 @@ def _explicit_attention(
     length, group = query.shape[2], query.shape[1] // key.shape[1]
     assert key.shape[2] == length
     mask = torch.from_numpy(head_masks(rules, group, length, sink=sink, min_span=min_span))
-    if sliding_window is not None:
-        mask = mask & (torch.arange(length)[:, None] - torch.arange(length) < sliding_window)
     scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.masked_fill(~mask | (attention_mask < 0), -torch.inf)
     if s_aux is not None:
         scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(len(query), -1, length, 1)], -1)
     weights = scores.softmax(-1)[..., :length]
-    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None

@@ -17,7 +17,7 @@ from transformers import (
 
 from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
 from moa_search.formats import ModelSignature, Plan
-from moa_search.runtime import applied, apply_plan
+from moa_search.runtime import MoACache, applied, apply_plan
 from moa_search.spans import DENSE, SpanRule
 
 from .explicit import SIZES, tiny_model, tiny_plan, tokens
@@ -49,6 +49,17 @@ UNSUPPORTED = {
     "keys shared across layers": ("gemma3n_text", {**GEMMA_3N, "num_kv_shared_layers": 1}, "share one layer's keys"),
     "chunked": ("llama4_text", {"attention_chunk_size": 16, "num_local_experts": 2}, "chunked"),
     "an encoder": ("bert", {}, "isn't causal"),
+    "one attention module for many layers": (
+        "zamba2",
+        {"layer_types": ["mamba", "hybrid", "hybrid"], "num_mem_blocks": 1, "mamba_d_state": 8},
+        "several of its layers share one attention module",
+    ),
+    "a cache of its own": (
+        "minimax",
+        {"layer_types": ["linear_attention"] + ["full_attention"] * 2, "num_local_experts": 2},
+        "a cache of its own",
+    ),
+    "no attention at all": ("mamba", {"state_size": 4}, "none of its layers attends"),
 }
 
 
@@ -75,6 +86,28 @@ def test_models_that_cannot_follow_a_plan(name):
     with pytest.raises(ModelUnsupportedError, match=reason):
         apply_plan(model, plan)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("mamba", "names no attention heads"), ("rwkv", "names no attention heads"), ("t5", "encoder-decoder")],
+)
+def test_configurations_that_no_plan_can_be_made_for(kind, reason, plan):
+    config = AutoConfig.for_model(kind)
+    with pytest.raises(ModelUnsupportedError, match=reason):
+        MoACache(config, plan)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["doge", "diffllama"],
+)
+def test_models_that_change_keys_after_the_cache(kind):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES)).eval()
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("a token came out"))
+    apply_plan(model, Plan.uniform(SpanRule(12, 0), ModelSignature.of(model.config), sink=4, block=8))
+    with pytest.raises(UnsupportedInputError, match="changes keys or values after they went through the cache"):
+        model.generate(tokens(1, 20), max_new_tokens=2)
 
 
 def test_falcon_bypasses_the_interface():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moa_search.errors import ConfigError, SolverError
-from moa_search.search.front import EXTREME, epsilon_cells, knee, lattice, trade_off
+from moa_search.search.front import EXTREME, default_steps, epsilon_cells, knee, lattice, trade_off
 from moa_search.search.solver.exact import solve_exact
 from moa_search.search.solver.problem import Problem, Solution
 
@@ -23,6 +23,11 @@ class TestLattice:
         for extreme in np.eye(lengths):
             assert tuple(extreme) in points
         assert all(sum(point) == pytest.approx(1) for point in points)
+
+    def test_default_steps_are_no_more_solves_than_anyone_would_validate(self):
+        counts = [len(lattice(lengths, default_steps(lengths))) for lengths in range(1, 9)]
+        assert counts[1:5] == [7, 16, 11, 16], "and equal weights, where the lattice hasn't got them"
+        assert max(counts) <= 16
 
     def test_one_length_has_one_point(self):
         assert lattice(1, 6) == [(1.0,)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
-from moa_search.formats import ModelSignature, Plan, Profile
+from moa_search.formats import Plan, Profile
 from moa_search.search import CRITERIA, SEARCHERS, SearchOptions
 from moa_search.search import search_profile as search
 from moa_search.search.losses import rule_losses
@@ -19,22 +19,9 @@ from moa_search.search.rules import rule_grid
 from moa_search.spans import span
 
 
-@pytest.fixture
-def with_context(tiny_profile):
-    """The same profile of a model that reads up to 4096 tokens."""
-
-    def lengthen(context):
-        model = tiny_profile.header.model
-        longer = ModelSignature(
-            **{**model.model_dump(), "config": {**model.config, "max_position_embeddings": context}}
-        )
-        return Profile(tiny_profile.header.model_copy(update={"model": longer}), tiny_profile.by_length)
-
-    return lengthen
-
-
 def search_profile(profile, density, **options):
-    return search(profile, SearchOptions(density=density, **options))
+    """By the profiled lengths alone; ``test_space.py`` has what looking ahead adds."""
+    return search(profile, SearchOptions(**{"density": density, "predict_lengths": (), **options}))
 
 
 def kept_tokens(plan, length):
@@ -208,7 +195,8 @@ def test_equal_arguments_give_equal_bytes_also_in_another_process(tiny_profile, 
     tiny_profile.save(path)
     profile = Profile.load(path)
     one, two = (
-        "".join(plan.dumps() for plan in search_profile(profile, [0.4], criterion="squared").plans) for _ in range(2)
+        "".join(plan.dumps() for plan in search(profile, SearchOptions(density=[0.4], criterion="squared")).plans)
+        for _ in range(2)
     )
     assert one == two
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}

@@ -1,5 +1,7 @@
 """Budgets, weights and floors as a user writes them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,8 @@ from moa_search.search.space import density_specs, parse_floors, parse_weights
 
 
 def space(profile, **options):
-    return make_space(profile, SearchOptions(**{"density": [0.4], **options}), find_searcher("exact"))
+    asked = {"density": [0.4], "predict_lengths": (), **options}
+    return make_space(profile, SearchOptions(**asked), find_searcher("exact"))
 
 
 class TestDensities:
@@ -39,8 +42,9 @@ class TestDensities:
 
 
 class TestWeights:
-    def test_profiled_lengths_weigh_the_same_by_default(self, tiny_profile):
-        assert space(tiny_profile, predict_lengths=[2048]).weights == {512: 0.5, 1024: 0.5}
+    def test_all_lengths_weigh_the_same_by_default(self, tiny_profile):
+        assert space(tiny_profile).weights == {512: 0.5, 1024: 0.5}
+        assert space(tiny_profile, predict_lengths=[2048, 4096]).weights == dict.fromkeys([512, 1024, 2048, 4096], 0.25)
 
     def test_given_ones_add_up_to_one_and_zeros_are_gone(self, tiny_profile):
         found = space(tiny_profile, predict_lengths=[2048], length_weights={512: 1, 2048: 3})
@@ -67,6 +71,61 @@ class TestWeights:
             parse_weights(["512:1"])
         with pytest.raises(ConfigError, match="second time"):
             parse_weights(["512=1", "512=2"])
+
+
+class TestLookingAhead:
+    """By default the exact search counts twice the longest profiled length, by losses told from the profiled ones."""
+
+    @pytest.fixture
+    def found(self, tiny_profile):
+        def find(searcher="exact", profile=tiny_profile, **options):
+            made = make_space(profile, SearchOptions(**{"density": [0.4], **options}), find_searcher(searcher))
+            return list(made.weights), [row.spec.text for row in made.rows]
+
+        return find
+
+    def test_the_length_has_a_loss_a_weight_and_a_budget(self, found):
+        lengths, budgets = found(density=[0.5, 0.4])
+        assert lengths == [512, 1024, 2048]
+        assert budgets == ["density=0.5@512", "density=0.4@1024", "density=0.4@2048"]
+
+    @pytest.mark.parametrize("searcher", ["moa", "duo", "per-layer", "recall", "uniform"])
+    def test_baselines_choose_by_what_was_measured(self, found, searcher):
+        assert found(searcher) == ([512, 1024], ["density=0.4@512", "density=0.4@1024"])
+
+    def test_who_names_lengths_gets_these(self, found):
+        assert found(predict_lengths=())[0] == [512, 1024]
+        assert found(predict_lengths=[4096]) == ([512, 1024, 4096], [f"density=0.4@{n}" for n in (512, 1024, 4096)])
+
+    def test_weights_that_are_given_stand(self, found):
+        assert found(length_weights={512: 1})[0] == [512]
+
+    @pytest.mark.parametrize(
+        ("options", "ahead"),
+        [
+            ({"budget_lengths": [512, 1024]}, False),
+            ({"budget_lengths": [4096]}, True),
+            ({"density": [], "budgets": ["tokens=300@1024"]}, False),
+            ({"density": [], "budgets": ["tokens=300@2048"]}, True),
+        ],
+    )
+    def test_only_where_a_budget_holds(self, found, options, ahead):
+        """Elsewhere spans that grow cost nothing, so every head would become dense there."""
+        assert found(**options)[0] == [512, 1024, 2048][: 2 + ahead]
+
+    def test_not_beyond_the_models_context(self, found, with_context):
+        assert found(profile=with_context(1500)) == ([512, 1024], [f"density=0.4@{n}" for n in (512, 1024, 1500)])
+        assert found(profile=with_context(2048))[0] == [512, 1024, 2048]
+
+    def test_the_plan_is_better_there_by_what_is_known(self, tiny_profile):
+        options = SearchOptions(density=[0.3], front_steps=0)
+        ahead = search_profile(tiny_profile, options).chosen.predicted[2]
+        blind = search_profile(
+            tiny_profile,
+            replace(options, predict_lengths=[2048], length_weights={512: 1, 1024: 1}),
+        ).chosen.predicted[2]
+        assert ahead.length == blind.length == 2048
+        assert ahead.loss < blind.loss
 
 
 class TestBudgetLengths:
@@ -105,7 +164,7 @@ class TestFloors:
 def test_robust_steers_but_predictions_stay_plain(tiny_profile):
     plain, wary = space(tiny_profile), space(tiny_profile, robust=2.0)
     assert all((b >= a).all() and (b > a).any() for a, b in zip(plain.objectives, wary.objectives, strict=True))
-    front = search_profile(tiny_profile, SearchOptions(density=[0.4], robust=2.0, front_steps=0))
+    front = search_profile(tiny_profile, SearchOptions(density=[0.4], predict_lengths=(), robust=2.0, front_steps=0))
     for metrics, loss in zip(front.chosen.predicted, plain.losses, strict=True):
         choice = np.array([plain.rules.index(rule) for layer in front.chosen.rules for rule in layer])
         assert (metrics.loss, metrics.loss_error) == loss.of_choice(choice)
@@ -114,6 +173,7 @@ def test_robust_steers_but_predictions_stay_plain(tiny_profile):
 def test_extrapolated_losses_are_reported_beside_the_profiled_ones(tiny_profile):
     plan = search_profile(tiny_profile, SearchOptions(density=[0.4], predict_lengths=[2048, 512], front_steps=0)).chosen
     assert [metrics.length for metrics in plan.predicted] == [512, 1024, 2048]
+    assert [metrics.extrapolated for metrics in plan.predicted] == [False, False, True]
     assert plan.predicted[2].loss > 0
 
 

@@ -19,7 +19,8 @@ def name(request):
 
 
 def search(profile, name, density=(0.4,), **options):
-    return search_profile(profile, SearchOptions(density=density, searcher=name, front_steps=2, **options))
+    asked = {"predict_lengths": (), "front_steps": 2, **options}
+    return search_profile(profile, SearchOptions(density=density, searcher=name, **asked))
 
 
 def kept(plan, length):

@@ -66,7 +66,7 @@ class TestTune:
         [
             ("profile", {"settings": {"profile": "another", "data": "sha256:1"}}),
             ("data", {"settings": {"profile": "sha256:0"}}),
-            ("profiled lengths", {"space": replace(SPACE, lengths=(512, 1024))}),
+            ("lengths that count", {"space": replace(SPACE, lengths=(512, 1024))}),
             ("fixed knobs", {"space": replace(SPACE, fixed={"robust": 1.0})}),
         ],
     )

@@ -1,0 +1,312 @@
+"""A whole evaluation as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moa_search.api.common import (
+    Dtype,
+    Progress,
+    Searcher,
+    model_and_tokenizer,
+    require_depths,
+    require_positive,
+    require_writable_folder,
+)
+from moa_search.api.evaluating import plan_name
+from moa_search.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moa_search.evaluation.compare import Variant
+    from moa_search.evaluation.suite import Bench, Grid
+    from moa_search.evaluation.tasks import Task
+    from moa_search.formats import Plan, Profile
+
+__all__ = ["report_model"]
+
+
+def report_model(
+    model: str | tuple[Any, Any],
+    *,
+    output: str,
+    plan: Sequence[str | Plan] = (),
+    profile: str | Profile | None = None,
+    searchers: Sequence[Searcher] = ("exact", "moa"),
+    densities: Sequence[float] = (0.5, 0.25, 0.125),
+    baselines: Sequence[str] = ("dense", "uniform"),
+    tasks: Sequence[str] = ("passkey", "copy"),
+    lengths: Sequence[int] = (512, 1024, 2048, 4096),
+    samples: Sequence[int] = (20,),
+    answers: Literal["forced", "generated"] = "forced",
+    depths: Sequence[float] = (),
+    against: Sequence[str] = ("dense",),
+    windows: bool = True,
+    refine: int = 0,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Run dense attention, plans and baselines over tasks and lengths, and write a page about it.
+
+    Writes report.html, which needs no network, items.csv, summary.csv, differences.csv, effective.csv, the plans that
+    were searched into plans/ and every measured cell into cells/: the same command goes on where it was stopped, and
+    measures nothing twice.
+
+    Args:
+        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
+        output: Folder for the page and its tables.
+        plan: Plan files; in Python also Plans.
+        profile: Profile to search further plans in, one for each searcher and density.
+        searchers: Which search: exact is ours, moa is MoA's; the first is compared with the others.
+        densities: Shares of the KV cache that searched plans keep at most.
+        baselines: dense, and uniform: one span for all heads with as much memory as a plan.
+        tasks: As for moa-eval.
+        lengths: Tokens per item, answer included.
+        samples: Items per task and length (per depth where depths are given): one number for all lengths, or one for
+            each.
+        answers: As for moa-eval.
+        depths: As for moa-eval; gives depth by length grids.
+        against: Variants that all others are compared with, item by item.
+        windows: Whether to measure one constant window of each plan's average span, for the multiple of its effective
+            context.
+        refine: How often to halve the gap between the last length that passes and the next, for dense and plans.
+        dtype: Type of the weights, as for moa-profile.
+        device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
+        seed: Of the items.
+        progress: Told the tokens done and in all.
+
+    Returns:
+        What effective.csv holds: how far every variant carries on each retrieval task, with its multiples over uniform
+        spans.
+
+    Raises:
+        MoAError: The model, a plan, the profile or an option can't be used; see `moa_search.errors`.
+    """
+    from moa_search.architecture import require_context
+    from moa_search.evaluation.suite import Bench, Grid
+    from moa_search.evaluation.tasks import require_tasks
+    from moa_search.formats import ModelSignature
+
+    require_positive(lengths=min(lengths, default=0), samples=min(samples, default=0))
+    require_depths(depths)
+    kinds = require_tasks(tasks)
+    counts = _counts(lengths, samples)
+    if refine < 0:
+        raise ConfigError(f"refine: {refine} is out of range; it must be at least 0")
+    require_writable_folder(output)
+    line_up = _line_up(plan, profile, searchers, densities, baselines, Path(output))
+    names = [variant.name for variant in line_up.variants]
+    for name in against:
+        if name not in names:
+            raise ConfigError(f"against: variant {name!r} isn't measured; choose from {', '.join(names)}")
+    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
+    signature = ModelSignature.of(network.config)
+    for name, made in line_up.plans.items():
+        made.model.require(signature, f"plan {name}")
+    require_context(network.config, max(lengths))
+    grid = Grid(counts, tuple(depths), seed, answers)
+    bench = Bench(network, tokenizer, Path(output) / "cells", _meter(progress, grid.work(kinds, len(names))))
+    measured = _measure(bench, line_up, kinds, grid, windows=windows, refine=refine)
+    settings = {
+        "model": model if isinstance(model, str) else getattr(network.config, "name_or_path", "") or "a loaded model",
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "device": str(network.device),
+        "items": ", ".join(f"{count} at {length}" for length, count in counts.items())
+        + (f", at each of {len(depths)} depths" if depths else ""),
+        "answers": "teacher-forced"
+        if answers == "forced"
+        else "generated greedily (perplexity and NLL teacher-forced)",
+        "seed": seed,
+    }
+    return _write(Path(output), measured, line_up, settings, against)
+
+
+@dataclass(frozen=True)
+class _LineUp:
+    """What is measured.
+
+    Attributes:
+        variants: Baselines and plans, in the order of the tables.
+        plans: Plans by the name of their variant.
+        uniform: For a plan's variant, the uniform one that keeps as much.
+        rivals: Pairs of variants that differ in nothing but the search.
+    """
+
+    variants: list[Variant]
+    plans: dict[str, Plan]
+    uniform: dict[str, str]
+    rivals: list[tuple[str, str]]
+
+
+def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
+    if len(samples) not in (1, len(lengths)):
+        raise ConfigError(f"samples: {len(samples)} numbers for {len(lengths)} lengths; give one, or one for each")
+    each = list(samples) * len(lengths) if len(samples) == 1 else list(samples)
+    return dict(sorted(zip(lengths, each, strict=True)))
+
+
+def _line_up(
+    plan: Sequence[str | Plan],
+    profile: str | Profile | None,
+    searchers: Sequence[Searcher],
+    densities: Sequence[float],
+    baselines: Sequence[str],
+    output: Path,
+) -> _LineUp:
+    from moa_search.evaluation.compare import Variant, as_it_runs, require_baselines, uniform_like
+
+    groups: dict[str, dict[str, Plan]] = {}
+    taken: dict[str, Plan] = {}
+    for index, entry in enumerate(plan):
+        loaded = _loaded(entry)
+        name = plan_name(entry, loaded, index, taken)
+        name = f"plan {name}" if name in baselines else name
+        taken[name] = loaded
+        groups[f"like {name}"] = {name: loaded}
+    if profile is not None:
+        for density, plans in _searched(profile, searchers, densities, output).items():
+            groups[f"@ {density:g}"] = plans
+    require_baselines(baselines, any_plan=bool(groups))
+    variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
+    line_up = _LineUp(variants, {}, {}, [])
+    for label, plans in groups.items():
+        first = next(iter(plans))
+        if "uniform" in baselines:
+            variants.append(Variant(f"uniform {label}", partial(uniform_like, plans[first])))
+            line_up.uniform.update(dict.fromkeys(plans, f"uniform {label}"))
+            line_up.rivals.append((first, f"uniform {label}"))
+        line_up.rivals.extend((first, other) for other in plans if other != first)
+        for name, made in plans.items():
+            variants.append(Variant(name, partial(as_it_runs, made)))
+            line_up.plans[name] = made
+    if not variants:
+        raise ConfigError("nothing to evaluate: give --plan, --profile, or --baselines dense")
+    return line_up
+
+
+def _loaded(entry: str | Plan) -> Plan:
+    from moa_search.formats import Plan
+
+    return entry if isinstance(entry, Plan) else Plan.load(entry)
+
+
+def _searched(
+    profile: str | Profile, searchers: Sequence[Searcher], densities: Sequence[float], output: Path
+) -> dict[float, dict[str, Plan]]:
+    """Plans of every searcher by density and name, written to the output folder too."""
+    from moa_search.api.options import load_profile
+    from moa_search.api.searching import search_plan
+
+    if not searchers or not densities:
+        raise ConfigError("profile: nothing to search for; give --searchers and --densities")
+    statistics = load_profile(profile)
+    found: dict[float, dict[str, Plan]] = {}
+    for density in dict.fromkeys(densities):
+        for searcher in dict.fromkeys(searchers):
+            made = search_plan(statistics, density=density, searcher=searcher)
+            made.save(output / "plans" / f"{searcher}-{density:g}.json")
+            found.setdefault(density, {})[f"{searcher} @ {density:g}"] = made
+    return found
+
+
+def _meter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def report(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress is not None:
+            progress(done, max(done, total))  # lengths in between and windows come on top
+
+    return report
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """All rows.
+
+    Attributes:
+        grid: At the lengths asked for.
+        items: These and those at lengths in between.
+        window_items: Of constant windows.
+        windows: By task and plan, the window in tokens.
+        retrieval: Names of the tasks that have an effective context.
+    """
+
+    grid: pd.DataFrame
+    items: pd.DataFrame
+    window_items: pd.DataFrame
+    windows: dict[str, dict[str, int]]
+    retrieval: list[str]
+
+
+def _measure(
+    bench: Bench, line_up: _LineUp, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
+) -> _Measured:
+    import pandas as pd
+
+    from moa_search.evaluation.suite import measure_grid, measure_windows, refine_grid
+
+    rows = measure_grid(bench, line_up.variants, tasks, grid)
+    items, window_items, of_task = [rows], [rows.iloc[:0]], {}
+    uniform = set(line_up.uniform.values())
+    closely = [variant for variant in line_up.variants if variant.name not in uniform]
+    retrieval = [task for task in tasks if task.is_retrieval]
+    for task in retrieval:
+        between = refine_grid(bench, closely, task, grid, rows, refine)
+        items += [between] if len(between) else []
+        if windows and line_up.plans:
+            tried, of_task[task.name] = measure_windows(bench, line_up.plans, task, grid, pd.concat(items))
+            window_items += [tried] if len(tried) else []
+    joined = pd.concat(window_items[1:]) if len(window_items) > 1 else window_items[0]
+    return _Measured(rows, pd.concat(items), joined, of_task, [task.name for task in retrieval])
+
+
+def _write(
+    output: Path, measured: _Measured, line_up: _LineUp, settings: Mapping[str, object], against: Sequence[str]
+) -> pd.DataFrame:
+    import pandas as pd
+
+    from moa_search.evaluation import paired_differences, summarise
+    from moa_search.evaluation.effective import effective_table
+    from moa_search.formats.files import atomic_write
+    from moa_search.inspection.reports import Report, report_page
+
+    effective = effective_table(
+        measured.items,
+        measured.retrieval,
+        uniform=line_up.uniform,
+        windows=measured.windows,
+        window_items=measured.window_items,
+    )
+    differences = [paired_differences(measured.items, name) for name in against]
+    for mine, other in line_up.rivals:
+        if other not in against:
+            pair = measured.items[measured.items["variant"].isin([mine, other])]
+            differences.append(paired_differences(pair, other))
+    tables = {
+        "items": pd.concat([measured.items, measured.window_items]) if len(measured.window_items) else measured.items,
+        "summary": summarise(measured.items),
+        "differences": pd.concat(differences) if differences else paired_differences(measured.items[:0]),
+        "effective": effective,
+    }
+    for name, table in tables.items():
+        with atomic_write(output / f"{name}.csv") as file:
+            file.write(table.to_csv(index=False).encode())
+    report = Report(
+        settings=settings,
+        items=measured.items,
+        summary=tables["summary"],
+        differences=tables["differences"],
+        effective=effective,
+        plans=line_up.plans,
+    )
+    report_page(report).save(output / "report.html")
+    return effective

@@ -1,0 +1,96 @@
+"""Ways to run one model: which attention, which cache, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CompileConfig, GenerationConfig, StaticCache
+from transformers.cache_utils import Cache
+
+from moa_search.evaluation.compare import as_it_runs
+from moa_search.formats import Plan
+from moa_search.runtime import MoACache, applied
+
+__all__ = ["KINDS", "Way", "cache_bytes", "forget_compiled", "generating_on", "make_ways"]
+
+KINDS = ("dense", "dense-static", "plan")
+"""``dense`` is what transformers does by default (SDPA, a cache that grows), ``dense-static`` its fast path (SDPA, a
+StaticCache as long as the run, decoding compiled), ``plan`` a plan with a cache that grows."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a model.
+
+    Attributes:
+        name: Shown in tables.
+        kind: One of `KINDS`.
+        plan: What the model runs under, or None.
+    """
+
+    name: str
+    kind: str
+    plan: Plan | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether decoding is compiled, on a cache of fixed size."""
+        return self.kind.endswith("-static")
+
+    def plan_at(self, length: int) -> Plan | None:
+        """The plan for prompts of ``length`` tokens."""
+        return None if self.plan is None else as_it_runs(self.plan, length)
+
+    @contextmanager
+    def on(self, model: Any, length: int) -> Iterator[Any]:
+        """The model run this way, for prompts of ``length`` tokens."""
+        plan = self.plan_at(length)
+        with nullcontext() if plan is None else applied(model, plan):
+            yield model
+
+    def cache(self, model: Any, tokens: int) -> Cache | None:
+        """A cache for ``tokens`` tokens, or None where `generate` makes one by itself that grows."""
+        return StaticCache(config=model.config, max_cache_len=tokens) if self.is_compiled else None
+
+
+def make_ways(kinds: Sequence[str], plans: dict[str, Plan]) -> list[Way]:
+    """Dense ways first, then those of each plan."""
+    ways = [Way(kind, kind) for kind in KINDS if kind in kinds and kind.startswith("dense")]
+    for name, plan in plans.items():
+        ways += [Way(name, kind, plan) for kind in KINDS if kind in kinds and kind.startswith("plan")]
+    return ways
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes allocated for keys and values."""
+    if isinstance(cache, MoACache):
+        return cache.nbytes
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(states.nbytes for states in held if states is not None)
+
+
+@contextmanager
+def generating_on(model: Any, *, prefill_chunk: int | None) -> Iterator[None]:
+    """A model whose `generate` decodes greedily, compiles on any device and never stops early."""
+    compiling = CompileConfig(dynamic=False)
+    compiling._compile_all_devices = True
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, prefill_chunk_size=prefill_chunk, compile_config=compiling
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+        forget_compiled(model)
+
+
+def forget_compiled(model: Any) -> None:
+    """Free what `generate` has compiled for a model."""
+    if vars(model).pop("_compiled_call", None) is not None:
+        del model._last_compile_config
+        torch.compiler.reset()

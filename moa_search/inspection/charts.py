@@ -1,0 +1,94 @@
+"""Charts of plans for pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moa_search.formats import Plan, Profile
+from moa_search.inspection.pages import in_ink
+from moa_search.pictures import OKABE_ITO
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["chart", "draw_front", "draw_layers", "draw_window_losses"]
+
+SAME_DENSITY = 0.01
+"""Plans whose densities differ by less are of one budget: their losses at two lengths are set against each other."""
+
+
+def chart(draw: Callable[[Axes], Any], *, width: float = 5.6, height: float = 3.4) -> Figure:
+    """A figure in the colours of a page; sizes in inches."""
+    from matplotlib.figure import Figure
+
+    with in_ink():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.subplots())
+    return figure
+
+
+def draw_layers(ax: Axes, per_layer: npt.NDArray[np.float64], native: Sequence[int], ylabel: str) -> None:
+    """Bars of one value per layer, those of native layers grey."""
+    colours = ["grey" if layer in native else OKABE_ITO[0] for layer in range(len(per_layer))]
+    ax.bar(range(len(per_layer)), per_layer, color=colours)
+    ax.set_xlabel("layer (grey: own window)" if native else "layer")
+    ax.set_ylabel(ylabel)
+    ax.set_ylim(bottom=0)
+    ax.grid(axis="y", alpha=0.3)
+
+
+def draw_front(ax: Axes, plans: Sequence[Plan], names: Sequence[str], chosen: int | None) -> None:
+    """The plans of a front by their predicted losses: over density, or under one budget at the first and last length.
+
+    Every plan has a name beside it, the chosen one a ring around it.
+    """
+    densities = [plan.predicted[-1].density for plan in plans]
+    lengths = [metrics.length for metrics in plans[0].predicted]
+    if len(lengths) > 1 and max(densities) - min(densities) < SAME_DENSITY:
+        x = [plan.predicted[0].loss or 0.0 for plan in plans]
+        ax.set_xlabel(f"predicted loss at {lengths[0]} tokens")
+    else:
+        x = [100 * density for density in densities]
+        ax.set_xlabel(f"KV cache kept at {lengths[-1]} tokens (%)")
+    y = [plan.predicted[-1].loss or 0.0 for plan in plans]
+    ax.set_ylabel(f"predicted loss at {lengths[-1]} tokens")
+    ax.plot(x, y, "o", color=OKABE_ITO[0], label="plans")
+    for name, across, up in zip(names, x, y, strict=True):
+        ax.annotate(name, (across, up), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    if chosen is not None:
+        ax.plot(x[chosen], y[chosen], "o", markersize=14, fillstyle="none", color=OKABE_ITO[1], label="plan.json")
+    ax.margins(0.12)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+
+
+def draw_window_losses(
+    ax: Axes, profile: Profile, length: int, heads: Sequence[tuple[int, int]], criterion: str
+) -> None:
+    """What every window costs some heads, with standard errors."""
+    from moa_search.formats.criteria import window_losses
+
+    entry = profile.by_length[length]
+    mean, error = window_losses(entry, criterion)
+    for index, (layer, head) in enumerate(heads):
+        ax.errorbar(
+            entry.header.windows,
+            mean[layer, head],
+            yerr=error[layer, head],
+            color=OKABE_ITO[index % len(OKABE_ITO)],
+            marker="osD^v"[index % 5],
+            markersize=3,
+            label=f"layer {layer}, KV head {head}",
+        )
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("window (tokens)")
+    ax.set_ylabel(f"{criterion} loss at {length} tokens")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)

@@ -1,0 +1,53 @@
+"""The cache of a layer that attends and, side by side, carries convolutions or recurrences (Falcon H1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import LinearAttentionLayer
+
+from moa_search.runtime.layer import MoACacheLayer
+
+if TYPE_CHECKING:
+    import torch
+
+    from moa_search.runtime.rules import LayerRules
+
+__all__ = ["MoAHybridCacheLayer"]
+
+
+class MoAHybridCacheLayer(LinearAttentionLayer, MoACacheLayer):  # type: ignore[misc]  # transformers is untyped
+    """Keys and values as in a `MoACacheLayer`, and transformers' own states of linear attention.
+
+    Args:
+        rules: What the layer's heads attend.
+        number_of_states: States of linear attention.
+    """
+
+    is_compileable = False
+
+    def __init__(self, rules: LayerRules, number_of_states: int) -> None:
+        MoACacheLayer.__init__(self, rules)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *states: torch.Tensor, **linear: Any) -> None:
+        """Of keys and values, which come without names, or else of a state of linear attention."""
+        if states:
+            MoACacheLayer.lazy_initialization(self, *states)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **linear)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        MoACacheLayer.crop(self, tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything; only keys and values free their memory."""
+        LinearAttentionLayer.reset(self)
+        MoACacheLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make sample i a copy of sample ``beam_idx[i]``."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        MoACacheLayer.reorder_cache(self, beam_idx)

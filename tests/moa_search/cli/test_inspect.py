@@ -1,0 +1,165 @@
+"""moa-inspect, run as a user runs it, with wrong input too."""
+
+import sys
+
+import pytest
+
+from moa_search.cli import inspect
+from moa_search.formats import Plan
+from moa_search.formats.plan import LengthMetrics, Provenance
+from moa_search.search import Front
+from moa_search.search.output import write_front
+from moa_search.spans import SpanRule
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command; returns exit status, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moa-inspect", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            inspect.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def folder(tiny_profile, tmp_path):
+    """A folder with a profile, and a front of two plans."""
+    tiny_profile.save(tmp_path / "p.safetensors")
+    model = tiny_profile.header.model
+    plans = []
+    for loss, rule in ((0.5, SpanRule(64, 32)), (0.3, SpanRule(0, 128))):
+        plan = Plan.uniform(rule, model, sink=4, block=64, provenance=Provenance(searcher="uniform"))
+        predicted = [
+            LengthMetrics(length=n, density=plan.density(n), attention_density=plan.attention_density(n), loss=loss)
+            for n in (512, 1024)
+        ]
+        plans.append(plan.model_copy(update={"predicted": tuple(predicted)}))
+    write_front(Front(plans, []), tmp_path / "out")
+    Plan.uniform(SpanRule(300, 0), model, sink=4, block=64).save(tmp_path / "uniform.json")
+    return tmp_path
+
+
+class TestKinds:
+    """Without a subcommand the file says which it is."""
+
+    def test_a_plan(self, call, folder):
+        status, bare, _ = call(folder / "out" / "plan.json")
+        assert status == 0
+        assert "Span in tokens at 1024" in bare
+        assert call("plan", folder / "out" / "plan.json")[:2] == (0, bare)
+        assert call("--plan", folder / "out" / "plan.json")[:2] == (0, bare)
+
+    def test_a_profile(self, call, folder):
+        status, bare, _ = call(folder / "p.safetensors")
+        assert status == 0
+        assert "signed loss, window 128 of 1024" in bare
+        assert call("profile", folder / "p.safetensors")[:2] == (0, bare)
+        assert "recall loss, window 64 of 512" in call(folder / "p.safetensors", "--criterion", "recall")[1]
+
+    def test_a_front(self, call, folder):
+        status, bare, _ = call(folder / "out")
+        assert status == 0
+        assert "00 (plan.json)" in bare
+        assert call("front", folder / "out")[:2] == (0, bare)
+        (folder / "out" / "plan.json").unlink()
+        assert "holds no plan.json" in call(folder / "out")[1]
+
+
+class TestDiff:
+    def test_both_densities_and_the_largest_changes(self, call, folder):
+        status, out, _ = call("diff", folder / "out" / "plan.json", folder / "uniform.json", "--lengths", 1024)
+        assert status == 0
+        assert "6 of 6 KV heads differ\n" in out
+        assert "Changed heads at 1024 tokens" in out
+        assert "uniform.json" in out
+
+    def test_two_files_need_no_subcommand(self, call, folder):
+        files = folder / "out" / "plan.json", folder / "uniform.json"
+        assert call(*files)[:2] == call("diff", *files)[:2]
+
+    def test_a_plan_and_itself(self, call, folder):
+        status, out, _ = call("diff", folder / "uniform.json", folder / "uniform.json")
+        assert status == 0
+        assert "the plans act the same" in out
+        assert "Changed heads" not in out
+
+    def test_plans_of_one_name_are_told_apart_by_their_folders(self, call, folder):
+        (folder / "b").mkdir()
+        (folder / "b" / "plan.json").write_bytes((folder / "uniform.json").read_bytes())
+        out = call("diff", folder / "out" / "plan.json", folder / "b" / "plan.json")[1]
+        assert "out/plan.json" in out
+        assert "b/plan.json" in out
+
+
+def test_pictures_and_pages_are_written(call, folder):
+    for index, command in enumerate(
+        (
+            ["out/plan.json", "--profile", folder / "p.safetensors", "--heads", "0:1", "2:0"],
+            ["p.safetensors", "--heads", "0:1"],
+            ["diff", "out/plan.json", "uniform.json"],
+            ["out"],
+        )
+    ):
+        paths = [folder / word if (folder / str(word)).exists() else word for word in command]
+        page, picture = folder / f"{index}.html", folder / f"{index}.png"
+        status, out, err = call(*paths, "--html", page, "--output", picture)
+        assert status == 0, err
+        assert f"page written to {page}" in out
+        assert page.read_text().startswith("<!DOCTYPE html>")
+        assert f"written to {picture}" in out
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    plan_page = (folder / "0.html").read_text()
+    assert "a ring around the chosen one" in plan_page, "the front that the plan lies in"
+    assert "Predicted loss of each layer at 512 tokens" in plan_page
+    assert "Mask of layer 2, KV head 0" in plan_page
+
+
+class TestBadInput:
+    """One clear line, exit status 2, nothing written."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["nowhere.json"], ["nowhere.json", "No such file"]),
+            (["nowhere.safetensors"], ["nowhere.safetensors", "No such file"]),
+            (["front", "nowhere"], ["nowhere", "no front/plan-*.json"]),
+            (["front", "p.safetensors"], ["p.safetensors", "no front/plan-*.json"]),
+            (["profile", "out/plan.json"], ["plan.json", "not a moa-search profile"]),
+            (["plan", "p.safetensors"], ["p.safetensors", "moa-inspect profile"]),
+            (["plan", "out"], ["out", "moa-inspect front"]),
+            (["diff", "uniform.json"], ["1 given", "two"]),
+            (["diff", "uniform.json", "uniform.json", "uniform.json"], ["3 given", "two"]),
+            (["diff", "uniform.json", "other.json"], ["other.json", "another model", "num_hidden_layers: 3 != 2"]),
+            (["diff", "uniform.json", "p.safetensors"], ["p.safetensors", "moa-inspect profile"]),
+            (["uniform.json", "nowhere.json"], ["nowhere.json", "No such file"]),
+            (["uniform.json", "--lengths", "0"], ["lengths", "over 0"]),
+            (["p.safetensors", "--lengths", "600"], ["600", "choose from 512, 1024"]),
+            (["p.safetensors", "--criterion", "squard"], ["did you mean 'squared'"]),
+            (["uniform.json", "--html", "x.html", "--heads", "7-2"], ["'7-2'", "LAYER:HEAD"]),
+            (["uniform.json", "--html", "x.html", "--heads", "7:2"], ["layer 7 is out of range", "0 to 2"]),
+            (["p.safetensors", "--html", "x.html", "--heads", "0:5"], ["KV head 5 is out of range", "0 to 1"]),
+            (["uniform.json", "--heads", "0:1"], ["heads", "give html"]),
+            (["uniform.json", "--html", "x.html", "--front", "nowhere"], ["nowhere", "no front/plan-*.json"]),
+            (["uniform.json", "--html", "x.html", "--profile", "uniform.json"], ["uniform.json", "not a moa-search"]),
+            (["uniform.json", "--html", "out"], ["html", "is a folder"]),
+            (["fronnt"], ["did you mean 'front'"]),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    )
+    def test_is_told_in_one_line(self, call, folder, monkeypatch, tiny_signature, arguments, says):
+        other = tiny_signature.model_copy(update={"num_hidden_layers": 2})
+        Plan.uniform(SpanRule(300, 0), other).save(folder / "other.json")
+        monkeypatch.chdir(folder)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        status, _, err = call(*arguments)
+        assert status == 2
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("moa-inspect")
+        for words in says:
+            assert words in err, err
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

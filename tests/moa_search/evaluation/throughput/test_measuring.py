@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from moa_search.errors import VerificationError
+from moa_search.evaluation.throughput import Way, made_up_plan, make_ways, measure, measuring
+from moa_search.evaluation.throughput.memory import PeakMemory
+from moa_search.evaluation.throughput.running import UNTIMED_STEPS
+from moa_search.formats import ModelSignature
+
+
+@pytest.fixture
+def plan(tiny_model):
+    return made_up_plan(ModelSignature.of(tiny_model[0].config), 0.5)
+
+
+def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan):
+    model = tiny_model[0]
+    before = (model.generation_config, model.config._attn_implementation, {*vars(model)})
+    seen = []
+    found = measure(
+        model,
+        make_ways(("dense", "plan"), {"half": plan}),
+        lengths=[64, 512],
+        batches=[1, 3],
+        decode_tokens=6,
+        repetitions=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    cells = found.runs.groupby(["way", "length", "batch"], sort=False).size()
+    assert cells.to_dict() == {(w, n, b): 2 for w in ("dense", "half") for n in (64, 512) for b in (1, 3)}
+    assert (found.runs[["prefill_ms", "decode_ms", "peak_bytes"]] > 0).all().all()
+    assert seen[-1] == (6, 6)
+    assert (model.generation_config, model.config._attn_implementation, {*vars(model)}) == before
+    assert {"device", "torch", "transformers", "dtype"} <= {*found.facts}
+    stored = 512 + UNTIMED_STEPS + 6  # the last token is never stored
+    by_way = found.runs[(found.runs["length"] == 512) & (found.runs["batch"] == 3)].set_index("way")["cache_bytes"]
+    assert set(by_way["dense"]) == {3 * 2 * 2 * 2 * stored * 8 * 4}
+    heads = 2 * 2
+    predicted = plan.kv_bytes(stored, batch=3, bytes_per_element=4)
+    a_block_per_head = 3 * 2 * heads * plan.block * 8 * 4
+    assert predicted <= by_way["half"].max() <= predicted + a_block_per_head
+
+
+def test_largest_batches_and_plans_at_those_of_dense(tiny_model, plan, monkeypatch):
+    most = {"dense": 2, "half": 4}
+    monkeypatch.setattr(measuring, "_largest", lambda model, way, *rest: most[way.name])
+    found = measure(
+        tiny_model[0],
+        make_ways(("dense", "plan"), {"half": plan}),
+        lengths=[64],
+        batches=["largest", 4],
+        decode_tokens=2,
+        repetitions=1,
+    )
+    cells = found.runs[["way", "batch", "is_largest"]].sort_values(["way", "batch"]).values.tolist()
+    assert cells == [["dense", 2, True], ["dense", 4, False], ["half", 2, False], ["half", 4, True]]
+
+
+def test_nothing_is_timed_on_a_red_gate(tiny_model, plan, monkeypatch):
+    def broken(model, way, seed):
+        raise VerificationError(way.name)
+
+    monkeypatch.setattr(measuring, "verify", broken)
+    monkeypatch.setattr(measuring, "run_once", lambda *args: pytest.fail("timed"))
+    with pytest.raises(VerificationError, match="half"):
+        measure(tiny_model[0], [Way("half", "plan", plan)], lengths=[64], batches=[1], decode_tokens=2, repetitions=1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler meets its own and, pickling, jsonargparse's
+def test_the_compiled_way_compiles_and_its_cache_holds_the_whole_run(tiny_model):
+    torch._dynamo.utils.counters.clear()
+    found = measure(
+        tiny_model[0], make_ways(("dense-static",), {}), lengths=[64], batches=[2], decode_tokens=4, repetitions=1
+    )
+    assert sum(torch._dynamo.utils.counters["stats"].values()) > 0
+    assert set(found.runs["cache_bytes"]) == {2 * 2 * 2 * 2 * (64 + 1 + UNTIMED_STEPS + 4) * 8 * 4}
+
+
+def test_peaks_rise_with_what_is_allocated_and_start_again():
+    device = torch.device("cpu")
+    with PeakMemory(device) as idle:
+        pass
+    with PeakMemory(device) as busy:
+        torch.ones(2**24).sum()  # 64 MiB
+    with PeakMemory(device) as again:
+        pass
+    assert 60 * 2**20 < busy.peak_bytes - idle.peak_bytes < 90 * 2**20
+    assert abs(again.peak_bytes - idle.peak_bytes) < 20 * 2**20
