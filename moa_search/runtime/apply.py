@@ -13,7 +13,7 @@ from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
-from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied
+from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, give_cache
 from moa_search.runtime.kernels import runs_kernels
 from moa_search.runtime.rules import LayerRules, layer_rules
 
@@ -36,9 +36,9 @@ registered that, and an error in the first forward pass otherwise, since no plan
 def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
     """Make a model attend as a plan says, in place.
 
-    From then on `generate` builds a `MoACache` by itself, and `save_pretrained` writes the plan beside the weights,
-    as ``moa_plan.json``, and into the configuration; `moa_search.from_pretrained` loads such a folder. A plan that was
-    applied before is replaced.
+    From then on `generate` and forward passes build a `MoACache` by themselves, and `save_pretrained` writes the plan
+    beside the weights, as ``moa_plan.json``, and into the configuration; `moa_search.from_pretrained` loads such a
+    folder. A plan that was applied before is replaced.
 
     Args:
         model: A transformers decoder.
@@ -81,6 +81,7 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
                 state.overridden[name] = vars(model)[name]
             # A bound method, unlike a closure, is bound to the copy when the model is deep-copied.
             setattr(model, name, MethodType(hook, model))
+        state.giving = model.register_forward_pre_hook(give_cache, with_kwargs=True)
         setattr(model, STATE_ATTRIBUTE, state)
     return model
 
@@ -106,6 +107,8 @@ def remove_plan(model: Any) -> Any:
         delattr(model, name)
         if name in state.overridden:
             setattr(model, name, state.overridden[name])
+    assert state.giving is not None
+    state.giving.remove()
     delattr(model, STATE_ATTRIBUTE)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moa_kernels.backends import Impl
+    from torch.utils.hooks import RemovableHandle
 
     from moa_search.formats import Plan
 
-__all__ = ["HOOKS", "PREFILL_CHUNK_TOKENS", "STATE_ATTRIBUTE", "Applied"]
+__all__ = ["HOOKS", "PREFILL_CHUNK_TOKENS", "STATE_ATTRIBUTE", "Applied", "give_cache"]
 
 STATE_ATTRIBUTE = "_moa_applied"
 
@@ -49,6 +51,7 @@ class Applied:
         impl: What attends, as in `apply_plan`.
         attention: The attention implementation before.
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
+        giving: What stops `give_cache`.
         max_length: Of the largest cache of fixed size that `generate` has made.
     """
 
@@ -56,6 +59,7 @@ class Applied:
     impl: Impl
     attention: str
     overridden: dict[str, Any]
+    giving: RemovableHandle | None = None
     max_length: int | None = None
 
 
@@ -93,14 +97,19 @@ def _prepare_cache_for_generation(
         return result
     if type(cache) is not DynamicCache:
         raise UnsupportedInputError(f"{type(model).__name__} generates with a {type(cache).__name__}, not a plan's")
+    config, text = model.config, model.config.get_text_config(decoder=True)
+    drafting = getattr(generation_config, "is_assistant", False)
+    if drafting and text.num_hidden_layers < state.plan.model.num_hidden_layers:
+        # For a model that drafts for itself with its first layers, transformers hides the others meanwhile.
+        config = copy.copy(text)
+        config.num_hidden_layers = state.plan.model.num_hidden_layers
+    length = None
     if kind == "static":
         # As large as any before: what was compiled for that stays good.
         asked = getattr(generation_config, "max_cache_len", None) or 0
-        state.max_length = max(max_cache_length + 1, asked, state.max_length or 0)
-        model_kwargs["past_key_values"] = MoACache(model.config, state.plan, max_length=state.max_length)
-    else:
-        model_kwargs["past_key_values"] = MoACache(model.config, state.plan)
-    if getattr(generation_config, "is_assistant", False) or generation_mode == GenerationMode.ASSISTED_GENERATION:
+        length = state.max_length = max(max_cache_length + 1, asked, state.max_length or 0)
+    model_kwargs["past_key_values"] = MoACache(config, state.plan, max_length=length)
+    if drafting or generation_mode == GenerationMode.ASSISTED_GENERATION:
         model_kwargs["past_key_values"].activate_past_recording()
     return result
 
@@ -150,6 +159,20 @@ def _wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, m
     # It splits these two; images or embeddings would be repeated with every chunk.
     inputs = {name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
     return inputs <= {"attention_mask", "position_ids"} and not generation_config.output_hidden_states
+
+
+def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a forward pass that would make a cache of transformers' kind by itself, hand it a `MoACache`."""
+    if kwargs.get("past_key_values") is None:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        text = model.config.get_text_config(decoder=True)
+        use_cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("use_cache")
+        wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
+        free = "past_key_values" in names[len(args) :]
+        if wanted and free and text._attn_implementation == NAME:
+            cache = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
+            return args, {**kwargs, "past_key_values": cache}
+    return args, kwargs
 
 
 def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
