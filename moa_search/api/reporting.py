@@ -39,6 +39,7 @@ def report_model(
     profile: str | Profile | None = None,
     searchers: Sequence[Searcher] = ("exact", "moa"),
     densities: Sequence[float] = (0.5, 0.25, 0.125),
+    budget_lengths: Sequence[int] | None = None,
     baselines: Sequence[str] = ("dense", "uniform"),
     tasks: Sequence[str] = ("passkey", "copy"),
     lengths: Sequence[int] = (512, 1024, 2048, 4096),
@@ -66,6 +67,8 @@ def report_model(
         profile: Profile to search further plans in, one for each searcher and density.
         searchers: Which search: exact is ours, moa is MoA's; the first is compared with the others.
         densities: Shares of the KV cache that searched plans keep at most.
+        budget_lengths: Lengths in tokens that the densities hold at, as for moa-search; those of the items make all
+            plans of a density keep as much at each.
         baselines: dense, and uniform: one span for all heads with as much memory as a plan.
         tasks: As for moa-eval.
         lengths: Tokens per item, answer included.
@@ -101,7 +104,10 @@ def report_model(
     if refine < 0:
         raise ConfigError(f"refine: {refine} is out of range; it must be at least 0")
     require_writable_folder(output)
-    line_up = _line_up(plan, profile, searchers, densities, baselines, Path(output))
+    groups = _given(plan, baselines)
+    if profile is not None:
+        groups |= _searched(profile, searchers, densities, budget_lengths, Path(output) / "plans")
+    line_up = _line_up(groups, baselines)
     names = [variant.name for variant in line_up.variants]
     for name in against:
         if name not in names:
@@ -152,27 +158,48 @@ def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
     return dict(sorted(zip(lengths, each, strict=True)))
 
 
-def _line_up(
-    plan: Sequence[str | Plan],
-    profile: str | Profile | None,
-    searchers: Sequence[Searcher],
-    densities: Sequence[float],
-    baselines: Sequence[str],
-    output: Path,
-) -> _LineUp:
-    from moa_search.evaluation.compare import Variant, as_it_runs, require_baselines, uniform_like
+def _given(plan: Sequence[str | Plan], baselines: Sequence[str]) -> dict[str, dict[str, Plan]]:
+    """The user's plans by name, each in a group of its own."""
+    from moa_search.formats import Plan
 
     groups: dict[str, dict[str, Plan]] = {}
     taken: dict[str, Plan] = {}
     for index, entry in enumerate(plan):
-        loaded = _loaded(entry)
+        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
         name = plan_name(entry, loaded, index, taken)
         name = f"plan {name}" if name in baselines else name
         taken[name] = loaded
         groups[f"like {name}"] = {name: loaded}
-    if profile is not None:
-        for density, plans in _searched(profile, searchers, densities, output).items():
-            groups[f"@ {density:g}"] = plans
+    return groups
+
+
+def _searched(
+    profile: str | Profile,
+    searchers: Sequence[Searcher],
+    densities: Sequence[float],
+    budget_lengths: Sequence[int] | None,
+    folder: Path,
+) -> dict[str, dict[str, Plan]]:
+    """Plans of every searcher by name, grouped by density, and written to a folder."""
+    from moa_search.api.options import load_profile
+    from moa_search.api.searching import search_plan
+
+    if not searchers or not densities:
+        raise ConfigError("profile: nothing to search for; give --searchers and --densities")
+    statistics = load_profile(profile)
+    groups: dict[str, dict[str, Plan]] = {}
+    for density in dict.fromkeys(densities):
+        for searcher in dict.fromkeys(searchers):
+            made = search_plan(statistics, density=density, searcher=searcher, budget_lengths=budget_lengths)
+            made.save(folder / f"{searcher}-{density:g}.json")
+            groups.setdefault(f"@ {density:g}", {})[f"{searcher} @ {density:g}"] = made
+    return groups
+
+
+def _line_up(groups: Mapping[str, Mapping[str, Plan]], baselines: Sequence[str]) -> _LineUp:
+    """Dense attention, then of each group its uniform spans and its plans; the first is set beside the rest."""
+    from moa_search.evaluation.compare import Variant, as_it_runs, require_baselines, uniform_like
+
     require_baselines(baselines, any_plan=bool(groups))
     variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
     line_up = _LineUp(variants, {}, {}, [])
@@ -189,31 +216,6 @@ def _line_up(
     if not variants:
         raise ConfigError("nothing to evaluate: give --plan, --profile, or --baselines dense")
     return line_up
-
-
-def _loaded(entry: str | Plan) -> Plan:
-    from moa_search.formats import Plan
-
-    return entry if isinstance(entry, Plan) else Plan.load(entry)
-
-
-def _searched(
-    profile: str | Profile, searchers: Sequence[Searcher], densities: Sequence[float], output: Path
-) -> dict[float, dict[str, Plan]]:
-    """Plans of every searcher by density and name, written to the output folder too."""
-    from moa_search.api.options import load_profile
-    from moa_search.api.searching import search_plan
-
-    if not searchers or not densities:
-        raise ConfigError("profile: nothing to search for; give --searchers and --densities")
-    statistics = load_profile(profile)
-    found: dict[float, dict[str, Plan]] = {}
-    for density in dict.fromkeys(densities):
-        for searcher in dict.fromkeys(searchers):
-            made = search_plan(statistics, density=density, searcher=searcher)
-            made.save(output / "plans" / f"{searcher}-{density:g}.json")
-            found.setdefault(density, {})[f"{searcher} @ {density:g}"] = made
-    return found
 
 
 def _meter(progress: Progress | None, total: int) -> Callable[[int], None]:
