@@ -7,7 +7,7 @@ eq. 3, evaluated at each query's own position); kernels and caches receive its i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,17 @@ import numpy as np
 
 from moa_search.errors import ConfigError
 
-__all__ = ["BETA_ONE", "BLOCK_TOKENS", "DENSE", "SINK_TOKENS", "SpanRule", "attention_density", "density", "span"]
+__all__ = [
+    "BETA_ONE",
+    "BLOCK_TOKENS",
+    "DENSE",
+    "SINK_TOKENS",
+    "SpanRule",
+    "attention_densities",
+    "attention_density",
+    "density",
+    "span",
+]
 
 SINK_TOKENS = 16
 """First tokens of a sequence that every head keeps, unless told otherwise.
@@ -102,11 +112,19 @@ def density(rules: Iterable[SpanRule], length: int, min_span: int) -> float:
 
 def attention_density(rules: Iterable[SpanRule], length: int, min_span: int) -> float:
     """Mean over heads of the share of causal query-key pairs computed in a prefill of ``length`` tokens."""
+    return attention_densities(rules, [length], min_span)[0]
+
+
+def attention_densities(rules: Iterable[SpanRule], lengths: Sequence[int], min_span: int) -> list[float]:
+    """`attention_density` at several lengths, in the time that the longest takes."""
     counts: dict[SpanRule, int] = {}
     for rule in rules:
         counts[rule] = counts.get(rule, 0) + 1
-    kept = 0
-    for first in range(1, length + 1, SLICE):  # millions of positions at once would take gigabytes
-        n = np.arange(first, min(first + SLICE, length + 1), dtype=np.int64)
-        kept += sum(int(span(n, rule, min_span).sum()) * count for rule, count in counts.items())
-    return kept / (sum(counts.values()) * (length * (length + 1) // 2))
+    heads, kept, first, found = sum(counts.values()), 0, 1, {}
+    for length in sorted(set(lengths)):
+        for start in range(first, length + 1, SLICE):  # millions of positions at once would take gigabytes
+            n = np.arange(start, min(start + SLICE, length + 1), dtype=np.int64)
+            kept += sum(int(span(n, rule, min_span).sum()) * count for rule, count in counts.items())
+        first = length + 1
+        found[length] = kept / (heads * (length * (length + 1) // 2))
+    return [found[length] for length in lengths]

@@ -39,14 +39,18 @@ class PlannedModels(model_manager.ModelManager):
             **{key: value for key, value in options.items() if value is not None},
         )
 
+    def get_gen_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """What ``/v1/models`` lists: what is served, not what else the Hub's cache holds."""
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": ""}]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--plan", help="plan file, instead of the one beside the weights")
     options, rest = parser.parse_known_args()
     for flag, why in REFUSED.items():
-        if flag in rest:
+        if any(given.split("=")[0] == flag for given in rest):
             parser.error(f"{flag}: {why}")
     PlannedModels.plan = options.plan
     model_manager.ModelManager = PlannedModels  # what Serve makes when it starts

@@ -165,7 +165,7 @@ def diff_plans(
     """Set two plans for one model side by side, and show the heads that they treat differently.
 
     Args:
-        plans: Two plan files; in Python also Plans.
+        plans: Two plan files; in Python also Plans. One may be another tool's: it is taken to be for the other's model.
         lengths: Context lengths in tokens; by default those that the plans were made for.
         output: PNG file for a heat map of the change at the longest length.
         html: File for a page with all there is to see; it needs no network.
@@ -176,15 +176,12 @@ def diff_plans(
     Raises:
         MoAError: There aren't two plans, a file is no valid plan, or they are for different models.
     """
-    from moa_search.formats import Plan
     from moa_search.inspection import diff_lengths, diff_page, save_diff_map
 
     if len(plans) != 2:
         raise ConfigError(f"plans: {len(plans)} given; a difference has two")
     require_lengths(lengths=lengths)
-    for plan in plans:
-        _require_plan(plan)
-    loaded = [plan if isinstance(plan, Plan) else import_plan(plan) for plan in plans]
+    loaded = _read_pair(plans)
     loaded[0].model.require(loaded[1].model, f"{plans[0]} (beside {plans[1]})")
     require_writable(output)
     require_writable(html, "html")
@@ -243,6 +240,27 @@ def plan_titles(plans: Sequence[str | Plan]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{path} ({place})" for place, path in enumerate(paths, 1)]
+
+
+def _read_pair(plans: Sequence[str | Plan]) -> list[Plan]:
+    """Two plans, of which one at least says which model it is for.
+
+    Raises:
+        MoAError: A file is no plan, or neither names its model.
+    """
+    from moa_search.formats import Plan
+    from moa_search.formats.foreign import find_format
+
+    for plan in plans:
+        _require_plan(plan)
+    own = [isinstance(plan, Plan) or find_format(plan) == "plan" for plan in plans]
+    if not any(own):
+        raise ConfigError(
+            f"plans: neither {plans[0]} nor {plans[1]} says which model it is for; import one of them first: "
+            f"moa-inspect {plans[0]} --model MODEL --save plan.json"
+        )
+    known = import_plan(plans[own.index(True)])
+    return [import_plan(plan, model=None if is_own else known) for plan, is_own in zip(plans, own, strict=True)]
 
 
 def _heads(heads: Sequence[str]) -> list[tuple[int, int]]:

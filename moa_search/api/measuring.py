@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
@@ -61,7 +62,8 @@ def measure_throughput(
         repetitions: Timed runs of each way, length and batch, in turns.
         prefill_chunk: Tokens that a prefill handles at once; by default what transformers and the plan do.
         memory_limit_gib: For "largest", most memory in use, weights included; on a CPU required.
-        output: Folder for throughput.csv (every run), summary.csv, gains.csv, facts.json and throughput.png.
+        output: Folder for throughput.csv (every run), summary.csv, gains.csv, facts.json and throughput.png, written
+            again after each length.
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the prompts and of random weights.
@@ -109,7 +111,7 @@ def measure_throughput(
     for share in density:
         plans[f"made up {share:g}"] = made_up_plan(signature, share, native_layers=native)
     require_context(network.config, max(lengths) + 1 + UNTIMED_STEPS + decode_tokens)
-    found = measure(
+    return measure(
         network,
         make_ways(ways, plans),
         lengths=lengths,
@@ -120,10 +122,8 @@ def measure_throughput(
         limit_bytes=None if memory_limit_gib is None else round(memory_limit_gib * 2**30),
         seed=seed,
         progress=progress,
+        keep=None if output is None else partial(_save, output=output),
     )
-    if output is not None:
-        _save(found, output)
-    return found
 
 
 def _batches(batch: Sequence[str]) -> list[int | str]:

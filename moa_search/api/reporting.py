@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +16,12 @@ from moa_search.api.common import (
     require_positive,
     require_writable_folder,
 )
-from moa_search.api.evaluating import plan_name
+from moa_search.api.line_up import LineUp, given_plans, make_line_up, searched_plans
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moa_search.evaluation.compare import Variant
     from moa_search.evaluation.suite import Bench, Grid
     from moa_search.evaluation.tasks import Task
     from moa_search.formats import Plan, Profile
@@ -39,6 +37,7 @@ def report_model(
     profile: str | Profile | None = None,
     searchers: Sequence[Searcher] = ("exact", "moa"),
     densities: Sequence[float] = (0.5, 0.25, 0.125),
+    budget_lengths: Sequence[int] | None = None,
     baselines: Sequence[str] = ("dense", "uniform"),
     tasks: Sequence[str] = ("passkey", "copy"),
     lengths: Sequence[int] = (512, 1024, 2048, 4096),
@@ -66,6 +65,8 @@ def report_model(
         profile: Profile to search further plans in, one for each searcher and density.
         searchers: Which search: exact is ours, moa is MoA's; the first is compared with the others.
         densities: Shares of the KV cache that searched plans keep at most.
+        budget_lengths: Lengths in tokens that the densities hold at, as for moa-search; those of the items make all
+            plans of a density keep as much at each.
         baselines: dense, and uniform: one span for all heads with as much memory as a plan.
         tasks: As for moa-eval.
         lengths: Tokens per item, answer included.
@@ -101,7 +102,10 @@ def report_model(
     if refine < 0:
         raise ConfigError(f"refine: {refine} is out of range; it must be at least 0")
     require_writable_folder(output)
-    line_up = _line_up(plan, profile, searchers, densities, baselines, Path(output))
+    groups = given_plans(plan, baselines)
+    if profile is not None:
+        groups |= searched_plans(profile, searchers, densities, budget_lengths, Path(output) / "plans")
+    line_up = make_line_up(groups, baselines)
     names = [variant.name for variant in line_up.variants]
     for name in against:
         if name not in names:
@@ -128,92 +132,11 @@ def report_model(
     return _write(Path(output), measured, line_up, settings, against)
 
 
-@dataclass(frozen=True)
-class _LineUp:
-    """What is measured.
-
-    Attributes:
-        variants: Baselines and plans, in the order of the tables.
-        plans: Plans by the name of their variant.
-        uniform: For a plan's variant, the uniform one that keeps as much.
-        rivals: Pairs of variants that differ in nothing but the search.
-    """
-
-    variants: list[Variant]
-    plans: dict[str, Plan]
-    uniform: dict[str, str]
-    rivals: list[tuple[str, str]]
-
-
 def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
     if len(samples) not in (1, len(lengths)):
         raise ConfigError(f"samples: {len(samples)} numbers for {len(lengths)} lengths; give one, or one for each")
     each = list(samples) * len(lengths) if len(samples) == 1 else list(samples)
     return dict(sorted(zip(lengths, each, strict=True)))
-
-
-def _line_up(
-    plan: Sequence[str | Plan],
-    profile: str | Profile | None,
-    searchers: Sequence[Searcher],
-    densities: Sequence[float],
-    baselines: Sequence[str],
-    output: Path,
-) -> _LineUp:
-    from moa_search.evaluation.compare import Variant, as_it_runs, require_baselines, uniform_like
-
-    groups: dict[str, dict[str, Plan]] = {}
-    taken: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = _loaded(entry)
-        name = plan_name(entry, loaded, index, taken)
-        name = f"plan {name}" if name in baselines else name
-        taken[name] = loaded
-        groups[f"like {name}"] = {name: loaded}
-    if profile is not None:
-        for density, plans in _searched(profile, searchers, densities, output).items():
-            groups[f"@ {density:g}"] = plans
-    require_baselines(baselines, any_plan=bool(groups))
-    variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
-    line_up = _LineUp(variants, {}, {}, [])
-    for label, plans in groups.items():
-        first = next(iter(plans))
-        if "uniform" in baselines:
-            variants.append(Variant(f"uniform {label}", partial(uniform_like, plans[first])))
-            line_up.uniform.update(dict.fromkeys(plans, f"uniform {label}"))
-            line_up.rivals.append((first, f"uniform {label}"))
-        line_up.rivals.extend((first, other) for other in plans if other != first)
-        for name, made in plans.items():
-            variants.append(Variant(name, partial(as_it_runs, made)))
-            line_up.plans[name] = made
-    if not variants:
-        raise ConfigError("nothing to evaluate: give --plan, --profile, or --baselines dense")
-    return line_up
-
-
-def _loaded(entry: str | Plan) -> Plan:
-    from moa_search.formats import Plan
-
-    return entry if isinstance(entry, Plan) else Plan.load(entry)
-
-
-def _searched(
-    profile: str | Profile, searchers: Sequence[Searcher], densities: Sequence[float], output: Path
-) -> dict[float, dict[str, Plan]]:
-    """Plans of every searcher by density and name, written to the output folder too."""
-    from moa_search.api.options import load_profile
-    from moa_search.api.searching import search_plan
-
-    if not searchers or not densities:
-        raise ConfigError("profile: nothing to search for; give --searchers and --densities")
-    statistics = load_profile(profile)
-    found: dict[float, dict[str, Plan]] = {}
-    for density in dict.fromkeys(densities):
-        for searcher in dict.fromkeys(searchers):
-            made = search_plan(statistics, density=density, searcher=searcher)
-            made.save(output / "plans" / f"{searcher}-{density:g}.json")
-            found.setdefault(density, {})[f"{searcher} @ {density:g}"] = made
-    return found
 
 
 def _meter(progress: Progress | None, total: int) -> Callable[[int], None]:
@@ -248,7 +171,7 @@ class _Measured:
 
 
 def _measure(
-    bench: Bench, line_up: _LineUp, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
+    bench: Bench, line_up: LineUp, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
 ) -> _Measured:
     import pandas as pd
 
@@ -270,7 +193,7 @@ def _measure(
 
 
 def _write(
-    output: Path, measured: _Measured, line_up: _LineUp, settings: Mapping[str, object], against: Sequence[str]
+    output: Path, measured: _Measured, line_up: LineUp, settings: Mapping[str, object], against: Sequence[str]
 ) -> pd.DataFrame:
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""``moa-eval``: score a model on held-out items; other commands report, run lm-evaluation-harness, time it."""
+"""``moa-eval``: score a model on held-out items; its other commands report, run lm-eval and measure speed."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def find_format(path: str | os.PathLike[str]) -> PlanFormat:
     """
     if Path(path).is_dir():
         if not (Path(path) / DUO_FILES[0]).is_file():
-            raise ConfigError(f"{path}: a folder without {DUO_FILES[0]}; give a plan's file")
+            raise ConfigError(f"{path}: a folder with neither {DUO_FILES[0]} nor a front; give a plan's file")
         return "duo"
     raw = _read(path)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -269,8 +269,13 @@ class Plan(_Strict, PlanViews):
 
     def attention_density(self, length: int) -> float:
         """Share of causal query-key pairs computed in a prefill of ``length`` tokens, over the heads of `density`."""
-        plan = self.anchored_at(length) if self.anchor == "prompt" else self
-        return spans.attention_density(plan._searchable_rules(), length, self.min_span)
+        return self.attention_densities([length])[0]
+
+    def attention_densities(self, lengths: Sequence[int]) -> list[float]:
+        """`attention_density` at several lengths, in the time of the longest one (unless anchored at the prompt)."""
+        if self.anchor == "prompt":
+            return [self.anchored_at(length).attention_density(length) for length in lengths]
+        return spans.attention_densities(self._searchable_rules(), lengths, self.min_span)
 
     def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
         """Bytes of keys and values kept at ``length`` tokens, native layers' too, cache granularity aside."""

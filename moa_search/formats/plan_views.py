@@ -200,7 +200,7 @@ class PlanViews:
         at = sorted(self._checked(lengths or self.density_lengths))
         lines = {
             "KV cache kept": [100 * plan.density(n) for n in at],
-            "prefill computed": [100 * plan.attention_density(n) for n in at],
+            "prefill computed": [100 * share for share in plan.attention_densities(at)],
         }
         ax = draw_lines(at, lines, ax, title="", xlabel="context (tokens)", ylabel="share of dense (%)")
         budgets = [(b.length, 100 * b.density) for b in self._budgets() if b.density is not None]

@@ -128,15 +128,16 @@ def _formula(plan: Plan) -> str:
 
 def _density_blocks(plan: Plan, lengths: Sequence[int]) -> list[str]:
     predicted = {metrics.length: metrics for metrics in plan.predicted}
+    at = sorted({*lengths, *plan.model.usual_lengths})
     rows = [
         {
             "tokens": n,
             "KV cache kept": share(plan.density(n)),
             "KV MiB (16 bit)": f"{plan.kv_bytes(n) / 2**20:.1f}",
-            "prefill computed": share(plan.attention_density(n)),
+            "prefill computed": share(computed),
             "predicted loss": predicted_loss(predicted[n]) if n in predicted else "",
         }
-        for n in sorted({*lengths, *plan.model.usual_lengths})
+        for n, computed in zip(at, plan.attention_densities(at), strict=True)
     ]
     figure = chart(lambda ax: plan.plot_density(ax=ax))
     alt = "Share of the KV cache kept and of the prefill computed, over the context length"

@@ -52,19 +52,16 @@ def moa_mask(
     Raises:
         UnsupportedInputError: The cache or mask is one that a plan can't honour.
     """
-    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
-        raise UnsupportedInputError(
-            "keys and attention_mask must end with the newest token: a plan can't run on a StaticCache, nor with "
-            "a mask of another length"
-        )
-    if kv_offset not in (0, q_offset):
-        raise UnsupportedInputError(
-            "this sliding-window cache has dropped tokens whose count the plan needs; use MoACache"
-        )
-    if not _is_causal(mask_function):
+    fixed = isinstance(q_offset, torch.Tensor) and isinstance(kv_offset, torch.Tensor)  # a MoACache of fixed size
+    if not fixed:
+        _check_offsets(q_offset, q_length, kv_offset, kv_length)
+    # A compiler can't look into a model's mask; what isn't causal shows in the prompt's pass, which isn't compiled.
+    if not torch.compiler.is_compiling() and not _is_causal(mask_function):
         raise UnsupportedInputError("a plan runs on causal masks only, not on packed, bidirectional or custom ones")
     if attention_mask is None:
         return None
+    if fixed:
+        return attention_mask[:, -kv_length:].bool()  # whether it's all True is for the device to know
     if attention_mask.ndim != 2 or attention_mask.shape[1] not in (kv_length, kv_offset + kv_length):
         raise UnsupportedInputError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; under a plan it must be "
@@ -144,16 +141,30 @@ def moa_attention(
         "softcap": softcap,
         "sink_logits": s_aux,
     }
-    with_kernels = kernels.runs_kernels(impl, query, key, value)
-    if with_kernels and past is not None and past.decodes(query.shape[2], valid):
-        past.commit(key, value, valid, impl)
-        out = past.decode(query, impl, **options)
+    rings = past if past is not None and past.decodes(query.shape[2], valid) else None
+    # A cache of fixed size decodes by operators whatever runs them: nothing here may depend on what they find.
+    with_kernels = (rings is not None and rings.is_compileable) or kernels.runs_kernels(impl, query, key, value)
+    if rings is not None and with_kernels:
+        rings.commit(key, value, valid, impl)
+        out = rings.decode(query, impl, **options)
     else:
         attend = kernels.prefill if with_kernels else blockwise.attend
         out = attend(query, key, value, valid, rules, past, **options)
         if past is not None:
             past.commit(key, value, valid, impl)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_offsets(q_offset: Any, q_length: int, kv_offset: int, kv_length: int) -> None:
+    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise UnsupportedInputError(
+            "keys and attention_mask must end with the newest token: a plan can't run on a StaticCache, nor with "
+            "a mask of another length"
+        )
+    if kv_offset not in (0, q_offset):
+        raise UnsupportedInputError(
+            "this sliding-window cache has dropped tokens whose count the plan needs; use MoACache"
+        )
 
 
 def _is_causal(mask_function: Any) -> bool:

@@ -10,7 +10,7 @@ from moa_kernels import span_attention
 from moa_search.runtime.padding import real_first
 
 if TYPE_CHECKING:
-    from moa_search.runtime.cache import MoACacheLayer
+    from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
 __all__ = ["ROW_BLOCK", "attend"]

@@ -1,291 +1,24 @@
-"""A ragged key-value cache: every KV head keeps its sink tokens and a ring of the newest ones, no more.
-
-Why a ring never drops a key that a later query needs: the window of the query at context length n starts
-at position ``n - window(n)``, which never moves back, since window(n) grows by at most one per token
-(beta <= 1). A head's ring has at least ``window(n)`` slots for every n up to the length that the layer is
-laid out for, and that length exceeds the stored tokens. After storing n - 1 tokens, the ring therefore holds
-everything from ``n - window(n)`` on, which is all that the query at n, and any later one, can attend outside
-the sink. When the layout grows, the entries move to their new slots by position, and the bound still holds.
-Only `crop` steps back in n, so it checks.
-"""
+"""The cache that a model under a plan generates with."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
-from moa_kernels.append import append_tokens
-from moa_kernels.decode import MOST_NEW_TOKENS, span_decode
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
-from moa_search.runtime.padding import real_first
-from moa_search.runtime.rules import LayerRules, layer_rules
-from moa_search.runtime.staged import Staged
+from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.runtime.layer import MoACacheLayer
+from moa_search.runtime.report import CacheReport, LayerReport
+from moa_search.runtime.rules import layer_rules
+from moa_search.runtime.static import StaticMoACacheLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from moa_kernels.backends import Impl
-    from moa_kernels.rings import RingLayout
-
     from moa_search.formats import Plan
+    from moa_search.runtime.rules import LayerRules
 
-__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACache", "MoACacheLayer"]
-
-EMPTY = 2**31 - 1
-"""Position of a slot that holds no key: later than any query, so that causality hides it."""
-
-ROLLBACK_TOKENS = 256
-"""Tokens that can be rolled back while past states are recorded (assisted decoding)."""
-
-
-class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """Keys and values of one decoder layer, in slots as `moa_kernels.rings.RingLayout` says.
-
-    Only real tokens are stored and counted, so left, right and inner padding all become one length per sample.
-
-    Attributes:
-        rules: What the layer's heads attend.
-        keys: ``[batch, sum of capacities, head_dim]``, heads one after the other.
-        values: ``[batch, sum of capacities, value_dim]``.
-        lens: ``[batch]`` int64, tokens seen per sample.
-        longest: Tokens seen in the longest sample, known without asking the device.
-        layout: Where every head's keys are.
-        cumulative_length: Tokens seen including padding.
-        record_past: Whether room for a rollback of `ROLLBACK_TOKENS` is kept.
-    """
-
-    is_croppable = True
-    is_sliding = False
-    keys: Any
-    values: Any
-    lens: torch.Tensor
-    cumulative_length: int
-    _staged: bool
-    longest: int
-    layout: RingLayout
-    _even: bool
-    _unpadded: int
-    _reserved: int
-    _slack: int
-
-    def __init__(self, rules: LayerRules) -> None:
-        super().__init__()
-        self.rules = rules
-        self.record_past = False
-        self._forget()
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take batch size, widths, dtype and device from the first states."""
-        batch = key_states.shape[0]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(batch, 0, key_states.shape[-1])
-        self.values = value_states.new_empty(batch, 0, value_states.shape[-1])
-        self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.layout = self.rules.layout([0] * len(self.rules.rules))
-        self._floor = self.lens.new_full((batch, len(self.rules.rules)), self.rules.sink)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Staged, Staged]:
-        """Hand new keys and values to the attention function, which stores them after reading the past."""
-        if self._staged:
-            raise UnsupportedInputError(
-                "the keys of an earlier forward pass were never attended: it failed midway, or the model "
-                "bypasses the plan's attention; reset() the cache"
-            )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._staged = True
-        staged = Staged(self, key_states, value_states)
-        return staged, staged
-
-    @property
-    def start(self) -> torch.Tensor:
-        """Position of the next token, ``[batch]``, or ``[1]`` where all samples agree."""
-        return self.lens[:1] if self._even else self.lens
-
-    @property
-    def shortest(self) -> int:
-        """Tokens seen in the shortest sample."""
-        return self.longest if self._even else int(self.lens.min())
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no token is stored."""
-        return self.longest == 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
-
-    def slots(self, only_sink: bool) -> list[slice]:
-        """Where each head's keys lie in `keys` and `values`: all of them, or just its sink tokens'."""
-        layout = self.layout
-        counts = [min(self.rules.sink, most) if only_sink else most for most in layout.capacities]
-        return [slice(first, first + count) for first, count in zip(layout.offsets, counts, strict=True)]
-
-    def positions(self) -> torch.Tensor:
-        """Position that each slot holds, or `EMPTY`: int64 ``[batch or 1, slots]``, as `start`."""
-        position = self.layout.positions(self.start)
-        floor = self._floor[: len(self.start), self.layout.heads(self.device)]
-        held = (position >= 0) & ((position < self.rules.sink) | (position >= floor))
-        return position.where(held, EMPTY)
-
-    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, impl: Impl = "torch") -> None:
-        """Store new tokens, detached, overwriting the oldest ones that no later query needs.
-
-        Args:
-            key: ``[batch, kv_heads, new tokens, head_dim]``.
-            value: ``[batch, kv_heads, new tokens, value_dim]``.
-            valid: Boolean ``[batch, new tokens]``, False for padding; None if none is.
-            impl: What runs `append_tokens`.
-        """
-        tokens, counts = key.shape[2], None
-        if valid is not None:
-            key, value, counts = real_first(key, valid), real_first(value, valid), valid.sum(1)
-        lens = self.lens + (tokens if counts is None else counts)
-        self.longest = self.longest + tokens if counts is None else int(lens.max())
-        self._reserve(self.longest)
-        append_tokens(self.keys, self.values, key, value, self.lens, self.layout, counts=counts, impl=impl)
-        self._floor = self._floor.maximum(lens[:, None] - self.layout.rings(self.device))
-        self.lens = lens
-        self.cumulative_length += tokens
-        self._even = self._even and valid is None
-        trailing = tokens if valid is None else int(valid.all(0).flip(0).long().cumprod(0).sum())
-        self._unpadded = self._unpadded + tokens if trailing == tokens else trailing
-        self._staged = False
-
-    def decodes(self, tokens: int, valid: torch.Tensor | None) -> bool:
-        """Whether so many new tokens can be stored before they attend, as `decode` wants it."""
-        if tokens > min(MOST_NEW_TOKENS, 1 + self._slack):
-            return False
-        return valid is None or tokens == 1  # `span_decode` takes the newest tokens, without padding among them
-
-    def decode(self, query: torch.Tensor, impl: Impl, **options: Any) -> torch.Tensor:
-        """Attention of the newest tokens, which are stored already: ``[batch, heads, tokens, head_dim]``.
-
-        Args:
-            query: ``[batch, heads, tokens, head_dim]``.
-            impl: What runs `span_decode`.
-            **options: ``scale``, ``softcap`` and ``sink_logits`` of `span_decode`.
-        """
-        spans = self.rules.head_spans
-        return span_decode(query, self.keys, self.values, self.lens, self.layout, spans, impl=impl, **options)[0]
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included, as transformers counts them."""
-        return self.cumulative_length
-
-    def get_max_length(self) -> int:
-        """No bound."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in older versions of transformers
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that the plan's attention wants: of the new tokens only."""
-        return query_length, self.cumulative_length
-
-    def activate_past_recording(self) -> None:
-        """Keep room for rollbacks from now on."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens.
-
-        Args:
-            tokens_to_remove: Minus the number of tokens to forget; a positive number is the length to keep, as
-                older versions of transformers ask for.
-
-        Raises:
-            UnsupportedInputError: Some of the tokens are padding, or keys that the tokens to come would need
-                have been overwritten.
-        """
-        removed = self.check_crop(tokens_to_remove)
-        if removed == self.cumulative_length:
-            self.reset()
-            return
-        self.lens = self.lens - removed
-        self.longest -= removed
-        self._unpadded -= removed
-        self.cumulative_length -= removed
-
-    def check_crop(self, tokens_to_remove: int) -> int:
-        """The number of tokens that `crop` would forget; raises what `crop` raises and changes nothing."""
-        asked = int(tokens_to_remove)  # transformers 5.17 passes a tensor
-        removed = -asked if asked <= 0 else max(self.cumulative_length - asked, 0)
-        if removed >= self.cumulative_length:
-            return self.cumulative_length
-        if removed > self._unpadded:
-            raise UnsupportedInputError(f"crop(-{removed}): some of the last {removed} tokens are padding")
-        lens = self.lens - removed
-        for rule, heads in self.rules.heads_by_rule.items():
-            needed = self.rules.oldest_key(lens, rule).clamp(min=self.rules.sink)
-            if bool(((needed < self._floor[:, heads[0]]) & (needed < lens)).any()):
-                raise UnsupportedInputError(
-                    f"crop(-{removed}): keys that the next tokens need are overwritten; to roll back up to "
-                    f"{ROLLBACK_TOKENS} tokens, call activate_past_recording() on the cache beforehand"
-                )
-        return removed
-
-    def reset(self) -> None:
-        """Forget everything and free the memory."""
-        self._forget()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make sample i a copy of sample ``beam_idx[i]``."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample."""
-        self._over_batch(lambda states: states.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the samples that ``indices`` names."""
-        self._over_batch(lambda states: states[indices.to(states.device)])
-
-    def _over_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
-            self.lens, self._floor = change(self.lens), change(self._floor)
-
-    def _forget(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.cumulative_length = 0
-        self._staged = False
-        self._reserved = self._slack = 0
-        self.longest = 0
-        self._even = True  # whether all samples have the same length
-        self._unpadded = 0  # newest tokens since the last padding in any sample
-
-    def _reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens and one more, in steps that leave no head more than a block to spare."""
-        slack = ROLLBACK_TOKENS if self.record_past else 0
-        if length < self._reserved and slack == self._slack:
-            return
-        reserved = self._reserved if length < self._reserved else self.rules.roomy_length(length)
-        self._reserved, self._slack = reserved, slack
-        layout = self.rules.layout(self.rules.capacities(reserved, slack))
-        if layout == self.layout:
-            return
-        position = layout.positions(self.lens)
-        source = self.layout.slot(layout.heads(self.device), position).where(position >= 0, 0)
-        self.keys, self.values = _gather(self.keys, source), _gather(self.values, source)
-        self.layout = layout
-        self._floor = self._floor.maximum(self.lens[:, None] - layout.rings(self.device))
-
-
-def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """``[batch, slots, dim]`` from the slots ``source`` ``[batch, new slots]`` of ``states``."""
-    if states.shape[1] == 0:
-        return states.new_empty(*source.shape, states.shape[2])
-    return states.gather(1, source[:, :, None].expand(-1, -1, states.shape[2]))
+__all__ = ["MoACache"]
 
 
 def _ragged(layer: Any, rules: LayerRules) -> Any:
@@ -301,6 +34,16 @@ def _ragged(layer: Any, rules: LayerRules) -> Any:
     return MoAHybridCacheLayer(rules, layer.number_of_states)
 
 
+def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) -> StaticMoACacheLayer:
+    """What takes its place in a cache of fixed size, after the layers ``before``."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ModelUnsupportedError(
+            f"a MoACache of fixed size can't replace the model's {type(layer).__name__}; leave max_length unset"
+        )
+    first = not any(isinstance(other, StaticMoACacheLayer) for other in before)
+    return StaticMoACacheLayer(rules, max_length, checks=first)
+
+
 class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A cache for `generate` and `forward` of a model under a plan.
 
@@ -309,17 +52,55 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
     Args:
         config: Configuration of the model.
         plan: The plan applied to it.
+        max_length: Tokens per sample, prompt and answer together, for a cache of fixed size: what `torch.compile` and
+            CUDA graphs need. None for one that grows.
 
     Raises:
-        ConfigError: The plan's rules aren't anchored at positions.
+        ConfigError: The plan's rules aren't anchored at positions, or ``max_length`` isn't positive.
         ModelMismatchError: The plan was made for another model.
         ModelUnsupportedError: The model can't follow a plan.
     """
 
-    def __init__(self, config: Any, plan: Plan) -> None:
+    def __init__(self, config: Any, plan: Plan, *, max_length: int | None = None) -> None:
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length is {max_length} tokens; it must be positive, or None for a cache that grows")
         stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
-        rules = layer_rules(plan, config, stock)
-        super().__init__(layers=[_ragged(*pair) for pair in zip(stock, rules, strict=True)])
+        layers: list[Any] = []
+        for layer, rules in zip(stock, layer_rules(plan, config, stock), strict=True):
+            if max_length is None or not isinstance(layer, DynamicLayer):
+                layers.append(_ragged(layer, rules))
+            else:
+                layers.append(_fixed(layer, rules, max_length, layers))
+        super().__init__(layers=layers)
+
+    def copy(self) -> MoACache:
+        """A cache of its own with the same tokens: fill one with a prefix, then continue copies of it.
+
+        Rules are anchored at positions, so a continued copy is exactly what a run of the whole would give.
+        """
+        return copy.deepcopy(self)
+
+    def describe(self) -> CacheReport:
+        """What every layer and KV head holds, in bytes and beside a dense cache; ``print`` it for a table."""
+        return CacheReport(
+            tuple(
+                LayerReport(
+                    layer=index,
+                    batch=len(layer.lens),
+                    length=int(layer.get_seq_length()) if not layer.is_compileable else layer.get_max_length(),
+                    capacities=layer.layout.capacities,
+                    token_bytes=layer.keys.itemsize * (layer.keys.shape[-1] + layer.values.shape[-1]),
+                    device=str(layer.keys.device),
+                )
+                for index, layer in enumerate(self.layers)
+                if isinstance(layer, MoACacheLayer) and layer.is_initialized
+            )
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values in the layers that follow the plan."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, MoACacheLayer))
 
     def activate_past_recording(self) -> None:
         """Keep room for rollbacks of up to `ROLLBACK_TOKENS` tokens from now on."""
@@ -333,8 +114,3 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
             if isinstance(layer, MoACacheLayer):
                 layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for keys and values in the layers that follow the plan."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, MoACacheLayer))

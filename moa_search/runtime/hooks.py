@@ -16,7 +16,8 @@ from transformers.generation import GenerationMode
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats.checkpoint import PLAN_FILE
 from moa_search.runtime.attention import NAME
-from moa_search.runtime.cache import MoACache, MoACacheLayer
+from moa_search.runtime.cache import MoACache
+from moa_search.runtime.layer import MoACacheLayer
 
 if TYPE_CHECKING:
     import os
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["HOOKS", "PREFILL_CHUNK_TOKENS", "STATE_ATTRIBUTE", "Applied", "give_cache"]
 
 STATE_ATTRIBUTE = "_moa_applied"
+
+CACHES = (None, "dynamic", "static")
+"""What ``cache_implementation`` may be under a plan."""
 
 PREFILL_CHUNK_TOKENS = 4096
 """Tokens per sample that `generate` prefills at once, unless its ``prefill_chunk_size`` says otherwise.
@@ -48,6 +52,7 @@ class Applied:
         attention: The attention implementation before.
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
         giving: What stops `give_cache`.
+        max_length: Of the largest cache of fixed size that `generate` has made.
     """
 
     plan: Plan
@@ -55,6 +60,7 @@ class Applied:
     attention: str
     overridden: dict[str, Any]
     giving: RemovableHandle | None = None
+    max_length: int | None = None
 
 
 def _original(model: Any, name: str) -> Any:
@@ -64,47 +70,85 @@ def _original(model: Any, name: str) -> Any:
 
 
 def _prepare_cache_for_generation(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> Any:
     """Let transformers prepare a cache, then put a `MoACache` in the place of its default one."""
     original = _original(model, "_prepare_cache_for_generation")
-    from_user = model_kwargs.get("past_key_values") is not None
-    result = original(generation_config, model_kwargs, *args, **kwargs)
+    state: Applied = getattr(model, STATE_ATTRIBUTE)
+    under_plan = model.config.get_text_config(decoder=True)._attn_implementation == NAME
+    given = model_kwargs.get("past_key_values")
+    if not under_plan or given is not None:
+        if under_plan and isinstance(given, MoACache) and given.is_compileable:
+            _check_room(given, max_cache_length)
+        return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    kind = generation_config.cache_implementation
+    if kind not in CACHES:
+        raise UnsupportedInputError(f'cache_implementation "{kind}" can\'t run under a plan: {_why_not(kind)}')
+    plain = copy.copy(generation_config)
+    plain.cache_implementation = None
+    result = original(plain, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get("past_key_values")
-    text = model.config.get_text_config(decoder=True)
-    if from_user or cache is None or text._attn_implementation != NAME:
+    if cache is None:
         return result
-    if type(cache) is not DynamicCache or cache.offloading:
-        raise UnsupportedInputError(
-            f'cache_implementation "{generation_config.cache_implementation}" can\'t keep a span per head; '
-            "leave it unset under a plan"
-        )
-    plan, config = getattr(model, STATE_ATTRIBUTE).plan, model.config
+    if type(cache) is not DynamicCache:
+        raise UnsupportedInputError(f"{type(model).__name__} generates with a {type(cache).__name__}, not a plan's")
+    config, text = model.config, model.config.get_text_config(decoder=True)
     drafting = getattr(generation_config, "is_assistant", False)
-    if drafting and text.num_hidden_layers < plan.model.num_hidden_layers:
+    if drafting and text.num_hidden_layers < state.plan.model.num_hidden_layers:
         # For a model that drafts for itself with its first layers, transformers hides the others meanwhile.
         config = copy.copy(text)
-        config.num_hidden_layers = plan.model.num_hidden_layers
-    model_kwargs["past_key_values"] = MoACache(config, plan)
-    if drafting or GenerationMode.ASSISTED_GENERATION in args:
+        config.num_hidden_layers = state.plan.model.num_hidden_layers
+    length = None
+    if kind == "static":
+        # As large as any before: what was compiled for that stays good.
+        asked = getattr(generation_config, "max_cache_len", None) or 0
+        length = state.max_length = max(max_cache_length + 1, asked, state.max_length or 0)
+    model_kwargs["past_key_values"] = MoACache(config, state.plan, max_length=length)
+    if drafting or generation_mode == GenerationMode.ASSISTED_GENERATION:
         model_kwargs["past_key_values"].activate_past_recording()
     return result
+
+
+def _check_room(cache: MoACache, tokens: int) -> None:
+    most = max(layer.get_max_length() for layer in cache.layers if isinstance(layer, MoACacheLayer))
+    if tokens > most:
+        raise UnsupportedInputError(
+            f"{tokens} tokens, prompt and answer, don't fit a MoACache made for {most} (max_length); "
+            "make a larger one, or lower max_new_tokens"
+        )
+
+
+def _why_not(kind: str) -> str:
+    """What stands against a cache of transformers."""
+    if "offloaded" in kind:
+        return "layers are moved away before the plan's attention has read them; leave it unset, or spread device_map"
+    if kind == "quantized":
+        return "its layers store whole groups of tokens, which rings overwrite one by one; leave it unset"
+    return 'leave it unset, or take "static"'
 
 
 def _prefill(
     model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Prefill a long prompt in chunks."""
-    if _wants_chunks(model, input_ids, generation_config, model_kwargs):
+    """Prefill a long prompt in chunks, and none of them compiled: prompts have too many lengths for that."""
+    if isinstance(model_kwargs.get("past_key_values"), MoACache):
+        chunked = _wants_chunks(model, input_ids, generation_config, model_kwargs)
         generation_config = copy.copy(generation_config)
-        generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
+        generation_config.disable_compile = True
+        if chunked:
+            generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
     return _original(model, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Whether nobody has chosen the size of chunks, and chunks can't be told from the whole but by their memory."""
-    cache = model_kwargs.get("past_key_values")
-    if generation_config.prefill_chunk_size is not None or not isinstance(cache, MoACache):
+    cache = model_kwargs["past_key_values"]
+    if generation_config.prefill_chunk_size is not None:
         return False
     # Not every linear-attention layer goes on from its state when it gets several tokens.
     if any(not isinstance(layer, MoACacheLayer) or hasattr(layer, "update_conv_state") for layer in cache.layers):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import LinearAttentionLayer
 
-from moa_search.runtime.cache import MoACacheLayer
+from moa_search.runtime.layer import MoACacheLayer
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ from moa_kernels.backends import Impl, choose
 from moa_kernels.prefill import span_prefill
 
 from moa_search.errors import BackendUnavailableError, ConfigError
-from moa_search.runtime.cache import EMPTY
+from moa_search.runtime.layer import EMPTY
 from moa_search.runtime.padding import reordered
 from moa_search.spans import BETA_ONE
 
 if TYPE_CHECKING:
-    from moa_search.runtime.cache import MoACacheLayer
+    from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
 __all__ = ["prefill", "runs_kernels"]

@@ -9,7 +9,7 @@ from moa_search.errors import UnsupportedInputError
 if TYPE_CHECKING:
     import torch
 
-    from moa_search.runtime.cache import MoACacheLayer
+    from moa_search.runtime.layer import MoACacheLayer
 
 __all__ = ["Staged"]
 

@@ -35,6 +35,7 @@ def config(tmp_path, tiny_model_dir, profile):
         "profile": str(profile),
         "searchers": ["exact", "moa"],
         "densities": [0.5],
+        "budget_lengths": [300, 500],
         "tasks": ["passkey", "perplexity"],
         "lengths": [300, 500],
         "samples": [2, 1],
@@ -79,6 +80,8 @@ def test_from_a_yaml_file_to_a_page_and_its_tables(config, monkeypatch, capsys, 
     effective = pd.read_csv(folder / "effective.csv")
     assert effective["variant"].tolist() == names
     assert sorted(path.name for path in (folder / "plans").iterdir()) == ["exact-0.5.json", "moa-0.5.json"]
+    kept = summary[summary["variant"].isin(["exact @ 0.5", "moa @ 0.5"])]
+    assert (kept["density"] <= 0.5).all(), "at every length of the budget"
     page = (folder / "report.html").read_text()
     for name in (*names, "Effective context", "Scores: passkey", "Differences", "Plans", "teacher-forced"):
         assert name in page

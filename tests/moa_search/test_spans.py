@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moa_search.errors import ConfigError
 from moa_search.masks import span_mask
-from moa_search.spans import BETA_ONE, DENSE, SpanRule, attention_density, density, span
+from moa_search.spans import BETA_ONE, DENSE, SpanRule, attention_densities, attention_density, density, span
 
 RULES = st.builds(
     SpanRule,
@@ -129,3 +129,9 @@ def test_attention_density_of_many_positions_is_the_same_in_slices(monkeypatch):
     for positions in (1, 999, 1000, 5000):
         monkeypatch.setattr("moa_search.spans.SLICE", positions)
         assert attention_density(rules, 5000, 68) == whole
+
+
+def test_attention_densities_are_those_of_each_length_in_any_order():
+    rules = [SpanRule(-96, 200), SpanRule(64, 0), DENSE]
+    lengths = [700, 1, 300, 300, 5000]
+    assert attention_densities(rules, lengths, 68) == [attention_density(rules, length, 68) for length in lengths]

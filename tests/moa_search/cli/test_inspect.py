@@ -1,5 +1,6 @@
 """moa-inspect, run as a user runs it, with wrong input too."""
 
+import json
 import sys
 
 import pytest
@@ -78,6 +79,17 @@ class TestDiff:
         assert "Changed heads at 1024 tokens" in out
         assert "uniform.json" in out
 
+    def test_a_plan_of_another_tool_beside_one_of_ours(self, call, folder):
+        other = folder / "moa.json"
+        other.write_text(json.dumps({"alphas": [[256] * 4] * 3, "betas": [[0.0] * 4] * 3}))
+        status, out, err = call("diff", other, folder / "uniform.json", "--lengths", 1024)
+        assert status == 0, err
+        assert "6 of 6 KV heads differ; sink 64 and 4; anchor prompt and position" in out
+        status, _, err = call("diff", other, other)
+        assert status == 2
+        assert "neither" in err
+        assert "--model MODEL --save" in err
+
     def test_two_files_need_no_subcommand(self, call, folder):
         files = folder / "out" / "plan.json", folder / "uniform.json"
         assert call(*files)[:2] == call("diff", *files)[:2]
@@ -132,6 +144,7 @@ class TestBadInput:
             (["profile", "out/plan.json"], ["plan.json", "not a moa-search profile"]),
             (["plan", "p.safetensors"], ["p.safetensors", "moa-inspect profile"]),
             (["plan", "out"], ["out", "moa-inspect front"]),
+            (["."], ["neither full_attention_heads.tsv nor a front"]),
             (["diff", "uniform.json"], ["1 given", "two"]),
             (["diff", "uniform.json", "uniform.json", "uniform.json"], ["3 given", "two"]),
             (["diff", "uniform.json", "other.json"], ["other.json", "another model", "num_hidden_layers: 3 != 2"]),

@@ -25,7 +25,7 @@ def test_content_tells_formats_apart(tmp_path):
     for text in ("", "{", "hello", "[1, 2]", "[" * 100_000, '{"schema": "moa-plan/1", "alphas": []}', "\0\1"):
         (tmp_path / "file").write_text(text)
         assert find_format(tmp_path / "file") == "plan", "whose reader says what is wrong"
-    with pytest.raises(ConfigError, match=r"a folder without full_attention_heads\.tsv"):
+    with pytest.raises(ConfigError, match=r"a folder with neither full_attention_heads\.tsv nor a front"):
         find_format(tmp_path)
     with pytest.raises(ConfigError, match="No such file"):
         find_format(tmp_path / "none")

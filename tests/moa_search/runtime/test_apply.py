@@ -143,13 +143,6 @@ def test_something_that_is_no_transformers_model_is_refused():
         apply_plan(wrapper, tiny_plan(model))
 
 
-@pytest.mark.parametrize("implementation", ["static", "offloaded"])
-def test_other_caches_of_generate_are_refused(implementation):
-    model = tiny_model()
-    with applied(model, tiny_plan(model)), pytest.raises(UnsupportedInputError, match="cache_implementation"):
-        generate(model, cache_implementation=implementation)
-
-
 def test_continuous_batching_is_refused():
     model = tiny_model()
     with applied(model, tiny_plan(model)), pytest.raises(UnsupportedInputError, match="continuous batching"):

@@ -8,7 +8,7 @@ import torch
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.runtime import MoACache, applied, apply_plan
-from moa_search.runtime.cache import EMPTY, ROLLBACK_TOKENS, MoACacheLayer
+from moa_search.runtime.layer import EMPTY, ROLLBACK_TOKENS, MoACacheLayer
 from moa_search.runtime.rules import LayerRules
 from moa_search.spans import SpanRule
 

@@ -146,7 +146,7 @@ def test_a_model_that_is_split_later_is_refused_when_it_runs(model, plan):
             run(tokens(1, 20))
 
 
-@pytest.mark.parametrize("implementation", ["static", "offloaded_static", "offloaded", "paged"])
+@pytest.mark.parametrize("implementation", ["offloaded_static", "offloaded", "quantized", "sliding_window", "paged"])
 def test_caches_of_generate(model, plan, implementation):
     reason = "continuous batching" if implementation == "paged" else f'cache_implementation "{implementation}"'
     with applied(model, plan), pytest.raises(UnsupportedInputError, match=reason):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moa_search.errors import BackendUnavailableError, ConfigError
-from moa_search.runtime import MoACache, applied, apply_plan, blockwise, cache, kernels, remove_plan
-from moa_search.runtime.cache import MoACacheLayer
+from moa_search.runtime import MoACache, applied, apply_plan, blockwise, kernels, layer, remove_plan
+from moa_search.runtime.layer import MoACacheLayer
 from moa_search.runtime.rules import LayerRules
 from moa_search.spans import SpanRule
 
@@ -109,7 +109,7 @@ def test_generation_by_kernels_is_the_torch_paths_token_for_token(kind):
 def calls(monkeypatch):
     """Shapes of the queries that each kernel gets from now on."""
     seen = []
-    for module, name in ((kernels, "span_prefill"), (cache, "span_decode")):
+    for module, name in ((kernels, "span_prefill"), (layer, "span_decode")):
         original = getattr(module, name)
 
         def spy(query, *args, original=original, name=name, **kwargs):
@@ -180,3 +180,16 @@ def test_what_runs_is_remembered_with_the_plan():
     assert {module._moa_impl for module in model.modules() if hasattr(module, "_moa_impl")} == {"triton"}
     remove_plan(model)
     assert not any(hasattr(module, "_moa_impl") for module in model.modules())
+
+
+@pytest.mark.slow
+def test_a_cache_of_fixed_size_decodes_by_kernels():
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=1).to(DEVICE)
+    plan = tiny_plan(model)
+    reference = explicit(model, plan)
+    sequence = tokens(2, 32).to(DEVICE)
+    apply_plan(model, plan, impl="triton")
+    past = MoACache(model.config, plan, max_length=32)
+    with torch.no_grad():
+        found = [model(part, past_key_values=past).logits for part in sequence.split([20, 1, 3, 8], 1)]
+    torch.testing.assert_close(torch.cat(found, 1).cpu(), logits(reference, sequence).cpu(), rtol=1e-3, atol=1e-3)
