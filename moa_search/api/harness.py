@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from moa_search.api.common import (
     require_positive,
     require_writable_folder,
 )
-from moa_search.api.evaluating import plan_name
+from moa_search.api.line_up import given_plans, make_line_up
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,34 +79,21 @@ def run_harness(
     """
     import pandas as pd
 
-    from moa_search.evaluation.compare import Variant, as_it_runs, require_baselines, uniform_like
     from moa_search.evaluation.harness import Harness, harness_summary
-    from moa_search.formats import ModelSignature, Plan
+    from moa_search.formats import ModelSignature
 
     optional = {"limit": limit, "length": length}
     require_positive(batch_size=batch_size, **{name: value for name, value in optional.items() if value is not None})
     require_writable_folder(output)
-    plans: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        name = plan_name(entry, loaded, index, plans)
-        plans[f"plan {name}" if name in baselines else name] = loaded
-    require_baselines(baselines, any_plan=bool(plans))
-    if length is None and ("uniform" in baselines or any(made.anchor == "prompt" for made in plans.values())):
+    line_up = make_line_up(given_plans(plan, baselines), baselines)
+    of_a_length = "uniform" in baselines or any(made.anchor == "prompt" for made in line_up.plans.values())
+    if length is None and of_a_length:
         raise ConfigError("length: uniform spans and plans anchored at the prompt depend on one; give --length")
-    variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
-    for name, made in plans.items():
-        if "uniform" in baselines:
-            label = "uniform" if len(plans) == 1 else f"uniform like {name}"
-            variants.append(Variant(label, partial(uniform_like, made)))
-        variants.append(Variant(name, partial(as_it_runs, made)))
-    if not variants:
-        raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, which lm-eval needs; set its eos_token")
     signature = ModelSignature.of(network.config)
-    for name, made in plans.items():
+    for name, made in line_up.plans.items():
         made.model.require(signature, f"plan {name}")
     told: dict[str, Any] = {"tokenizer": tokenizer.name_or_path, "pretrained": tokenizer.name_or_path}
     harness = Harness(
@@ -117,7 +103,7 @@ def run_harness(
         metadata=told | ({"max_seq_lengths": list(lengths)} if lengths else {}),
     )
     runs: dict[str, HarnessRun] = {}
-    for number, variant in enumerate(variants, 1):
+    for number, variant in enumerate(line_up.variants, 1):
         runs[variant.name] = harness.run(
             network,
             tokenizer,
@@ -129,7 +115,7 @@ def run_harness(
             apply_chat_template=apply_chat_template,
         )
         if progress is not None:
-            progress(number, len(variants))
+            progress(number, len(line_up.variants))
     summary = harness_summary(runs)
     if output is not None:
         items = pd.concat([run.items.assign(variant=name) for name, run in runs.items()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WayKind", "measure_throughput"]
 
-WayKind = Literal["dense", "dense-static", "plan"]
+WayKind = Literal["dense", "dense-static", "plan", "plan-static"]
 
 
 def measure_throughput(
@@ -31,7 +32,7 @@ def measure_throughput(
     layers: int | None = None,
     plan: Sequence[str | Plan] = (),
     density: Sequence[float] = (),
-    ways: Sequence[WayKind] = ("dense", "dense-static", "plan"),
+    ways: Sequence[WayKind] = ("dense", "dense-static", "plan", "plan-static"),
     lengths: Sequence[int] = (1024,),
     batch: Sequence[str] = ("1",),
     decode_tokens: int = 32,
@@ -54,14 +55,16 @@ def measure_throughput(
         plan: Plan files; in Python also Plans.
         density: Make up a plan that keeps this share of the KV cache, for a model without a profile: some heads dense,
             the others a sixteenth of the context.
-        ways: dense (SDPA, DynamicCache), dense-static (SDPA, StaticCache, compiled decoding) and plan.
+        ways: dense (SDPA, DynamicCache), dense-static (SDPA, StaticCache, compiled decoding), plan, and plan-static
+            (a cache of fixed size, compiled decoding).
         lengths: Tokens per prompt.
         batch: Samples together, or "largest": the largest batch that fits, found for each way.
         decode_tokens: Timed decoding steps, after the prefill's token and four untimed ones.
         repetitions: Timed runs of each way, length and batch, in turns.
         prefill_chunk: Tokens that a prefill handles at once; by default what transformers and the plan do.
         memory_limit_gib: For "largest", most memory in use, weights included; on a CPU required.
-        output: Folder for throughput.csv (every run), summary.csv, gains.csv, facts.json and throughput.png.
+        output: Folder for throughput.csv (every run), summary.csv, gains.csv, facts.json and throughput.png, written
+            again after each length.
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the prompts and of random weights.
@@ -92,7 +95,7 @@ def measure_throughput(
     batches = _batches(batch)
     require_writable_folder(output)
     plans = named_plans(plan)
-    if "plan" in ways and not plans and not density:
+    if {"plan", "plan-static"} & set(ways) and not plans and not density:
         raise ConfigError("ways: plan needs --plan or --density; for dense alone give --ways dense dense-static")
     if random_weights is not None:
         from moa_search.models import random_model
@@ -109,7 +112,7 @@ def measure_throughput(
     for share in density:
         plans[f"made up {share:g}"] = made_up_plan(signature, share, native_layers=native)
     require_context(network.config, max(lengths) + 1 + UNTIMED_STEPS + decode_tokens)
-    found = measure(
+    return measure(
         network,
         make_ways(ways, plans),
         lengths=lengths,
@@ -120,10 +123,8 @@ def measure_throughput(
         limit_bytes=None if memory_limit_gib is None else round(memory_limit_gib * 2**30),
         seed=seed,
         progress=progress,
+        keep=None if output is None else partial(_save, output=output),
     )
-    if output is not None:
-        _save(found, output)
-    return found
 
 
 def _batches(batch: Sequence[str]) -> list[int | str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +16,12 @@ from moa_search.api.common import (
     require_positive,
     require_writable_folder,
 )
-from moa_search.api.evaluating import plan_name
+from moa_search.api.line_up import LineUp, given_plans, make_line_up, searched_plans
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moa_search.evaluation.compare import Variant
     from moa_search.evaluation.suite import Bench, Grid
     from moa_search.evaluation.tasks import Task
     from moa_search.formats import Plan, Profile
@@ -104,10 +102,10 @@ def report_model(
     if refine < 0:
         raise ConfigError(f"refine: {refine} is out of range; it must be at least 0")
     require_writable_folder(output)
-    groups = _given(plan, baselines)
+    groups = given_plans(plan, baselines)
     if profile is not None:
-        groups |= _searched(profile, searchers, densities, budget_lengths, Path(output) / "plans")
-    line_up = _line_up(groups, baselines)
+        groups |= searched_plans(profile, searchers, densities, budget_lengths, Path(output) / "plans")
+    line_up = make_line_up(groups, baselines)
     names = [variant.name for variant in line_up.variants]
     for name in against:
         if name not in names:
@@ -134,88 +132,11 @@ def report_model(
     return _write(Path(output), measured, line_up, settings, against)
 
 
-@dataclass(frozen=True)
-class _LineUp:
-    """What is measured.
-
-    Attributes:
-        variants: Baselines and plans, in the order of the tables.
-        plans: Plans by the name of their variant.
-        uniform: For a plan's variant, the uniform one that keeps as much.
-        rivals: Pairs of variants that differ in nothing but the search.
-    """
-
-    variants: list[Variant]
-    plans: dict[str, Plan]
-    uniform: dict[str, str]
-    rivals: list[tuple[str, str]]
-
-
 def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
     if len(samples) not in (1, len(lengths)):
         raise ConfigError(f"samples: {len(samples)} numbers for {len(lengths)} lengths; give one, or one for each")
     each = list(samples) * len(lengths) if len(samples) == 1 else list(samples)
     return dict(sorted(zip(lengths, each, strict=True)))
-
-
-def _given(plan: Sequence[str | Plan], baselines: Sequence[str]) -> dict[str, dict[str, Plan]]:
-    """The user's plans by name, each in a group of its own."""
-    from moa_search.formats import Plan
-
-    groups: dict[str, dict[str, Plan]] = {}
-    taken: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        name = plan_name(entry, loaded, index, taken)
-        name = f"plan {name}" if name in baselines else name
-        taken[name] = loaded
-        groups[f"like {name}"] = {name: loaded}
-    return groups
-
-
-def _searched(
-    profile: str | Profile,
-    searchers: Sequence[Searcher],
-    densities: Sequence[float],
-    budget_lengths: Sequence[int] | None,
-    folder: Path,
-) -> dict[str, dict[str, Plan]]:
-    """Plans of every searcher by name, grouped by density, and written to a folder."""
-    from moa_search.api.options import load_profile
-    from moa_search.api.searching import search_plan
-
-    if not searchers or not densities:
-        raise ConfigError("profile: nothing to search for; give --searchers and --densities")
-    statistics = load_profile(profile)
-    groups: dict[str, dict[str, Plan]] = {}
-    for density in dict.fromkeys(densities):
-        for searcher in dict.fromkeys(searchers):
-            made = search_plan(statistics, density=density, searcher=searcher, budget_lengths=budget_lengths)
-            made.save(folder / f"{searcher}-{density:g}.json")
-            groups.setdefault(f"@ {density:g}", {})[f"{searcher} @ {density:g}"] = made
-    return groups
-
-
-def _line_up(groups: Mapping[str, Mapping[str, Plan]], baselines: Sequence[str]) -> _LineUp:
-    """Dense attention, then of each group its uniform spans and its plans; the first is set beside the rest."""
-    from moa_search.evaluation.compare import Variant, as_it_runs, require_baselines, uniform_like
-
-    require_baselines(baselines, any_plan=bool(groups))
-    variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
-    line_up = _LineUp(variants, {}, {}, [])
-    for label, plans in groups.items():
-        first = next(iter(plans))
-        if "uniform" in baselines:
-            variants.append(Variant(f"uniform {label}", partial(uniform_like, plans[first])))
-            line_up.uniform.update(dict.fromkeys(plans, f"uniform {label}"))
-            line_up.rivals.append((first, f"uniform {label}"))
-        line_up.rivals.extend((first, other) for other in plans if other != first)
-        for name, made in plans.items():
-            variants.append(Variant(name, partial(as_it_runs, made)))
-            line_up.plans[name] = made
-    if not variants:
-        raise ConfigError("nothing to evaluate: give --plan, --profile, or --baselines dense")
-    return line_up
 
 
 def _meter(progress: Progress | None, total: int) -> Callable[[int], None]:
@@ -250,7 +171,7 @@ class _Measured:
 
 
 def _measure(
-    bench: Bench, line_up: _LineUp, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
+    bench: Bench, line_up: LineUp, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
 ) -> _Measured:
     import pandas as pd
 
@@ -272,7 +193,7 @@ def _measure(
 
 
 def _write(
-    output: Path, measured: _Measured, line_up: _LineUp, settings: Mapping[str, object], against: Sequence[str]
+    output: Path, measured: _Measured, line_up: LineUp, settings: Mapping[str, object], against: Sequence[str]
 ) -> pd.DataFrame:
     import pandas as pd
 

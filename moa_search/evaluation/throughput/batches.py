@@ -62,13 +62,13 @@ class Probe:
             pass
         self._peaks: dict[int, int] = {} if idle.peak_bytes is None else {0: idle.peak_bytes}
 
-    def __call__(self, batch: int) -> bool:
-        """Whether ``batch`` samples fit."""
+    def __call__(self, batch: int, *, compiled: bool = False) -> bool:
+        """Whether ``batch`` samples fit; a compiled way is tried uncompiled unless told otherwise, to save minutes."""
         if self.limit_bytes is not None and self._forecast(batch) > self.limit_bytes:
             return False
         ids = torch.zeros(batch, self.length, dtype=torch.long, device=self.model.device)
         try:
-            run = run_once(self.model, self.way, ids, self.decode_tokens, compiled=False)
+            run = run_once(self.model, self.way, ids, self.decode_tokens, compiled=compiled)
         except torch.OutOfMemoryError:
             return False
         if run.peak_bytes is not None:

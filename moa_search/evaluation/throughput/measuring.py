@@ -15,7 +15,7 @@ from moa_search.errors import ConfigError
 from moa_search.evaluation.throughput.batches import MOST_SAMPLES, Probe, largest_batch
 from moa_search.evaluation.throughput.gate import Gate, verify
 from moa_search.evaluation.throughput.memory import old_objects_kept
-from moa_search.evaluation.throughput.running import run_once
+from moa_search.evaluation.throughput.running import Run, run_once
 from moa_search.evaluation.throughput.ways import Way, forget_compiled, generating_on
 from moa_search.version import __version__
 
@@ -23,6 +23,9 @@ __all__ = ["LARGEST", "Throughput", "measure"]
 
 LARGEST = "largest"
 """Stands for the largest batch that fits."""
+
+COMPILED_SHARE = 16
+"""Where a compiled way's batch fits only uncompiled, one in so many samples is given up at a time."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def measure(
     limit_bytes: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[Throughput], None] | None = None,
 ) -> Throughput:
     """Time every way at every length and batch.
 
@@ -78,6 +82,7 @@ def measure(
         limit_bytes: Bound for `LARGEST`; see `Probe`.
         seed: Of the prompts, which are random tokens.
         progress: Told the lengths times rounds done and in all.
+        keep: Given what was found so far after each length, so that a run that fails later isn't lost.
 
     Returns:
         Rows with ``way``, ``kind``, ``density``, ``attention_density``, ``length``, ``batch``, ``is_largest``,
@@ -89,23 +94,26 @@ def measure(
     """
     gates = tuple(verify(model, way, seed) for way in ways if way.plan is not None)
     rows: list[dict[str, Any]] = []
+    lengths = list(dict.fromkeys(lengths))
     total, done = len(lengths) * (repetitions + 1), 0
+    facts = _facts(model) | {"decode_tokens": str(decode_tokens), "prefill_chunk": str(prefill_chunk)}
     with old_objects_kept(), generating_on(model, prefill_chunk=prefill_chunk):
-        for length in dict.fromkeys(lengths):
+        for length in lengths:
             forget_compiled(model)  # graphs of another length only take memory
             cells = _cells(model, ways, length, batches, decode_tokens, limit_bytes)
             prompts = _prompts(model, length, max(cell.batch for cell in cells), seed)
             for repetition in range(-1, repetitions):
                 shift = max(repetition, 0) % len(cells)
                 for cell in cells[shift:] + cells[:shift]:
-                    run = run_once(model, cell.way, prompts[: cell.batch], decode_tokens)
+                    run = _run(model, cell, prompts, decode_tokens)
                     if repetition >= 0:
                         rows.append({**_keys(cell, length), "repetition": repetition, **vars(run)})
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    settings = {"decode_tokens": str(decode_tokens), "prefill_chunk": str(prefill_chunk)}
-    return Throughput(pd.DataFrame(rows), gates, _facts(model) | settings)
+            if keep is not None:
+                keep(Throughput(pd.DataFrame(rows), gates, facts))
+    return Throughput(pd.DataFrame(rows), gates, facts)
 
 
 def _cells(
@@ -122,7 +130,10 @@ def _cells(
         most = {way.name + way.kind: _largest(model, way, length, decode_tokens, limit_bytes) for way in ways}
         found = [_Cell(way, most[way.name + way.kind], is_largest=True) for way in ways]
         of_dense = [cell.batch for cell in found if cell.way.plan is None]
-        cells = found + [_Cell(way, batch) for way in ways if way.plan is not None for batch in of_dense] + cells
+        beside = [
+            _Cell(cell.way, batch) for cell in found for batch in of_dense if cell.way.plan and batch <= cell.batch
+        ]
+        cells = found + beside + cells
     unique: dict[tuple[str, str, int], _Cell] = {}
     for cell in cells:  # the largest come first, and stay
         unique.setdefault((cell.way.name, cell.way.kind, cell.batch), cell)
@@ -130,10 +141,26 @@ def _cells(
 
 
 def _largest(model: Any, way: Way, length: int, decode_tokens: int, limit_bytes: int | None) -> int:
-    found = largest_batch(Probe(model, way, length, decode_tokens, limit_bytes), MOST_SAMPLES)
+    probe = Probe(model, way, length, decode_tokens, limit_bytes)
+    found = largest_batch(probe, MOST_SAMPLES)
+    while found and way.is_compiled and not probe(found, compiled=True):  # compiled graphs take memory, too
+        forget_compiled(model)
+        found -= max(1, found // COMPILED_SHARE)
     if not found:
         raise ConfigError(f"length {length}: not even one sample of {way.name} fits; give shorter lengths")
     return found
+
+
+def _run(model: Any, cell: _Cell, prompts: torch.Tensor, decode_tokens: int) -> Run:
+    """One run; where the graphs of a compiled way leave too little memory to another's largest batch, without them.
+
+    They are made again when that way's turn comes, in steps that aren't timed.
+    """
+    try:
+        return run_once(model, cell.way, prompts[: cell.batch], decode_tokens)
+    except torch.OutOfMemoryError:
+        forget_compiled(model)
+    return run_once(model, cell.way, prompts[: cell.batch], decode_tokens)
 
 
 def _prompts(model: Any, length: int, batch: int, seed: int) -> torch.Tensor:

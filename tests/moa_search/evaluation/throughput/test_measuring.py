@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from moa_search.errors import VerificationError
-from moa_search.evaluation.throughput import Way, made_up_plan, make_ways, measure, measuring
+from moa_search.evaluation.throughput import Way, batches, made_up_plan, make_ways, measure, measuring
 from moa_search.evaluation.throughput.memory import PeakMemory
-from moa_search.evaluation.throughput.running import UNTIMED_STEPS
+from moa_search.evaluation.throughput.running import UNTIMED_STEPS, Run
 from moa_search.formats import ModelSignature
 
 
@@ -16,7 +16,7 @@ def plan(tiny_model):
 def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan):
     model = tiny_model[0]
     before = (model.generation_config, model.config._attn_implementation, {*vars(model)})
-    seen = []
+    seen, kept = [], []
     found = measure(
         model,
         make_ways(("dense", "plan"), {"half": plan}),
@@ -25,11 +25,13 @@ def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan):
         decode_tokens=6,
         repetitions=2,
         progress=lambda done, total: seen.append((done, total)),
+        keep=kept.append,
     )
     cells = found.runs.groupby(["way", "length", "batch"], sort=False).size()
     assert cells.to_dict() == {(w, n, b): 2 for w in ("dense", "half") for n in (64, 512) for b in (1, 3)}
     assert (found.runs[["prefill_ms", "decode_ms", "peak_bytes"]] > 0).all().all()
     assert seen[-1] == (6, 6)
+    assert [len(part.runs) for part in kept] == [8, 16]
     assert (model.generation_config, model.config._attn_implementation, {*vars(model)}) == before
     assert {"device", "torch", "transformers", "dtype"} <= {*found.facts}
     stored = 512 + UNTIMED_STEPS + 6  # the last token is never stored
@@ -56,6 +58,34 @@ def test_largest_batches_and_plans_at_those_of_dense(tiny_model, plan, monkeypat
     assert cells == [["dense", 2, True], ["dense", 4, False], ["half", 2, False], ["half", 4, True]]
 
 
+def test_a_compiled_way_gives_up_samples_that_only_fit_uncompiled(tiny_model, monkeypatch):
+    def run_once(model, way, ids, decode_tokens, *, compiled=True):
+        if len(ids) > (18 if compiled else 20):
+            raise torch.OutOfMemoryError
+        return Run(1.0, 1.0, 1.0, 1, None)
+
+    monkeypatch.setattr(batches, "run_once", run_once)
+    assert measuring._largest(tiny_model[0], Way("dense", "dense"), 8, 2, None) == 20
+    assert measuring._largest(tiny_model[0], Way("dense-static", "dense-static"), 8, 2, None) == 18
+
+
+def test_graphs_make_room_for_another_ways_largest_batch(tiny_model, plan, monkeypatch):
+    freed, ran = [], []
+
+    def run_once(model, way, ids, decode_tokens):
+        ran.append(way.name)
+        if way.name == "half" and not freed:
+            raise torch.OutOfMemoryError
+        return Run(1.0, 1.0, 1.0, 1, None)
+
+    monkeypatch.setattr(measuring, "run_once", run_once)
+    monkeypatch.setattr(measuring, "forget_compiled", lambda model: freed.append(len(ran)) if ran else None)
+    ways = make_ways(("dense", "plan"), {"half": plan})
+    found = measure(tiny_model[0], ways, lengths=[64], batches=[1], decode_tokens=2, repetitions=1)
+    assert (ran, freed) == (["dense", "half", "half", "dense", "half"], [2])
+    assert len(found.runs) == 2
+
+
 def test_nothing_is_timed_on_a_red_gate(tiny_model, plan, monkeypatch):
     def broken(model, way, seed):
         raise VerificationError(way.name)
@@ -68,13 +98,22 @@ def test_nothing_is_timed_on_a_red_gate(tiny_model, plan, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler meets its own and, pickling, jsonargparse's
-def test_the_compiled_way_compiles_and_its_cache_holds_the_whole_run(tiny_model):
+def test_compiled_ways_compile_and_their_caches_hold_the_whole_run(tiny_model, plan):
     torch._dynamo.utils.counters.clear()
     found = measure(
-        tiny_model[0], make_ways(("dense-static",), {}), lengths=[64], batches=[2], decode_tokens=4, repetitions=1
+        tiny_model[0],
+        make_ways(("dense-static", "plan-static"), {"half": plan}),
+        lengths=[200],
+        batches=[2],
+        decode_tokens=4,
+        repetitions=1,
     )
-    assert sum(torch._dynamo.utils.counters["stats"].values()) > 0
-    assert set(found.runs["cache_bytes"]) == {2 * 2 * 2 * 2 * (64 + 1 + UNTIMED_STEPS + 4) * 8 * 4}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert [gate.way for gate in found.gates] == ["half static"]
+    tokens = 200 + 1 + UNTIMED_STEPS + 4
+    by_kind = found.runs.set_index("kind")["cache_bytes"]
+    assert by_kind["dense-static"] == 2 * 2 * 2 * 2 * tokens * 8 * 4
+    assert by_kind["plan-static"] < 0.75 * by_kind["dense-static"]
 
 
 def test_peaks_rise_with_what_is_allocated_and_start_again():
