@@ -106,6 +106,8 @@ def _without_own_keys(config: Any, text: Any) -> str | None:
         return "multi-head latent attention (MLA) has no keys per head to drop"
     if getattr(text, "num_kv_shared_layers", None) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
         return "several of its layers share one layer's keys and values"
+    if getattr(text, "cross_attention_layers", None):
+        return "some of its layers attend images through cross attention"
     if getattr(text, "attention_chunk_size", None):
         return "its attention is chunked"
     return None

@@ -109,7 +109,9 @@ def front_rows(plans: Sequence[StoredPlan], chosen: str | None) -> list[dict[str
 
 def front_blocks(plans: Sequence[StoredPlan], chosen: str | None) -> list[str]:
     """The plans of a front as chart and table, the chosen one marked."""
-    table = table_block(pd.DataFrame(front_rows(plans, chosen)), "Plans of the front")
+    guessed = any(metrics.extrapolated for stored in plans for metrics in stored.plan.predicted)
+    caption = "Plans of the front" + ("; ≈ is extrapolated" if guessed else "")
+    table = table_block(pd.DataFrame(front_rows(plans, chosen)), caption)
     names = plan_names(plans)
     drawn = [
         (stored.plan, name)

@@ -74,7 +74,8 @@ def explicit(model: Any, plan: Plan) -> Any:
     AttentionInterface.register("explicit", _explicit_attention)
     AttentionMaskInterface.register("explicit", eager_mask)
     reference = copy.deepcopy(model)
-    reference.set_attn_implementation("explicit")
+    nested = reference.config.get_text_config(decoder=True) is not reference.config
+    reference.set_attn_implementation({"text_config": "explicit"} if nested else "explicit")
     for module in reference.modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int):
