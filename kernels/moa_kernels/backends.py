@@ -11,12 +11,13 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["HEAD_DIMS", "BackendUnavailableError", "Impl", "choose", "interpreting", "multiprocessors"]
+__all__ = ["HEAD_DIMS", "BackendUnavailableError", "Impl", "choose", "interpreting", "multiprocessors", "on_device_of"]
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -64,6 +65,11 @@ def choose(
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when they were first imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's device the current one: Triton launches there, wherever the tensors that it gets are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def multiprocessors(device: torch.device) -> int:

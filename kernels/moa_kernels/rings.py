@@ -127,11 +127,14 @@ class RingLayout:
     def _slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """int64 ``[slots]``, twice: each slot's head, and its place in that head."""
         kept: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_slots_by_device", {})
-        if device not in kept:
-            counts = torch.tensor(self.capacities, device=device)
-            head = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=self.slots)
-            kept[device] = head, torch.arange(self.slots, device=device) - self._columns(device)[0][head]
-        return kept[device]
+        if device in kept:
+            return kept[device]
+        counts = torch.tensor(self.capacities, device=device)
+        head = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=self.slots)
+        slots = head, torch.arange(self.slots, device=device) - self._columns(device)[0][head]
+        if device.type == "cpu":  # elsewhere kernels decode, which never ask: memory is worth more there
+            kept[device] = slots
+        return slots
 
 
 def _slot(offset: Tensor, sink: Tensor, ring: Tensor, position: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WayKind", "measure_throughput"]
 
-WayKind = Literal["dense", "dense-static", "plan"]
+WayKind = Literal["dense", "dense-static", "plan", "plan-static"]
 
 
 def measure_throughput(
@@ -32,7 +32,7 @@ def measure_throughput(
     layers: int | None = None,
     plan: Sequence[str | Plan] = (),
     density: Sequence[float] = (),
-    ways: Sequence[WayKind] = ("dense", "dense-static", "plan"),
+    ways: Sequence[WayKind] = ("dense", "dense-static", "plan", "plan-static"),
     lengths: Sequence[int] = (1024,),
     batch: Sequence[str] = ("1",),
     decode_tokens: int = 32,
@@ -55,7 +55,8 @@ def measure_throughput(
         plan: Plan files; in Python also Plans.
         density: Make up a plan that keeps this share of the KV cache, for a model without a profile: some heads dense,
             the others a sixteenth of the context.
-        ways: dense (SDPA, DynamicCache), dense-static (SDPA, StaticCache, compiled decoding) and plan.
+        ways: dense (SDPA, DynamicCache), dense-static (SDPA, StaticCache, compiled decoding), plan, and plan-static
+            (a cache of fixed size, compiled decoding).
         lengths: Tokens per prompt.
         batch: Samples together, or "largest": the largest batch that fits, found for each way.
         decode_tokens: Timed decoding steps, after the prefill's token and four untimed ones.
@@ -94,7 +95,7 @@ def measure_throughput(
     batches = _batches(batch)
     require_writable_folder(output)
     plans = named_plans(plan)
-    if "plan" in ways and not plans and not density:
+    if {"plan", "plan-static"} & set(ways) and not plans and not density:
         raise ConfigError("ways: plan needs --plan or --density; for dense alone give --ways dense dense-static")
     if random_weights is not None:
         from moa_search.models import random_model

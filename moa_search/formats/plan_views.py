@@ -59,11 +59,11 @@ class PlanViews:
         pattern = plan.patterns[layer][kv_head]
         return f"own window, {plan.native_window}" if pattern.kind == "native" else str(pattern.rule)
 
-    def to_frame(self, lengths: Sequence[int] = ()) -> pd.DataFrame:
+    def to_frame(self, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
         """The plan as a tidy frame, one row per length, layer and KV head.
 
         Args:
-            lengths: Context lengths in tokens; by default `lengths`.
+            lengths: Context lengths in tokens, or one; by default `lengths`.
 
         Returns:
             Columns ``length``, ``layer``, ``kv_head``, ``kind``, ``rule``, ``alpha`` and ``beta`` (missing in native
@@ -92,12 +92,12 @@ class PlanViews:
                     )
         return pd.DataFrame(rows).astype({"alpha": "Int64", "beta": "Float64"})
 
-    def diff(self, other: Plan, lengths: Sequence[int] = ()) -> pd.DataFrame:
+    def diff(self, other: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
         """The KV heads that ``other`` treats differently, one row per length, layer and KV head.
 
         Args:
             other: A plan for the same model.
-            lengths: Context lengths in tokens; by default `lengths` of both.
+            lengths: Context lengths in tokens, or one; by default `lengths` of both.
 
         Returns:
             Columns ``length``, ``layer``, ``kv_head``, ``rule``, ``other_rule``, ``span``, ``other_span`` and
@@ -108,7 +108,7 @@ class PlanViews:
             ModelMismatchError: The plans are for different models.
         """
         self._plan.model.require(other.model, "the plan to compare with")
-        wanted = sorted({*(lengths or self.lengths), *(lengths or other.lengths)})
+        wanted = sorted({*self._checked(lengths), *other._checked(lengths)})
         keys = ["length", "layer", "kv_head"]
         mine, theirs = self.to_frame(wanted)[[*keys, "rule", "span"]], other.to_frame(wanted)[[*keys, "rule", "span"]]
         both = mine.merge(theirs.rename(columns={"rule": "other_rule", "span": "other_span"}), on=keys)
@@ -162,12 +162,12 @@ class PlanViews:
             colours="PuOr",
         )
 
-    def plot_mask(self, layer: int, kv_head: int, n: int, *, ax: Axes | None = None) -> Axes:
+    def plot_mask(self, layer: int, head: int, n: int, *, ax: Axes | None = None) -> Axes:
         """Which keys the queries of one KV head attend.
 
         Args:
             layer: Layer.
-            kv_head: KV head.
+            head: KV head.
             n: Tokens of the sequence.
             ax: Axes to draw on.
 
@@ -177,13 +177,13 @@ class PlanViews:
         from moa_search.pictures import draw_mask
 
         plan, n = self._plan, self._one(n)
-        plan.model.require_head(layer, kv_head)
-        kept = f"{plan.spans(n)[layer][kv_head] / n:.1%}"
+        plan.model.require_head(layer, head)
+        kept = f"{plan.spans(n)[layer][head] / n:.1%}"
         return draw_mask(
-            self._mask(layer, kv_head, n),
+            self._mask(layer, head, n),
             n,
             ax,
-            title=f"layer {layer}, KV head {kv_head}: {self.rule_text(layer, kv_head)}\n{kept} kept at {n} tokens",
+            title=f"layer {layer}, KV head {head}: {self.rule_text(layer, head)}\n{kept} kept at {n} tokens",
             native=layer in plan.native_layers,
         )
 
@@ -264,9 +264,9 @@ class PlanViews:
             rule = SpanRule(plan.spans(n)[layer][kv_head], 0)
         return span_mask(rule, n, sink=plan.sink, min_span=plan.min_span, most_points=MASK_POINTS)
 
-    def _checked(self, lengths: Iterable[int]) -> list[int]:
+    def _checked(self, lengths: int | Iterable[int]) -> list[int]:
         """The lengths, or `lengths` where there are none."""
-        wanted = list(lengths) or self.lengths
+        wanted = [lengths] if isinstance(lengths, int) else list(lengths) or self.lengths
         if min(wanted) < 1:
             raise ConfigError(f"length {min(wanted)} is out of range; it must be at least 1 token")
         return wanted

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from moa_search.formats.profile import Profile
 
-__all__ = ["ProfileViews"]
+__all__ = ["DECADES", "ProfileViews"]
 
 DECADES = 3
 """Powers of ten that the colours of influences span; what is smaller has the last colour."""
@@ -35,11 +35,11 @@ class ProfileViews:
         """The profile that these views are of; nothing else inherits them."""
         return self  # type: ignore[return-value]
 
-    def to_frame(self, criteria: Sequence[str] = CRITERIA) -> pd.DataFrame:
+    def to_frame(self, criteria: str | Sequence[str] = CRITERIA) -> pd.DataFrame:
         """What each window costs, as a tidy frame: one row per length, layer, KV head and window.
 
         Args:
-            criteria: Some of `moa_search.formats.criteria.CRITERIA`.
+            criteria: Some of `moa_search.formats.criteria.CRITERIA`, or one.
 
         Returns:
             Columns ``length``, ``layer``, ``kv_head`` and ``window`` (tokens beside the sink, the query included), and
@@ -59,7 +59,7 @@ class ProfileViews:
                 [[length], layers, range(heads), entry.header.windows], names=["length", "layer", "kv_head", "window"]
             )
             columns = {}
-            for criterion in criteria:
+            for criterion in [criteria] if isinstance(criteria, str) else criteria:
                 mean, error = window_losses(entry, criterion)
                 columns[criterion] = mean[layers].ravel()
                 columns[f"{criterion}_error"] = error[layers].ravel()
@@ -84,7 +84,7 @@ class ProfileViews:
             ax: Axes to draw on.
 
         Raises:
-            ConfigError: The length wasn't profiled, or an unknown criterion.
+            ConfigError: The length wasn't profiled, the window isn't within it, or an unknown criterion.
         """
         from moa_search.pictures import draw_cells
 
@@ -110,7 +110,7 @@ class ProfileViews:
             Losses ``[layer, kv_head]``, NaN in native layers; the length; the window that was measured.
 
         Raises:
-            ConfigError: The length wasn't profiled, or an unknown criterion.
+            ConfigError: The length wasn't profiled, the window isn't within it, or an unknown criterion.
         """
         profile = self._profile
         at = max(profile.lengths) if length is None else length
@@ -118,7 +118,9 @@ class ProfileViews:
             known = ", ".join(map(str, profile.lengths))
             raise ConfigError(f"length {at} wasn't profiled; choose from {known}")
         entry = profile.by_length[at]
-        wanted = at // 8 if window is None else window
+        wanted = max(1, at // 8) if window is None else window
+        if not 1 <= wanted <= at:
+            raise ConfigError(f"window {wanted} is out of range; it must be 1 to {at} tokens")
         index = int(np.abs(np.array(entry.header.windows) - wanted).argmin())
         losses = window_losses(entry, criterion)[0][..., index]
         losses[list(profile.header.native_layers)] = np.nan

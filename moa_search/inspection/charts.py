@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moa_search.formats import Plan, Profile
+from moa_search.formats.plan import LengthMetrics
 from moa_search.inspection.pages import in_ink
 from moa_search.pictures import OKABE_ITO
 
@@ -45,17 +46,19 @@ def draw_layers(ax: Axes, per_layer: npt.NDArray[np.float64], native: Sequence[i
 def draw_front(ax: Axes, plans: Sequence[Plan], names: Sequence[str], chosen: int | None) -> None:
     """The plans of a front by their predicted losses: over density, or under one budget at the first and last length.
 
-    Every plan has a name beside it, the chosen one a ring around it.
+    Every plan has a name beside it, the chosen one a ring around it. Extrapolated losses aren't drawn where there are
+    others.
     """
-    densities = [plan.predicted[-1].density for plan in plans]
-    lengths = [metrics.length for metrics in plans[0].predicted]
+    known = [_known(plan) for plan in plans]
+    densities = [metrics[-1].density for metrics in known]
+    lengths = [metrics.length for metrics in known[0]]
     if len(lengths) > 1 and max(densities) - min(densities) < SAME_DENSITY:
-        x = [plan.predicted[0].loss or 0.0 for plan in plans]
+        x = [metrics[0].loss or 0.0 for metrics in known]
         ax.set_xlabel(f"predicted loss at {lengths[0]} tokens")
     else:
         x = [100 * density for density in densities]
         ax.set_xlabel(f"KV cache kept at {lengths[-1]} tokens (%)")
-    y = [plan.predicted[-1].loss or 0.0 for plan in plans]
+    y = [metrics[-1].loss or 0.0 for metrics in known]
     ax.set_ylabel(f"predicted loss at {lengths[-1]} tokens")
     ax.plot(x, y, "o", color=OKABE_ITO[0], label="plans")
     for name, across, up in zip(names, x, y, strict=True):
@@ -65,6 +68,11 @@ def draw_front(ax: Axes, plans: Sequence[Plan], names: Sequence[str], chosen: in
     ax.margins(0.12)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
+
+
+def _known(plan: Plan) -> list[LengthMetrics]:
+    """Predictions from losses that were profiled, or all where there are none."""
+    return [metrics for metrics in plan.predicted if not metrics.extrapolated] or list(plan.predicted)
 
 
 def draw_window_losses(

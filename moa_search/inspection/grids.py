@@ -17,6 +17,8 @@ __all__ = ["GRID_SCRIPT", "GRID_STYLE", "HOW_TO_READ", "grid_block"]
 GRID_STYLE = """
 figure { max-width: 40rem; }
 figure.wide { max-width: none; }
+.cells-place { min-width: calc(11px * var(--layers) + 26px); max-width: calc(28px * var(--layers) + 26px); }
+@media (max-width: 40rem), (pointer: coarse) { .cells-place { min-width: calc(16px * var(--layers) + 26px); } }
 .cells-place svg { max-height: none; }
 svg.cells rect:hover, svg.cells rect:focus { stroke: var(--ink); stroke-width: 2.5; outline: none; }
 svg.scale { max-width: 22rem; }
@@ -25,7 +27,7 @@ svg.scale { max-width: 22rem; }
 .tip { position: fixed; z-index: 9; width: max-content; max-width: min(36rem, 92vw); padding: .35rem .6rem;
   border-radius: .3rem; background: var(--ink); color: var(--paper); font-size: .9rem;
   line-height: 1.35; pointer-events: none; }
-@media print { .cells-place { min-width: 0 !important; } .tip { display: none; } }
+@media print { .cells-place { min-width: 0; } .tip { display: none; } }
 """
 
 GRID_SCRIPT = """
@@ -87,9 +89,6 @@ HOW_TO_READ = (
     "arrow keys."
 )
 
-NARROWEST, WIDEST = 16, 28
-"""Pixels of a cell: fingers need some, and small models aren't blown up."""
-
 
 def grid_block(
     fills: Sequence[Sequence[str]],
@@ -110,11 +109,9 @@ def grid_block(
         scale: What its first and last colour mean, and of what.
         native: Whether some cells are grey.
     """
-    layers = len(fills)
-    place = f"min-width:{layers * NARROWEST + 26}px;max-width:{layers * WIDEST + 26}px"
     note = "; grey: the model's own window" if native else ""
     return (
-        f'<figure class="wide"><div class="scroll"><div class="cells-place" style="{place}">\n'
+        f'<figure class="wide"><div class="scroll"><div class="cells-place" style="--layers:{len(fills)}">\n'
         f"{cell_grid(fills, texts, label=label, focusable=True)}\n</div></div>\n"
         f"{_scale(colours, *scale)}\n"
         f"<figcaption>{escape(label)}{note}</figcaption>"

@@ -58,11 +58,11 @@ def plan_page(
         plan.model.require_head(layer, head)
     at = list(lengths) or plan.lengths
     longest = max(at)
-    model, size = plan.model, f"{plan.kv_bytes(longest) / 2**20:.1f} MiB of keys and values (16 bit)"
+    model, size = plan.model, _size(plan.kv_bytes(longest))
     page = new_page(
         title,
         f"{model.architecture}, {model.num_hidden_layers} layers of {model.num_key_value_heads} KV heads: keeps "
-        f"{share(plan.density(longest))} of the KV cache at {longest} tokens, {size}",
+        f"{share(plan.density(longest))} of the KV cache at {longest} tokens, {size} of keys and values (16 bit)",
     )
     page.add("Spans", paragraph(_formula(plan)), paragraph(HOW_TO_READ), *span_blocks(plan, at))
     page.add("Density against length", *_density_blocks(plan, at))
@@ -115,6 +115,10 @@ def layer_losses(plan: Plan, profile: Profile) -> dict[int, npt.NDArray[np.float
         per_layer[searched] = losses.mean[np.arange(len(choice)), choice].reshape(len(searched), -1).sum(1)
         found[losses.length] = per_layer
     return found
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _formula(plan: Plan) -> str:

@@ -109,7 +109,9 @@ def front_rows(plans: Sequence[StoredPlan], chosen: str | None) -> list[dict[str
 
 def front_blocks(plans: Sequence[StoredPlan], chosen: str | None) -> list[str]:
     """The plans of a front as chart and table, the chosen one marked."""
-    table = table_block(pd.DataFrame(front_rows(plans, chosen)), "Plans of the front")
+    guessed = any(metrics.extrapolated for stored in plans for metrics in stored.plan.predicted)
+    caption = "Plans of the front" + ("; ≈ is extrapolated" if guessed else "")
+    table = table_block(pd.DataFrame(front_rows(plans, chosen)), caption)
     names = plan_names(plans)
     drawn = [
         (stored.plan, name)
@@ -121,7 +123,8 @@ def front_blocks(plans: Sequence[StoredPlan], chosen: str | None) -> list[str]:
     marked = next((index for index, (plan, _) in enumerate(drawn) if plan.fingerprint == chosen), None)
     figure = chart(lambda ax: draw_front(ax, [p for p, _ in drawn], [name for _, name in drawn], marked), height=3.8)
     alt = f"Predicted losses of {len(drawn)} plans" + ("" if marked is None else ", a ring around the chosen one")
-    return [figure_block(figure, alt), table]
+    beaten = "Plans that look beaten here lose less at another length." if len(drawn[0][0].predicted) > 2 else ""
+    return [figure_block(figure, alt, caption=beaten), table]
 
 
 def heading(text: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moa_kernels.append import reference
-from moa_kernels.backends import choose
+from moa_kernels.backends import choose, on_device_of
 from moa_kernels.rings import RingLayout
 
 __all__ = ["append_tokens"]
@@ -86,7 +86,8 @@ def _append_tokens(
         from moa_kernels.append import kernel
 
         run = kernel.append_tokens
-    run(keys, values, new_keys, new_values, lens, RingLayout.from_flat(layout), counts)
+    with on_device_of(keys):
+        run(keys, values, new_keys, new_values, lens, RingLayout.from_flat(layout), counts)
 
 
 @_append_tokens.register_fake

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import choose
+from moa_kernels.backends import choose, on_device_of
 from moa_kernels.decode import reference
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
@@ -98,7 +98,8 @@ def _span_decode(
         from moa_kernels.decode import kernel
 
         run = kernel.span_decode
-    return run(query, keys, values, lens, rings, heads, scale, softcap, sink_logits)
+    with on_device_of(query):
+        return run(query, keys, values, lens, rings, heads, scale, softcap, sink_logits)
 
 
 @_span_decode.register_fake

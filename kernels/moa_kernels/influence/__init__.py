@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import Impl, choose
+from moa_kernels.backends import Impl, choose, on_device_of
 from moa_kernels.influence import reference
 from moa_kernels.influence.reference import STATISTICS
 
@@ -108,7 +108,8 @@ def _influence(
         return reference.influence_totals(query, key, value, grad_out, **sizes, **options)
     from moa_kernels.influence import launcher
 
-    return launcher.influence_totals(query, key, value, grad_out, **sizes, **options, out=out, lse=lse)
+    with on_device_of(query):
+        return launcher.influence_totals(query, key, value, grad_out, **sizes, **options, out=out, lse=lse)
 
 
 @_influence.register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import choose, interpreting, multiprocessors
+from moa_kernels.backends import choose, interpreting, multiprocessors, on_device_of
 from moa_kernels.launch import COMPILER_OPTIONS, launch_config, padded, rows_contiguous
 from moa_kernels.prefill.reference import prefill_reference
 from moa_kernels.prefill.work import plan_work
@@ -85,7 +85,8 @@ def _span_prefill(
         return prefill_reference(
             query, key, value, rules, starts, ends, scale=scale, softcap=softcap, sink_logits=sink_logits
         )
-    return _launch(query, key, value, rules, starts, ends, scale, softcap, sink_logits)
+    with on_device_of(query):
+        return _launch(query, key, value, rules, starts, ends, scale, softcap, sink_logits)
 
 
 @_span_prefill.register_fake

@@ -81,7 +81,8 @@ def split_gains(summary: pd.DataFrame) -> pd.DataFrame:
             like = "plan" if against == "dense" else "plan-static"  # has the dense way's kind of cache
             like_batch = largest.get((way, like, length))
             if like_batch is not None and (against == "dense" or kind == like):
-                at_dense, at_own = speed[way, like, length, dense_batch], speed[way, like, length, like_batch]
+                at_dense = speed.get((way, like, length, dense_batch), float("nan"))  # not run where it doesn't fit
+                at_own = speed[way, like, length, like_batch]
                 row |= {"attention": at_dense / base, "batch": at_own / at_dense, "static_cache": best / at_own}
             rows.append(row)
     return pd.DataFrame(rows)

@@ -66,10 +66,10 @@ def verify(model: Any, way: Way, seed: int) -> Gate:
     with way.on(model, PROMPT_TOKENS):
         at_work = _step_by_step(model, way, plan, ids)
     error, yardstick, without = (_distance(logits, truth) for logits in (at_work, plain, dense))
-    gate = Gate(way.name, error, yardstick, without)
+    gate = Gate(f"{way.name} static" if way.is_compiled else way.name, error, yardstick, without)
     if not error <= ALLOWED * max(yardstick, torch.finfo(model.dtype).eps):
         raise VerificationError(
-            f"plan {way.name}: its logits are off by {error:.2g} of their size where attention under whole masks in "
+            f"plan {gate.way}: its logits are off by {error:.2g} of their size where attention under whole masks in "
             f"{str(model.dtype).removeprefix('torch.')} is off by {yardstick:.2g}; nothing was timed, please report it"
         )
     return gate
@@ -126,7 +126,7 @@ def _masked_attention(
 
 def _step_by_step(model: Any, way: Way, plan: Plan, ids: Tensor) -> Tensor:
     """Logits ``[batch, length, vocabulary]`` of a prefill and single steps through the way's cache."""
-    cache = way.cache(model, ids.shape[1]) or MoACache(model.config, plan)
+    cache = way.cache(model, PROMPT_TOKENS, ids.shape[1]) or MoACache(model.config, plan)
     pieces = [model(ids[:, :PROMPT_TOKENS], past_key_values=cache).logits]
     for index in range(PROMPT_TOKENS, ids.shape[1]):
         pieces.append(model(ids[:, index : index + 1], past_key_values=cache).logits)

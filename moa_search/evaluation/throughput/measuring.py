@@ -130,7 +130,10 @@ def _cells(
         most = {way.name + way.kind: _largest(model, way, length, decode_tokens, limit_bytes) for way in ways}
         found = [_Cell(way, most[way.name + way.kind], is_largest=True) for way in ways]
         of_dense = [cell.batch for cell in found if cell.way.plan is None]
-        cells = found + [_Cell(way, batch) for way in ways if way.plan is not None for batch in of_dense] + cells
+        beside = [
+            _Cell(cell.way, batch) for cell in found for batch in of_dense if cell.way.plan and batch <= cell.batch
+        ]
+        cells = found + beside + cells
     unique: dict[tuple[str, str, int], _Cell] = {}
     for cell in cells:  # the largest come first, and stay
         unique.setdefault((cell.way.name, cell.way.kind, cell.batch), cell)

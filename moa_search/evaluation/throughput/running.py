@@ -57,7 +57,7 @@ def run_once(model: Any, way: Way, ids: torch.Tensor, decode_tokens: int, *, com
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            past_key_values=way.cache(model, length + new_tokens),
+            past_key_values=way.cache(model, length, length + new_tokens),
             return_dict_in_generate=True,
             disable_compile=not (way.is_compiled and compiled),
             streamer=clock,

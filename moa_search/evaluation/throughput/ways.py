@@ -17,9 +17,10 @@ from moa_search.runtime import MoACache, applied
 
 __all__ = ["KINDS", "Way", "cache_bytes", "forget_compiled", "generating_on", "make_ways"]
 
-KINDS = ("dense", "dense-static", "plan")
+KINDS = ("dense", "dense-static", "plan", "plan-static")
 """``dense`` is what transformers does by default (SDPA, a cache that grows), ``dense-static`` its fast path (SDPA, a
-StaticCache as long as the run, decoding compiled), ``plan`` a plan with a cache that grows."""
+StaticCache as long as the run, decoding compiled); ``plan`` is a plan with a cache that grows, ``plan-static`` the same
+with a cache of fixed size and compiled decoding."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,14 @@ class Way:
         with nullcontext() if plan is None else applied(model, plan):
             yield model
 
-    def cache(self, model: Any, tokens: int) -> Cache | None:
-        """A cache for ``tokens`` tokens, or None where `generate` makes one by itself that grows."""
-        return StaticCache(config=model.config, max_cache_len=tokens) if self.is_compiled else None
+    def cache(self, model: Any, length: int, tokens: int) -> Cache | None:
+        """A cache for ``tokens`` tokens after a prompt of ``length``, or None where `generate` makes a growing one."""
+        if not self.is_compiled:
+            return None
+        plan = self.plan_at(length)
+        if plan is None:
+            return StaticCache(config=model.config, max_cache_len=tokens)
+        return MoACache(model.config, plan, max_length=tokens)
 
 
 def make_ways(kinds: Sequence[str], plans: dict[str, Plan]) -> list[Way]:

@@ -61,6 +61,9 @@ class TestFrame:
         assert native["span"].tolist() == [128, 128]
         assert set(native["rule"]) == {"own window, 128"}
 
+    def test_one_length_needs_no_list(self, tiny_plan):
+        assert tiny_plan.to_frame(512).equals(tiny_plan.to_frame([512]))
+
     @pytest.mark.parametrize("length", [0, -5])
     def test_lengths_are_at_least_a_token(self, tiny_plan, length):
         with pytest.raises(ConfigError, match="at least 1 token"):

@@ -69,7 +69,10 @@ def test_what_was_not_profiled(tiny_profile):
     with pytest.raises(ConfigError, match="did you mean 'squared'"):
         tiny_profile.plot_influence(criterion="squard")
     with pytest.raises(ConfigError, match="did you mean 'squared'"):
-        tiny_profile.to_frame(["squard"])
+        tiny_profile.to_frame("squard")
+    for window in (0, -5, 1025):
+        with pytest.raises(ConfigError, match=f"window {window} is out of range; it must be 1 to 1024"):
+            tiny_profile.plot_influence(window=window)
 
 
 def test_html(native_profile):

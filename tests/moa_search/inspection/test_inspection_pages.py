@@ -46,26 +46,29 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def front(tiny_profile, tmp_path):
-    write_front(search_profile(tiny_profile, SearchOptions(density=[0.4], front_steps=3)), tmp_path)
+    write_front(search_profile(tiny_profile, SearchOptions(density=[0.4], front_steps=2)), tmp_path)
     return read_front(tmp_path)
 
 
 @pytest.fixture
-def make(tiny_plan, native_plan, tiny_profile, native_profile, front):
+def make(request, tiny_plan, native_plan, tiny_profile, native_profile):
     other = Plan.uniform(SpanRule(300, 0), tiny_plan.model)
-    searched = front[0][0].plan
+
+    def front():
+        return request.getfixturevalue("front")  # a search, so only where it is needed
+
     return {
         "plan": lambda: plan_page(tiny_plan),
         "all of a plan": lambda: plan_page(
-            searched, lengths=[512, 1024], heads=[(0, 0)], front=front, profile=tiny_profile
+            front()[0][0].plan, lengths=[512, 1024], heads=[(0, 0)], front=front(), profile=tiny_profile
         ),
         "native plan": lambda: plan_page(native_plan),
         "profile": lambda: profile_page(tiny_profile),
         "native profile": lambda: profile_page(native_profile, lengths=[512], heads=[(0, 1)], criterion="recall"),
         "diff": lambda: diff_page([tiny_plan, other], ["a & b", "<c>"]),
         "the same": lambda: diff_page([tiny_plan, tiny_plan], ["a", "b"]),
-        "front": lambda: front_page(*front),
-        "front without choice": lambda: front_page(front[0], None),
+        "front": lambda: front_page(*front()),
+        "front without choice": lambda: front_page(front()[0], None),
     }
 
 
@@ -140,7 +143,7 @@ def test_validated_losses_are_told(tiny_plan):
 
 def test_layers_lose_what_the_search_predicted(front, tiny_profile):
     plan = front[0][0].plan
-    for metrics in plan.predicted:
+    for metrics in (m for m in plan.predicted if not m.extrapolated):
         per_layer = layer_losses(plan, tiny_profile)[metrics.length]
         assert per_layer.shape == (3,)
         assert per_layer.sum() == pytest.approx(metrics.loss)
@@ -210,6 +213,14 @@ def test_names_are_escaped(make):
     text = make["diff"]().render()
     assert "&lt;c&gt;" in text
     assert "<c>" not in text
+
+
+def test_a_front_says_what_is_extrapolated(front):
+    assert front[0][0].plan.predicted[-1].extrapolated
+    text = front_page(*front).render()
+    assert "≈ is extrapolated" in text
+    assert "predicted loss at 1024 tokens" in text
+    assert "predicted loss at 2048 tokens" not in text, "the chart keeps to what was profiled"
 
 
 def test_a_front_marks_the_chosen_plan(make):
