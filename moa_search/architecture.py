@@ -48,11 +48,12 @@ def require_attention_interface(model: Any) -> None:
         raise ModelUnsupportedError(f"{name}: not a transformers model")
     if not model._can_set_attn_implementation():
         raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
-    # Zamba runs one attention module in many layers, and says so by this number.
-    if any(getattr(module, "layer_idx", None) == -1 for module in model.modules()):
-        raise ModelUnsupportedError(
-            f"{name}: several of its layers share one attention module; a plan has rules for each"
-        )
+    text = model.config.get_text_config(decoder=True)
+    decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
+    attention = [part for decoder in decoders for part in decoder.modules() if "Attention" in type(part).__name__]
+    # Zamba's attention is told by its caller where the keys belong.
+    if any(getattr(part, "layer_idx", 0) in (None, -1) for part in attention):
+        raise ModelUnsupportedError(f"{name}: its attention modules don't know which layer they belong to")
 
 
 def require_context(config: Any, length: int) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from moa_search.formats.profile import Profile
 
-__all__ = ["ProfileViews"]
+__all__ = ["DECADES", "ProfileViews"]
 
 DECADES = 3
 """Powers of ten that the colours of influences span; what is smaller has the last colour."""

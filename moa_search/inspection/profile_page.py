@@ -11,6 +11,7 @@ import pandas as pd
 
 from moa_search.errors import ConfigError
 from moa_search.formats import Profile
+from moa_search.formats.profile_views import DECADES
 from moa_search.inspection.charts import chart, draw_window_losses
 from moa_search.inspection.grids import HOW_TO_READ, grid_block
 from moa_search.inspection.pages import Page, facts, figure_block, paragraph, table_block
@@ -88,7 +89,7 @@ def _influence_blocks(profile: Profile, lengths: Sequence[int], criterion: str) 
     blocks = []
     for length in lengths:
         losses, _, window = profile.influence(length, criterion=criterion)
-        top = f"{np.nanmax(losses):.3g}"
+        top = float(np.nanmax(losses))
         blocks += [
             heading(f"{length} tokens, a window of {window}"),
             grid_block(
@@ -96,7 +97,7 @@ def _influence_blocks(profile: Profile, lengths: Sequence[int], criterion: str) 
                 profile.influence_texts(losses),
                 f"{criterion.capitalize()} loss when one head attends {window} of {length} tokens, the others all",
                 colours="cividis",
-                scale=("a thousandth", f"{top} and more", f"{criterion} loss, logarithmic"),
+                scale=(f"{top / 10**DECADES:.2g} or less", f"{top:.3g}", f"{criterion} loss, logarithmic"),
                 native=bool(profile.header.native_layers),
             ),
         ]

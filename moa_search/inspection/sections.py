@@ -123,7 +123,8 @@ def front_blocks(plans: Sequence[StoredPlan], chosen: str | None) -> list[str]:
     marked = next((index for index, (plan, _) in enumerate(drawn) if plan.fingerprint == chosen), None)
     figure = chart(lambda ax: draw_front(ax, [p for p, _ in drawn], [name for _, name in drawn], marked), height=3.8)
     alt = f"Predicted losses of {len(drawn)} plans" + ("" if marked is None else ", a ring around the chosen one")
-    return [figure_block(figure, alt), table]
+    beaten = "Plans that look beaten here lose less at another length." if len(drawn[0][0].predicted) > 2 else ""
+    return [figure_block(figure, alt, caption=beaten), table]
 
 
 def heading(text: str) -> str:

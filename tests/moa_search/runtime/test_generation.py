@@ -210,7 +210,7 @@ def test_a_session_grows_from_ten_tokens_to_eight_thousand():
     sequence = tokens(1, 10)
     cache = MoACache(model.config, plan)
     with applied(model, plan):
-        for turn, more in enumerate((1, 50, 300, 1500, 2000, 4100)):
+        for turn, more in enumerate((50, 300, 1500, 2000, 4100, 1)):
             start = sequence.shape[1]
             options = {"attention_mask": torch.ones_like(sequence), "max_new_tokens": 4, "do_sample": False}
             sequence = model.generate(sequence, past_key_values=cache, **options)
@@ -220,7 +220,7 @@ def test_a_session_grows_from_ten_tokens_to_eight_thousand():
             kept = plan.kv_bytes(length, bytes_per_element=8)
             assert kept <= cache.nbytes <= kept + 4 * plan.block * 2 * 16 * 8
             sequence = torch.cat([sequence, tokens(1, more, seed=turn + 1)], 1)
-    assert cache.get_seq_length() > 3800
+    assert cache.get_seq_length() > 7900
 
 
 @pytest.mark.slow

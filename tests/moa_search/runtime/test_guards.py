@@ -49,10 +49,15 @@ UNSUPPORTED = {
     "keys shared across layers": ("gemma3n_text", {**GEMMA_3N, "num_kv_shared_layers": 1}, "share one layer's keys"),
     "chunked": ("llama4_text", {"attention_chunk_size": 16, "num_local_experts": 2}, "chunked"),
     "an encoder": ("bert", {}, "isn't causal"),
-    "one attention module for many layers": (
+    "weights that many layers share": (
         "zamba2",
         {"layer_types": ["mamba", "hybrid", "hybrid"], "num_mem_blocks": 1, "mamba_d_state": 8},
-        "several of its layers share one attention module",
+        "don't know which layer they belong to",
+    ),
+    "weights that many layers share, too": (
+        "zamba",
+        {"layer_types": ["mamba", "hybrid", "hybrid"], "mamba_d_state": 8, "use_mamba_kernels": False},
+        "don't know which layer they belong to",
     ),
     "a cache of its own": (
         "minimax",
