@@ -15,10 +15,10 @@ from moa_search.formats.profile_views import DECADES
 from moa_search.inspection.charts import chart, draw_window_losses
 from moa_search.inspection.grids import HOW_TO_READ, grid_block
 from moa_search.inspection.pages import Page, facts, figure_block, paragraph, table_block
-from moa_search.inspection.profiles import calibration_lines, profile_quality, sample_advice
+from moa_search.inspection.profiles import calibration_lines, heaviest_heads, profile_quality, sample_advice
 from moa_search.inspection.sections import heading, new_page, share
 
-__all__ = ["CURVES", "heaviest_heads", "profile_page"]
+__all__ = ["CURVES", "profile_page"]
 
 CURVES = 4
 """Heads whose losses are drawn over the window unless some are chosen."""
@@ -78,13 +78,6 @@ def profile_page(
     return page
 
 
-def heaviest_heads(profile: Profile, length: int, criterion: str, count: int = CURVES) -> list[tuple[int, int]]:
-    """The heads that lose most under a window of an eighth of the length."""
-    losses, _, _ = profile.influence(length, criterion=criterion)
-    ranked = np.argsort(-np.nan_to_num(losses, nan=-1.0), axis=None, kind="stable")[:count]
-    return [(int(index) // losses.shape[1], int(index) % losses.shape[1]) for index in ranked]
-
-
 def _influence_blocks(profile: Profile, lengths: Sequence[int], criterion: str) -> list[str]:
     blocks = []
     for length in lengths:
@@ -108,7 +101,7 @@ def _curve_blocks(profile: Profile, lengths: Sequence[int], heads: list[tuple[in
     blocks = []
     frame = profile.to_frame([criterion])
     for length in lengths:
-        shown = heads or heaviest_heads(profile, length, criterion)
+        shown = heads or heaviest_heads(profile, length, criterion, CURVES)
         draw = partial(draw_window_losses, profile=profile, length=length, heads=shown, criterion=criterion)
         rows = frame[frame["length"] == length].set_index(["layer", "kv_head"])
         columns = {"window": profile.by_length[length].header.windows}

@@ -11,7 +11,15 @@ from moa_search.formats import Profile
 from moa_search.search.losses import rule_losses
 from moa_search.spans import BETA_ONE, SpanRule
 
-__all__ = ["LengthQuality", "calibration_lines", "head_table", "profile_quality", "profile_table", "sample_advice"]
+__all__ = [
+    "LengthQuality",
+    "calibration_lines",
+    "head_table",
+    "heaviest_heads",
+    "profile_quality",
+    "profile_table",
+    "sample_advice",
+]
 
 QUARTER, EIGHTH = SpanRule(0, BETA_ONE // 4), SpanRule(0, BETA_ONE // 8)
 
@@ -102,15 +110,22 @@ def profile_table(profile: Profile) -> Table:
 def head_table(profile: Profile, length: int, criterion: str, most: int = 8) -> Table:
     """The heads that lose most under a short window, and the share of all heads' losses that they have."""
     losses, _, window = profile.influence(length, criterion=criterion)
-    known = np.nan_to_num(losses)
-    total = known.sum() or 1.0
+    total = float(np.nansum(losses)) or 1.0
     table = Table(title=f"{criterion} loss, window {window} of {length}", title_justify="left")
     for name in ("layer", "KV head", "loss", "of all"):
         table.add_column(name, justify="right")
-    for index in np.argsort(-known, axis=None, kind="stable")[:most]:
-        layer, head = divmod(int(index), known.shape[1])
-        table.add_row(str(layer), str(head), f"{known[layer, head]:.3g}", f"{known[layer, head] / total:.1%}")
+    for layer, head in heaviest_heads(profile, length, criterion, most):
+        loss = float(losses[layer, head])
+        table.add_row(str(layer), str(head), f"{loss:.3g}", f"{loss / total:.1%}")
     return table
+
+
+def heaviest_heads(profile: Profile, length: int, criterion: str, most: int) -> list[tuple[int, int]]:
+    """The measured heads that lose most under a window of an eighth of the length, ``(layer, kv_head)``."""
+    losses, _, _ = profile.influence(length, criterion=criterion)
+    measured = int(np.isfinite(losses).sum())
+    ranked = np.argsort(-np.nan_to_num(losses, nan=-1.0), axis=None, kind="stable")[: min(most, measured)]
+    return [(int(index) // losses.shape[1], int(index) % losses.shape[1]) for index in ranked]
 
 
 def calibration_lines(profile: Profile) -> list[str]:

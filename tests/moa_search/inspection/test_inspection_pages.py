@@ -12,7 +12,7 @@ from moa_search.formats import Plan
 from moa_search.formats.plan import Validation
 from moa_search.inspection import diff_page, front_page, plan_page, profile_page
 from moa_search.inspection.plan_page import layer_losses, telling_heads
-from moa_search.inspection.profile_page import heaviest_heads
+from moa_search.inspection.profiles import heaviest_heads
 from moa_search.search import SearchOptions, search_profile
 from moa_search.search.output import read_front, write_front
 from moa_search.spans import DENSE, SpanRule
@@ -174,13 +174,18 @@ def test_heads_whose_masks_are_shown(tiny_plan):
 
 def test_a_profile_shows_what_loses_most(tiny_profile):
     losses, _, _ = tiny_profile.influence(1024)
-    first, *_ = heaviest_heads(tiny_profile, 1024, "signed")
+    first, *_ = heaviest_heads(tiny_profile, 1024, "signed", 4)
     assert losses[first] == losses.max()
     elements = Elements(profile_page(tiny_profile))
     assert f"layer {first[0]}, KV head {first[1]}" in elements.text
     texts = {cell["aria-label"] for cell in elements.cells()}
     assert f"layer {first[0]}, KV head {first[1]}: {losses.max():.3g}" in texts
     assert tiny_profile.checksum in elements.text
+
+
+def test_native_heads_are_never_among_those_that_lose_most(native_profile):
+    assert {layer for layer, _ in heaviest_heads(native_profile, 1024, "signed", 99)} == {0, 2}
+    assert len(heaviest_heads(native_profile, 1024, "signed", 99)) == 4
 
 
 def test_heads_that_were_not_profiled(native_profile):
