@@ -38,7 +38,8 @@ def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) ->
     """What takes its place in a cache of fixed size, after the layers ``before``."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise ModelUnsupportedError(
-            f"a MoACache of fixed size can't replace the model's {type(layer).__name__}; leave max_length unset"
+            f"a MoACache of fixed size can't replace the model's {type(layer).__name__}; leave max_length, or "
+            "cache_implementation, unset"
         )
     first = not any(isinstance(other, StaticMoACacheLayer) for other in before)
     return StaticMoACacheLayer(rules, max_length, checks=first)

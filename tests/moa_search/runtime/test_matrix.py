@@ -104,6 +104,13 @@ def test_greedy_decoding_of_a_left_padded_batch(architecture):
         assert_follows(reference, found[1:, 13:], 47 - 13)
 
 
+@pytest.mark.parametrize("architecture", [name for name in ALL if name != "falcon_h1"])
+def test_a_cache_of_fixed_size(architecture):
+    model, _, reference = prepared(architecture)
+    found = model.generate(prompts(2, 40), max_new_tokens=NEW, do_sample=False, cache_implementation="static")
+    assert_follows(reference, found, 40)
+
+
 @pytest.mark.parametrize("architecture", ATTENTION_ONLY)
 def test_right_and_inner_padding(architecture):
     model, plan, reference = prepared(architecture)

@@ -9,8 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 from transformers.generation import CompileConfig
 
-from moa_search.errors import ConfigError, UnsupportedInputError
+from moa_search.errors import ConfigError, ModelUnsupportedError, UnsupportedInputError
+from moa_search.formats import ModelSignature, Plan
 from moa_search.runtime import MoACache, applied, apply_plan
+from moa_search.spans import SpanRule
+from tests.moa_search.architectures import make_model
 
 from .explicit import explicit, logits, tiny_model, tiny_plan, tokens
 
@@ -210,3 +213,11 @@ def test_rollbacks_and_other_batches_are_refused():
     for rollback in (cache.activate_past_recording, lambda: cache.crop(-1)):
         with pytest.raises(UnsupportedInputError, match="can't be rolled back"):
             rollback()
+
+
+def test_layers_that_also_carry_a_recurrence_are_refused_before_the_first_token():
+    model = make_model("falcon_h1")
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("a token came out"))
+    apply_plan(model, Plan.uniform(SpanRule(12, 0), ModelSignature.of(model.config), sink=4, block=8))
+    with pytest.raises(ModelUnsupportedError, match="LinearAttentionAndFullAttentionLayer; leave max_length"):
+        model.generate(tokens(1, 20), max_new_tokens=3, cache_implementation="static")
