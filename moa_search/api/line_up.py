@@ -58,9 +58,15 @@ def searched_plans(
     budget_lengths: Sequence[int] | None,
     folder: Path,
 ) -> dict[str, dict[str, Plan]]:
-    """Plans of every searcher by name, grouped by density, and written to a folder."""
+    """Plans of every searcher by name, grouped by density, kept in a folder: MoA's search can take minutes.
+
+    A file's name holds a hash of what the search depends on, so that a plan that is there needn't be searched again.
+    """
     from moa_search.api.options import load_profile
     from moa_search.api.searching import search_plan
+    from moa_search.formats import Plan
+    from moa_search.formats.files import canonical_json, sha256_of
+    from moa_search.version import __version__
 
     if not searchers or not densities:
         raise ConfigError("profile: nothing to search for; give --searchers and --densities")
@@ -68,8 +74,14 @@ def searched_plans(
     groups: dict[str, dict[str, Plan]] = {}
     for density in dict.fromkeys(densities):
         for searcher in dict.fromkeys(searchers):
-            made = search_plan(statistics, density=density, searcher=searcher, budget_lengths=budget_lengths)
-            made.save(folder / f"{searcher}-{density:g}.json")
+            lengths = None if budget_lengths is None else list(budget_lengths)
+            asked = canonical_json([statistics.checksum, searcher, density, lengths, __version__])
+            path = folder / f"{searcher}-{density:g}-{sha256_of(asked).removeprefix('sha256:')[:8]}.json"
+            if path.exists():
+                made = Plan.load(path)
+            else:
+                made = search_plan(statistics, density=density, searcher=searcher, budget_lengths=lengths)
+                made.save(path)
             groups.setdefault(f"@ {density:g}", {})[f"{searcher} @ {density:g}"] = made
     return groups
 

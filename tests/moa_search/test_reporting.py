@@ -79,7 +79,8 @@ def test_from_a_yaml_file_to_a_page_and_its_tables(config, monkeypatch, capsys, 
     ]  # fmt: skip
     effective = pd.read_csv(folder / "effective.csv")
     assert effective["variant"].tolist() == names
-    assert sorted(path.name for path in (folder / "plans").iterdir()) == ["exact-0.5.json", "moa-0.5.json"]
+    searched = sorted(path.name.rpartition("-")[0] for path in (folder / "plans").iterdir())
+    assert searched == ["exact-0.5", "moa-0.5"]
     kept = summary[summary["variant"].isin(["exact @ 0.5", "moa @ 0.5"])]
     assert (kept["density"] <= 0.5).all(), "at every length of the budget"
     page = (folder / "report.html").read_text()
@@ -88,14 +89,15 @@ def test_from_a_yaml_file_to_a_page_and_its_tables(config, monkeypatch, capsys, 
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
 
 
-def test_a_second_run_measures_nothing(config, monkeypatch, capsys, tmp_path):
+def test_a_second_run_measures_and_searches_nothing(config, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, capsys, config())[0] == 0
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.csv")}
 
     def fails(*arguments, **options):
-        raise AssertionError("something was measured")
+        raise AssertionError("something was done again")
 
     monkeypatch.setattr("moa_search.evaluation.suite.measure", fails)
+    monkeypatch.setattr("moa_search.api.searching.search_plan", fails)
     assert run(monkeypatch, capsys, config())[0] == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.csv")} == first
 

@@ -10,6 +10,7 @@ import pytest
 
 from moa_search.formats import Plan
 from moa_search.inspection import diff_page, plan_page, profile_page
+from moa_search.inspection.reports import report_page
 from moa_search.spans import SpanRule
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -62,13 +63,14 @@ def wide_plan(tiny_signature):
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_quiet_and_no_wider_than_the_screen(visit, wide_plan, tiny_profile, width):
+def test_quiet_and_no_wider_than_the_screen(visit, wide_plan, tiny_profile, small_report, width):
     other = Plan.uniform(SpanRule(300, 0), wide_plan.model)
     names = ["a/rather/long/path/to/a/plan/that/does/not/break.json", "b"]
     for made in (
         plan_page(wide_plan, title=names[0]),
         profile_page(tiny_profile),
         diff_page([wide_plan, other], names),
+        report_page(small_report),
     ):
         page = visit(made, width)
         assert page.said == []
