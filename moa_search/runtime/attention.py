@@ -61,7 +61,9 @@ def moa_mask(
     if attention_mask is None:
         return None
     if fixed:
-        return attention_mask[:, -kv_length:].bool()  # whether it's all True is for the device to know
+        # Whether it's all True is for the device to know. A view would have another stride at every step, for which
+        # a compiled step is compiled again.
+        return attention_mask[:, -kv_length:].bool().clone(memory_format=torch.contiguous_format)
     if attention_mask.ndim != 2 or attention_mask.shape[1] not in (kv_length, kv_offset + kv_length):
         raise UnsupportedInputError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; under a plan it must be "

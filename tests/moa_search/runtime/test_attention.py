@@ -176,6 +176,17 @@ def test_causal_masks_give_the_padding_of_the_keys_at_hand():
     assert torch.equal(moa_mask(2, 4, 4, 3, 3, attention_mask=again), again)
 
 
+def test_with_a_cache_of_fixed_size_the_padding_is_always_returned_and_looks_alike_at_every_step():
+    seen = torch.tensor(5)
+    for length in (6, 7):
+        real = torch.ones(1, length, dtype=torch.bool)
+        mask = moa_mask(1, 1, 1, seen, seen, attention_mask=real)
+        assert mask.tolist() == [[True]]
+        assert mask.stride() == (1, 1)
+    with pytest.raises(UnsupportedInputError, match="StaticCache"):
+        moa_mask(1, 1, 64, seen, 0, attention_mask=real)
+
+
 def test_packed_sequences_are_refused(llama, plan):
     packed = torch.cat([torch.arange(20), torch.arange(30)])[None]
     with applied(llama, plan), pytest.raises(UnsupportedInputError, match="packed"):
