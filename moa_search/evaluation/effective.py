@@ -1,9 +1,9 @@
 """Effective context length: how far a model still finds what it is asked for.
 
-For one variant and one retrieval task, the effective context length is the longest tested length up to which every
-tested length keeps `THRESHOLD` of its items right (MoA, arXiv 2406.14909: the maximum length at which retrieval
-accuracy stays over 90 %). Lengths are a grid, so the truth lies between the length that passes and the next one, which
-fails.
+For one variant and one retrieval task, the effective context length is the longest tested length at which at least
+`THRESHOLD` of the items are answered rightly (MoA, arXiv 2406.14909). Lengths are a grid, so the truth lies between the
+length that passes and the next one, which fails. Accuracy needn't fall steadily with the length: shorter lengths that
+fail are named too.
 
 Two multiples say what a plan gains over spans that are alike for all heads; both use a plan's effective context N and
 its average span S = density(N) · N:
@@ -48,14 +48,13 @@ class EffectiveContext:
     """How far a variant carries on one task.
 
     Attributes:
-        passes: Longest tested length that passes with all shorter ones, in tokens; 0 where the shortest fails.
+        passes: Longest tested length that passes, in tokens; 0 where none does.
         fails: The tested length after it, which fails; None where the longest passes.
         low: Lower end of the 95 % bootstrap interval of ``passes``, over items.
         high: Its upper end.
         shortest: Shortest tested length.
         items: Items at each tested length, the fewest.
-        longest: Longest tested length that passes, whatever shorter ones do; 0 where none does. Beyond ``passes`` where
-            accuracy doesn't fall steadily.
+        gaps: Shorter tested lengths that fail.
     """
 
     passes: int
@@ -64,14 +63,15 @@ class EffectiveContext:
     high: int
     shortest: int
     items: int
-    longest: int
+    gaps: tuple[int, ...] = ()
 
     @property
     def bracket(self) -> str:
         """Where the effective context lies, in words."""
         if not self.passes:
             return f"below {self.shortest}"
-        return f"at least {self.passes}" if self.fails is None else f"{self.passes} to {self.fails}"
+        reach = f"at least {self.passes}" if self.fails is None else f"{self.passes} to {self.fails}"
+        return f"{reach}, but not {', '.join(map(str, self.gaps))}" if self.gaps else reach
 
 
 def effective_context(items: pd.DataFrame, *, threshold: float = THRESHOLD) -> EffectiveContext:
@@ -95,7 +95,7 @@ def effective_context(items: pd.DataFrame, *, threshold: float = THRESHOLD) -> E
         high=int(high),
         shortest=int(lengths[0]),
         items=min(map(len, scores.values())),
-        longest=int(max(lengths[_enough(means, threshold)], default=0)),
+        gaps=tuple(lengths[(lengths < passes) & ~_enough(means, threshold)].tolist()),
     )
 
 
@@ -108,9 +108,9 @@ def effective_contexts(items: pd.DataFrame, task: str) -> dict[str, EffectiveCon
 def _passes(
     accuracy: npt.NDArray[np.float64], lengths: npt.NDArray[np.int64], threshold: float
 ) -> npt.NDArray[np.int64]:
-    """For accuracies ``[length, resample]``, the last length before any that fails, 0 where the first fails."""
-    all_so_far = np.cumprod(_enough(accuracy, threshold), axis=0).sum(axis=0)
-    return np.asarray(np.concatenate([[0], lengths])[all_so_far], dtype=np.int64)
+    """For accuracies ``[length, resample]``, the last length that passes, 0 where none does."""
+    reached = np.where(_enough(accuracy, threshold), lengths[:, None], 0).max(axis=0)
+    return np.asarray(reached, dtype=np.int64)
 
 
 def _enough(accuracy: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
@@ -152,9 +152,9 @@ def effective_table(
         window_items: Scores of constant windows of these spans, with ``window N`` as variant.
 
     Returns:
-        One row per task and variant: ``effective_context`` with ``low``, ``high``, ``fails_at`` and
-        ``longest_passing`` in tokens, ``n``, the ``density`` and ``average_span`` there, and of plans the two multiples
-        of this module, each with the effective context that it divides by and its bracket.
+        One row per task and variant: ``effective_context`` with ``low``, ``high`` and ``fails_at`` in tokens, shorter
+        lengths that fail as ``but_not_at``, ``n``, the ``density`` and ``average_span`` there, and of plans the two
+        multiples of this module, each with the effective context that it divides by and its bracket.
     """
     rows = []
     for task in tasks:
@@ -171,7 +171,7 @@ def effective_table(
                 "low": context.low,
                 "high": context.high,
                 "fails_at": context.fails,
-                "longest_passing": context.longest,
+                "but_not_at": ", ".join(map(str, context.gaps)),
                 "density": density,
                 "average_span": None if density is None else round(density * context.passes),
             }
@@ -185,7 +185,7 @@ def effective_table(
                 ratio, bracket = multiple(context, other)
                 row |= {"window_context": other.passes, "at_equal_span": ratio, "at_equal_span_bracket": bracket}
             rows.append(row)
-    columns = ["task", "variant", "n", "effective_context", "low", "high", "fails_at", "longest_passing"]
+    columns = ["task", "variant", "n", "effective_context", "low", "high", "fails_at", "but_not_at"]
     columns += ["density", "average_span"]
     for denominator, ratio_name in (("uniform_context", "at_equal_density"), ("window_context", "at_equal_span")):
         columns += [denominator, ratio_name, f"{ratio_name}_bracket"]

@@ -100,7 +100,7 @@ def _effective(report: Report) -> list[str]:
 
     blocks = [
         paragraph(
-            f"The longest tested length up to which at least {THRESHOLD:.0%} of the items are answered rightly. The "
+            f"The longest tested length at which at least {THRESHOLD:.0%} of the items are answered rightly. The "
             "average span is what a KV head keeps there on average. At equal average span: over the effective context "
             "of one constant window of that many tokens, which is MoA's measure. At equal density: over uniform spans "
             "that keep the same share at every length. Brackets say what the grid of lengths leaves open."
@@ -112,14 +112,14 @@ def _effective(report: Report) -> list[str]:
         )
         shown = shown[
             [
-                "variant", "n", "effective_context", "interval", "fails_at", "longest_passing", "average_span",
+                "variant", "n", "effective_context", "interval", "fails_at", "but_not_at", "average_span",
                 "window_context", "at_equal_span", "at_equal_span_bracket", "uniform_context", "at_equal_density",
                 "at_equal_density_bracket",
             ]
         ]  # fmt: skip
         names = {
             "effective_context": "effective context", "fails_at": "fails at", "average_span": "average span",
-            "longest_passing": "longest that passes",
+            "but_not_at": "but not at",
             "window_context": "of that window", "at_equal_span": "times, equal span",
             "at_equal_span_bracket": "bracket ", "uniform_context": "of uniform",
             "at_equal_density": "times, equal density", "at_equal_density_bracket": "bracket",
