@@ -204,7 +204,7 @@ def measure(
             for reading in task.measure(model, tokenizer, sample, answers):
                 rows.append(
                     {
-                        "metric": task.metric,
+                        "metric": task.metric_of(task.way(answers)),
                         "answers": task.way(answers),
                         "item": item,
                         "depth": reading.depth,

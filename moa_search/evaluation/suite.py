@@ -105,7 +105,7 @@ class Bench:
         plan, samples = variant.plan_at(length), self.items(task, length, grid)
         way = task.way(grid.answers)
         described = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
-        described |= {"metric": task.metric, "answers": way}
+        described |= {"metric": task.metric_of(way), "answers": way}
         key = self._key(plan, task, length, samples, way)
         stem = f"{key['plan'].removeprefix('sha256:')[:12]}-{length}"
         parts = None if self._kept is None else self._kept.read(stem, key)
@@ -129,7 +129,7 @@ class Bench:
             "weights": self._weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "task": task.name,
-            "metric": task.metric,
+            "metric": task.metric_of(way),
             "items": task.identity(samples),
             "length": length,
             "answers": way,

@@ -91,6 +91,10 @@ class Task(ABC):
         """How this task is answered where ``answers`` is asked for."""
         return "forced" if self.always_forced else answers
 
+    def metric_of(self, answers: Answers) -> str:
+        """What the score is where answers came about in this way."""
+        return self.metric
+
     def identity(self, samples: Sequence[Sample]) -> str:
         """A hash over items of this task and what they are scored by."""
         return hash_samples(samples)

@@ -112,6 +112,10 @@ class LongBenchTask(Task):
         """See `Task.score`; of a forced answer, the share of its tokens ranked first."""
         return float(correct.mean())
 
+    def metric_of(self, answers: Answers) -> str:
+        """See `Task.metric_of`."""
+        return self.metric if answers == "generated" else "token accuracy"
+
     def identity(self, samples: Sequence[Sample]) -> str:
         """See `Task.identity`."""
         scored = [[sample.accepted, sample.classes] for sample in samples if isinstance(sample, _Asked)]

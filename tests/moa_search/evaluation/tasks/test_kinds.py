@@ -110,6 +110,10 @@ class TestLongBench:
         (item,) = task.build(tiny_model[1], length=700, count=1, seed=0)
         assert tiny_model[1].decode(item.answer) == " red"
 
+    def test_tables_say_what_a_score_is(self, write):
+        (task,) = require_tasks([write({})])
+        assert (task.metric_of("generated"), task.metric_of("forced")) == ("F1", "token accuracy")
+
     def test_each_data_set_has_its_measure(self, write):
         for dataset, metric in {"trec": "class named", "lcc_e": "edit similarity", "gov_report": "ROUGE-L",
                                 "passage_count": "number named", "mine": "F1"}.items():  # fmt: skip
