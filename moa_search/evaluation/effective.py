@@ -54,6 +54,8 @@ class EffectiveContext:
         high: Its upper end.
         shortest: Shortest tested length.
         items: Items at each tested length, the fewest.
+        longest: Longest tested length that passes, whatever shorter ones do; 0 where none does. Beyond ``passes`` where
+            accuracy doesn't fall steadily.
     """
 
     passes: int
@@ -62,6 +64,7 @@ class EffectiveContext:
     high: int
     shortest: int
     items: int
+    longest: int
 
     @property
     def bracket(self) -> str:
@@ -80,8 +83,9 @@ def effective_context(items: pd.DataFrame, *, threshold: float = THRESHOLD) -> E
     """
     scores = accuracy_by_item(items)
     lengths = np.array(list(scores))
+    means = np.array([values.mean() for values in scores.values()])
     resampled = np.stack([values[draws_of(len(values))].mean(axis=1) for values in scores.values()])
-    passes = _passes(np.array([values.mean() for values in scores.values()])[:, None], lengths, threshold)[0]
+    passes = _passes(means[:, None], lengths, threshold)[0]
     low, high = interval_of(_passes(resampled, lengths, threshold).astype(float))
     fails = lengths[lengths > passes]
     return EffectiveContext(
@@ -91,6 +95,7 @@ def effective_context(items: pd.DataFrame, *, threshold: float = THRESHOLD) -> E
         high=int(high),
         shortest=int(lengths[0]),
         items=min(map(len, scores.values())),
+        longest=int(max(lengths[_enough(means, threshold)], default=0)),
     )
 
 
@@ -104,9 +109,13 @@ def _passes(
     accuracy: npt.NDArray[np.float64], lengths: npt.NDArray[np.int64], threshold: float
 ) -> npt.NDArray[np.int64]:
     """For accuracies ``[length, resample]``, the last length before any that fails, 0 where the first fails."""
-    # Means of zeros and ones reach a threshold such as 0.9 exactly, up to rounding.
-    all_so_far = np.cumprod(accuracy >= threshold - 1e-9, axis=0).sum(axis=0)
+    all_so_far = np.cumprod(_enough(accuracy, threshold), axis=0).sum(axis=0)
     return np.asarray(np.concatenate([[0], lengths])[all_so_far], dtype=np.int64)
+
+
+def _enough(accuracy: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
+    """Means of zeros and ones reach a threshold such as 0.9 exactly, up to rounding."""
+    return np.asarray(accuracy >= threshold - 1e-9)
 
 
 def multiple(plan: EffectiveContext, uniform: EffectiveContext) -> tuple[float | None, str]:
@@ -143,9 +152,9 @@ def effective_table(
         window_items: Scores of constant windows of these spans, with ``window N`` as variant.
 
     Returns:
-        One row per task and variant: ``effective_context`` with ``low``, ``high`` and ``fails_at`` in tokens, ``n``,
-        the ``density`` and ``average_span`` there, and of plans the two multiples of this module, each with the
-        effective context that it divides by and its bracket.
+        One row per task and variant: ``effective_context`` with ``low``, ``high``, ``fails_at`` and
+        ``longest_passing`` in tokens, ``n``, the ``density`` and ``average_span`` there, and of plans the two multiples
+        of this module, each with the effective context that it divides by and its bracket.
     """
     rows = []
     for task in tasks:
@@ -162,6 +171,7 @@ def effective_table(
                 "low": context.low,
                 "high": context.high,
                 "fails_at": context.fails,
+                "longest_passing": context.longest,
                 "density": density,
                 "average_span": None if density is None else round(density * context.passes),
             }
@@ -175,7 +185,8 @@ def effective_table(
                 ratio, bracket = multiple(context, other)
                 row |= {"window_context": other.passes, "at_equal_span": ratio, "at_equal_span_bracket": bracket}
             rows.append(row)
-    columns = ["task", "variant", "n", "effective_context", "low", "high", "fails_at", "density", "average_span"]
+    columns = ["task", "variant", "n", "effective_context", "low", "high", "fails_at", "longest_passing"]
+    columns += ["density", "average_span"]
     for denominator, ratio_name in (("uniform_context", "at_equal_density"), ("window_context", "at_equal_span")):
         columns += [denominator, ratio_name, f"{ratio_name}_bracket"]
     return (

@@ -112,13 +112,14 @@ def _effective(report: Report) -> list[str]:
         )
         shown = shown[
             [
-                "variant", "n", "effective_context", "interval", "fails_at", "average_span", "window_context",
-                "at_equal_span", "at_equal_span_bracket", "uniform_context", "at_equal_density",
+                "variant", "n", "effective_context", "interval", "fails_at", "longest_passing", "average_span",
+                "window_context", "at_equal_span", "at_equal_span_bracket", "uniform_context", "at_equal_density",
                 "at_equal_density_bracket",
             ]
         ]  # fmt: skip
         names = {
             "effective_context": "effective context", "fails_at": "fails at", "average_span": "average span",
+            "longest_passing": "longest that passes",
             "window_context": "of that window", "at_equal_span": "times, equal span",
             "at_equal_span_bracket": "bracket ", "uniform_context": "of uniform",
             "at_equal_density": "times, equal density", "at_equal_density_bracket": "bracket",

@@ -29,7 +29,8 @@ def test_the_longest_length_that_passes_and_the_next():
 
 
 def test_a_length_that_passes_beyond_one_that_fails_does_not_count():
-    assert effective_context(scored(at512=10, at1024=5, at2048=10)).passes == 512
+    found = effective_context(scored(at512=10, at1024=5, at2048=10))
+    assert (found.passes, found.fails, found.longest) == (512, 1024, 2048)
 
 
 def test_nothing_passes():
@@ -61,7 +62,7 @@ def test_order_of_rows_and_parts_of_items_do_not_matter():
 
 
 def carrying(passes, fails, shortest=256):
-    return EffectiveContext(passes, fails, passes, passes, shortest, 10)
+    return EffectiveContext(passes, fails, passes, passes, shortest, 10, passes)
 
 
 @pytest.mark.parametrize(
