@@ -107,7 +107,7 @@ def _prepare_cache_for_generation(
     if kind == "static":
         # As large as any before: what was compiled for that stays good.
         asked = getattr(generation_config, "max_cache_len", None) or 0
-        length = state.max_length = max(max_cache_length + 1, asked, state.max_length or 0)
+        length = state.max_length = max(max_cache_length, asked, state.max_length or 0)
     model_kwargs["past_key_values"] = MoACache(config, state.plan, max_length=length)
     if drafting or generation_mode == GenerationMode.ASSISTED_GENERATION:
         model_kwargs["past_key_values"].activate_past_recording()

@@ -65,6 +65,23 @@ def test_a_chunk_after_a_past_attends_as_in_the_torch_path(seed):
     assert seed != 1 or max(shifts) > 0
 
 
+@pytest.mark.parametrize(("rule", "window"), [(SpanRule(12, 0), None), (SpanRule(0, 20), None), (SpanRule(40, 0), 30)])
+def test_nothing_that_is_attended_is_left_out_where_the_copy_gets_shorter(rule, window):
+    rules = LayerRules((rule,), sink=4, block=8, sliding_window=window)
+    options = {"scale": 0.3, "softcap": None, "sink_logits": None}
+    generator, shifts = torch.Generator().manual_seed(0), set()
+    for length in range(255, 320):
+        layer = MoACacheLayer(rules)
+        past, query, chunk = (torch.randn(1, 1, n, 8, generator=generator).double() for n in (length, 3, 3))
+        layer.update(past, past)
+        layer.commit(past, past, None)
+        expected = blockwise.attend(query, chunk, chunk, None, rules, layer, **options)
+        found = kernels.prefill(query, chunk, chunk, None, rules, layer, impl="torch", **options)
+        torch.testing.assert_close(found, expected)
+        shifts.add(kernels._after_past(chunk, chunk, None, rules, layer)[-1])
+    assert shifts == {0, 256}
+
+
 def test_long_pasts_are_copied_without_what_no_head_attends():
     rules = LayerRules((SpanRule(100, 0), SpanRule(12, 0)), sink=4, block=8)
     layer, states = MoACacheLayer(rules), torch.randn(1, 2, 5000, 8)

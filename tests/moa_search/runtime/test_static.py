@@ -154,7 +154,7 @@ def test_capacities_are_what_the_plan_keeps_at_the_greatest_length():
     addresses = [layer.keys.data_ptr() for layer in cache.layers]
     model.generate(tokens(1, 250), max_new_tokens=40, past_key_values=cache)
     assert [layer.keys.data_ptr() for layer in cache.layers] == addresses
-    assert cache.get_max_length() == 300
+    assert cache.layers[0].get_max_length() == 300
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -178,6 +178,23 @@ def test_generate_says_beforehand_that_a_cache_is_too_small():
         model.generate(tokens(1, 20), max_new_tokens=30, past_key_values=cache)
     with pytest.raises(ConfigError, match="max_length is 0"):
         MoACache(model.config, plan, max_length=0)
+
+
+def test_generate_makes_a_cache_as_large_as_any_before():
+    model = tiny()
+    apply_plan(model, tiny_plan(model))
+    options = {"cache_implementation": "static", "return_dict_in_generate": True, "do_sample": False}
+    lengths = []
+    for length, new in ((50, 10), (30, 5), (60, 20)):
+        result = model.generate(tokens(1, length), max_new_tokens=new, **options)
+        lengths.append(result.past_key_values.layers[0].get_max_length())
+    assert lengths == [59, 59, 79]  # the last token is never stored
+    embeddings = model.get_input_embeddings()(tokens(1, 90)).detach()
+    result = model.generate(inputs_embeds=embeddings, max_new_tokens=15, **options)
+    assert result.past_key_values.layers[0].get_max_length() == 104
+    with applied(model, tiny_plan(model, shift=1)):
+        result = model.generate(tokens(1, 20), max_new_tokens=5, **options)
+        assert result.past_key_values.layers[0].get_max_length() == 104
 
 
 def test_a_cache_that_is_reset_or_copied_goes_on_without_a_trace():
