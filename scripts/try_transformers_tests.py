@@ -90,6 +90,7 @@ def pytest_configure() -> None:
 
 def put_models_under_a_plan() -> None:
     """Let `eval`, which transformers and its tests call on every new model, apply an all-dense plan."""
+    import torch
     from transformers import AttentionInterface, PreTrainedModel
 
     from moa_search.formats import ModelSignature, Plan
@@ -98,7 +99,8 @@ def put_models_under_a_plan() -> None:
     from moa_search.spans import DENSE
 
     def counted(*args: object, **kwargs: object) -> object:
-        ran["calls"] += 1
+        if not torch.compiler.is_compiling():  # a counter in a compiled step would have it compiled again
+            ran["calls"] += 1
         return moa_attention(*args, **kwargs)
 
     def eval_under_plan(model: PreTrainedModel) -> PreTrainedModel:
@@ -115,13 +117,32 @@ def pytest_collection_modifyitems(items: list) -> None:
     """Ask for no attention weights, which a plan refuses, and let tests that look into a cache look into ours."""
     if RESULTS not in os.environ or not items:
         return
+    from tests.generation import test_utils
     from tests.generation.test_utils import GenerationTesterMixin
 
+    if os.environ[PLAN]:
+        for name, fixed in (("DynamicCache", False), ("StaticCache", True)):
+            setattr(test_utils, name, or_ours(getattr(test_utils, name), fixed))
     GenerationTesterMixin.has_attentions = False
     for item in items:
         item.cls.has_attentions = False
     for name in ("_check_caches_are_equal", "_check_past_key_values_for_generate"):
         setattr(GenerationTesterMixin, name, on_whole_caches(getattr(GenerationTesterMixin, name)))
+
+
+def or_ours(stock: type, fixed: bool) -> type:
+    """A class of caches of transformers, ours of growing or ``fixed`` size among its instances."""
+    from moa_search import MoACache
+
+    class Kind(type):
+        def __instancecheck__(cls, cache: object) -> bool:
+            ours = isinstance(cache, MoACache) and cache.is_compileable == fixed
+            return ours or isinstance(cache, stock)
+
+        def __call__(cls, *args: object, **kwargs: object) -> object:
+            return stock(*args, **kwargs)
+
+    return Kind(stock.__name__, (), {})
 
 
 def on_whole_caches(check: object) -> object:
@@ -152,7 +173,8 @@ def whole(cache: object) -> object:
     for layer in result.layers:
         if not isinstance(layer, MoACacheLayer):
             continue
-        batch, tokens = len(layer.keys), layer.cumulative_length
+        batch = len(layer.keys)
+        tokens = layer.get_max_length() if layer.is_compileable else layer.cumulative_length
         position = layer.positions().expand(batch, -1)
         for name in ("keys", "values"):
             heads = []

@@ -21,6 +21,9 @@ from moa_search.formats.profile import (
     ProfileHeader,
 )
 from moa_search.spans import DENSE, SpanRule
+from tests.interpreter import ask_for_it
+
+ask_for_it()
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.interpreter import ask_for_it, patched_once
-
-ask_for_it()
+from tests.interpreter import patched_once
 
 
 @pytest.fixture(autouse=True, scope="session")
