@@ -125,7 +125,7 @@ def random_model(
     Raises:
         ModelNotFoundError: ``spec`` names nothing that can be loaded.
         ModelUnsupportedError: It isn't a causal language model.
-        ConfigError: An unknown ``dtype`` or a device that isn't there.
+        ConfigError: An unknown ``dtype``, a device that isn't there or is too small, or more layers than there are.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -135,16 +135,34 @@ def random_model(
     require_causal(config)
     text = config.get_text_config(decoder=True)
     if layers is not None:
+        if layers > text.num_hidden_layers:
+            raise ConfigError(f"layers: {spec} has {text.num_hidden_layers}, not {layers}")
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     wanted = resolve_dtype(dtype, str(place))
     if wanted == "auto":
         wanted = text.dtype or torch.bfloat16
+    with torch.device("meta"):
+        needed = sum(tensor.nbytes for tensor in AutoModelForCausalLM.from_config(config, dtype=wanted).parameters())
+    there = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else _main_memory()
+    if needed > there:
+        raise ConfigError(
+            f"{spec}: its weights take {needed / 2**30:.1f} GiB and {place} has {there / 2**30:.1f} GiB; "
+            "take fewer layers, a narrower dtype or another device"
+        )
     torch.manual_seed(seed)
     with place:  # gigabytes of weights are drawn where they stay
         model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     return model.eval().requires_grad_(False)
+
+
+def _main_memory() -> int:
+    """Bytes of main memory, used or not; where the system doesn't say, no bound."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return 2**63
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:

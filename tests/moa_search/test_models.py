@@ -124,3 +124,14 @@ def test_random_models_have_the_shape_and_a_seed(tmp_path):
     one, two, other = (random_model(spec, layers=2, dtype="float16", device="cpu", seed=seed) for seed in (0, 0, 1))
     assert (len(one.model.layers), one.dtype, one.training) == (2, torch.float16, False)
     assert weights_hash(one) == weights_hash(two) != weights_hash(other)
+
+
+def test_random_models_that_cannot_be_are_refused_before_any_memory_is_taken(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 99}
+    (tmp_path / "shape.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 4, **sizes}))
+    spec = str(tmp_path / "shape.json")
+    with pytest.raises(ConfigError, match=r"shape\.json has 3, not 4"):
+        random_model(spec, layers=4)
+    monkeypatch.setattr("moa_search.models._main_memory", lambda: 2**10)
+    with pytest.raises(ConfigError, match=r"its weights take .* take fewer layers"):
+        random_model(spec, device="cpu")
