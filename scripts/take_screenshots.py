@@ -1,14 +1,16 @@
-"""Screenshots of the pages of moa-inspect for the documentation: docs/images/page-*.png.
+"""Screenshots of the pages of moa-inspect and moa-eval report for the documentation: docs/images/page-*.png.
 
-    pip install 'moa-search[browser]' and a Chromium, then: python scripts/take_screenshots.py
+    pip install 'moa-search[browser]' and a Chromium, then: python scripts/take_screenshots.py [REPORT.html]
 
-What is drawn comes from profiles/smollm2-135m-instruct. Look at every picture before committing it.
+What is drawn comes from profiles/smollm2-135m-instruct; a report takes an hour, so it is named if it is to be pictured.
+Look at every picture before committing it.
 """
 
 from __future__ import annotations
 
 import io
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from moa_search.api import diff_plans, inspect_front, inspect_plan, inspect_prof
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "profiles" / "smollm2-135m-instruct"
 IMAGES = ROOT / "docs" / "images"
+SECTIONS = {"report": "#scores-passkey"}
+"""What is pictured where that isn't the top."""
 COLOURS = 256
 SIZES = {"desktop": (1280, 860, "light"), "phone": (390, 844, "dark")}
 
@@ -39,8 +43,8 @@ def make_pages(folder: Path) -> dict[str, Path]:
 def shoot(page: Page, path: Path, title: str) -> None:
     """The top of a page, with the tooltip of one head where there is a heat map in sight."""
     page.evaluate("title => { document.querySelector('h1').textContent = title; }", title)  # not a temporary folder
-    cell = page.locator("rect[data-layer='7'][data-head='2']").first
-    box = cell.bounding_box()
+    cells = page.locator("rect[data-layer='7'][data-head='2']")
+    cell, box = cells.first, cells.first.bounding_box() if cells.count() else None
     size = page.viewport_size
     if box is not None and size is not None and box["y"] < size["height"]:
         cell.hover()
@@ -53,13 +57,21 @@ def main() -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise SystemExit("take_screenshots: needs Chromium (on Debian: apt-get install chromium)")
-    titles = {"plan": "Plan plan.json", "profile": "Profile profile.safetensors", "diff": "half.json and quarter.json"}
+    titles = {
+        "plan": "Plan plan.json",
+        "profile": "Profile profile.safetensors",
+        "diff": "half.json and quarter.json",
+        "report": "Effective context of SmolLM2-135M",
+    }
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, path in make_pages(Path(folder)).items():
+        pages = make_pages(Path(folder))
+        if len(sys.argv) > 1:
+            pages["report"] = Path(sys.argv[1]).absolute()
+        for name, path in pages.items():
             for size, (width, height, scheme) in SIZES.items():
                 page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-                page.goto(path.as_uri())
+                page.goto(path.as_uri() + SECTIONS.get(name, ""))
                 shoot(page, IMAGES / f"page-{name}-{size}.png", titles.get(name, "Front out"))
                 page.close()
         browser.close()
