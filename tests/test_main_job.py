@@ -49,7 +49,7 @@ def test_shipped_profile_is_of_the_samples_that_its_configuration_draws(demo, pr
 @pytest.mark.parametrize(("name", "density"), [("half", 0.5), ("quarter", 0.25), ("eighth", 0.125)])
 def test_shipped_plans_are_what_the_search_finds(profile, name, density):
     shipped = Plan.load(SHIPPED / f"{name}.json")
-    first, second = (search_front(profile, density=[density]).chosen for _ in range(2))
+    first, second = (search_front(profile, density=[density], front_steps=0).chosen for _ in range(2))
     assert first.dumps() == second.dumps()
     for length in profile.lengths:
         assert shipped.density(length) <= density

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+OPTIONAL = {"take_screenshots": "playwright"}
+"""What a script needs of an extra that tests do without."""
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
 def test_everything_that_a_script_imports_is_there(script, monkeypatch):
+    if script.stem in OPTIONAL:
+        pytest.importorskip(OPTIONAL[script.stem])
     monkeypatch.syspath_prepend(str(SCRIPTS))
     found = runpy.run_path(str(script), run_name="imported")
     assert (SCRIPTS.parent / found.get("PROGRAM", "")).exists()
