@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moa_search.formats import Plan
 
 __all__ = [
     "Criterion",
@@ -17,6 +20,7 @@ __all__ = [
     "model_and_tokenizer",
     "require_depths",
     "require_lengths",
+    "require_plans_fit",
     "require_positive",
     "require_writable",
     "require_writable_folder",
@@ -60,6 +64,15 @@ def require_lengths(**values: Sequence[int]) -> None:
             require_positive(**{name: min(lengths)})
             if max(lengths) > MAX_LENGTH:
                 raise ConfigError(f"{name}: {max(lengths)} is out of range; it must be at most {MAX_LENGTH}")
+
+
+def require_plans_fit(plans: Mapping[str, Plan], network: Any) -> None:
+    """Refuse plans, by name, that were made for another model than ``network``."""
+    from moa_search.formats import ModelSignature
+
+    signature = ModelSignature.of(network.config)
+    for name, plan in plans.items():
+        plan.model.require(signature, f"plan {name}")
 
 
 def require_writable(output: str | None, name: str = "output") -> None:

@@ -72,7 +72,7 @@ def compare_searchers(
     import pandas as pd
 
     from moa_search.formats import ModelSignature
-    from moa_search.formats.files import atomic_write
+    from moa_search.formats.files import write_csv
     from moa_search.search.comparing import compare_searchers as compare
 
     require_positive(time_limit_s=time_limit_s, samples=samples)
@@ -123,6 +123,5 @@ def compare_searchers(
             if progress is not None:
                 progress(index + 1, len(candidates))
     if output is not None:
-        with atomic_write(Path(output) / "compare.csv") as file:
-            file.write(table.to_csv(index=False).encode())
+        write_csv(table, Path(output) / "compare.csv")
     return table

@@ -12,6 +12,7 @@ from moa_search.api.common import (
     Progress,
     model_and_tokenizer,
     require_depths,
+    require_plans_fit,
     require_positive,
     require_writable,
 )
@@ -69,8 +70,7 @@ def evaluate_model(
     from moa_search.errors import ConfigError
     from moa_search.evaluation import compare_variants, make_variants
     from moa_search.evaluation.tasks import require_tasks
-    from moa_search.formats import ModelSignature
-    from moa_search.formats.files import atomic_write
+    from moa_search.formats.files import write_csv
 
     require_positive(lengths=min(lengths, default=0), samples=samples)
     require_depths(depths)
@@ -81,9 +81,7 @@ def evaluate_model(
     if not variants:
         raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
-    signature = ModelSignature.of(network.config)
-    for name, loaded in plans.items():
-        loaded.model.require(signature, f"plan {name}")
+    require_plans_fit(plans, network)
     require_context(network.config, max(lengths))
     items = compare_variants(
         network,
@@ -98,8 +96,7 @@ def evaluate_model(
         progress=progress,
     )
     if output is not None:
-        with atomic_write(output) as file:
-            file.write(items.to_csv(index=False).encode())
+        write_csv(items, output)
     return items
 
 

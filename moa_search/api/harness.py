@@ -12,6 +12,7 @@ from moa_search.api.common import (
     Dtype,
     Progress,
     model_and_tokenizer,
+    require_plans_fit,
     require_positive,
     require_writable_folder,
 )
@@ -80,7 +81,6 @@ def run_harness(
     import pandas as pd
 
     from moa_search.evaluation.harness import Harness, harness_summary
-    from moa_search.formats import ModelSignature
 
     optional = {"limit": limit, "length": length}
     require_positive(batch_size=batch_size, **{name: value for name, value in optional.items() if value is not None})
@@ -92,9 +92,7 @@ def run_harness(
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, which lm-eval needs; set its eos_token")
-    signature = ModelSignature.of(network.config)
-    for name, made in line_up.plans.items():
-        made.model.require(signature, f"plan {name}")
+    require_plans_fit(line_up.plans, network)
     told: dict[str, Any] = {"tokenizer": tokenizer.name_or_path, "pretrained": tokenizer.name_or_path}
     harness = Harness(
         tasks,
@@ -124,11 +122,10 @@ def run_harness(
 
 
 def _write(output: Path, summary: pd.DataFrame, items: pd.DataFrame, runs: dict[str, HarnessRun]) -> None:
-    from moa_search.formats.files import atomic_write
+    from moa_search.formats.files import atomic_write, write_csv
 
     for name, table in (("results", summary), ("items", items[["variant", *items.columns.drop("variant")]])):
-        with atomic_write(output / f"{name}.csv") as file:
-            file.write(table.to_csv(index=False).encode())
+        write_csv(table, output / f"{name}.csv")
     for variant, run in runs.items():
         folder = output / "samples" / re.sub(r"[^\w.@ -]", "_", variant)
         for task, logged in run.logs.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moa_search.api.common import Searcher
-from moa_search.api.evaluating import plan_name
+from moa_search.api.evaluating import named_plans
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,16 +38,10 @@ class LineUp:
 
 def given_plans(plan: Sequence[str | Plan], baselines: Sequence[str]) -> dict[str, dict[str, Plan]]:
     """The user's plans by name, each in a group of its own."""
-    from moa_search.formats import Plan
-
     groups: dict[str, dict[str, Plan]] = {}
-    taken: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        name = plan_name(entry, loaded, index, taken)
-        name = f"plan {name}" if name in baselines else name
-        taken[name] = loaded
-        groups[f"like {name}"] = {name: loaded}
+    for name, loaded in named_plans(plan).items():
+        shown = f"plan {name}" if name in baselines else name
+        groups[f"like {shown}"] = {shown: loaded}
     return groups
 
 

@@ -11,6 +11,7 @@ from moa_search.api.common import (
     Progress,
     model_and_tokenizer,
     require_lengths,
+    require_plans_fit,
     require_positive,
     require_writable_folder,
 )
@@ -105,9 +106,8 @@ def measure_throughput(
         assert model is not None
         network, _ = model_and_tokenizer(model, dtype=dtype, device=device)
     _require_limit(network, batches, memory_limit_gib)
+    require_plans_fit(plans, network)
     signature = ModelSignature.of(network.config)
-    for name, loaded in plans.items():
-        loaded.model.require(signature, f"plan {name}")
     native = [layer for layer, window in enumerate(native_windows(network.config)) if window is not None]
     for share in density:
         plans[f"made up {share:g}"] = made_up_plan(signature, share, native_layers=native)
@@ -161,15 +161,13 @@ def _save(found: Throughput, output: str) -> None:
     from pathlib import Path
 
     from moa_search.evaluation.throughput import split_gains, summarise_throughput
-    from moa_search.formats.files import atomic_write
+    from moa_search.formats.files import atomic_write, write_csv
     from moa_search.inspection import save_throughput_plot
 
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     summary = summarise_throughput(found.runs)
     for name, table in (("throughput", found.runs), ("summary", summary), ("gains", split_gains(summary))):
-        with atomic_write(folder / f"{name}.csv") as file:
-            file.write(table.to_csv(index=False).encode())
+        write_csv(table, folder / f"{name}.csv")
     facts = found.facts | {"gates": [vars(gate) for gate in found.gates]}
     with atomic_write(folder / "facts.json") as file:
         file.write(json.dumps(facts, indent=2).encode() + b"\n")

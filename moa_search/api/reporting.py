@@ -13,6 +13,7 @@ from moa_search.api.common import (
     Searcher,
     model_and_tokenizer,
     require_depths,
+    require_plans_fit,
     require_positive,
     require_writable_folder,
 )
@@ -93,7 +94,6 @@ def report_model(
     from moa_search.architecture import require_context
     from moa_search.evaluation.suite import Bench, Grid
     from moa_search.evaluation.tasks import require_tasks
-    from moa_search.formats import ModelSignature
 
     require_positive(lengths=min(lengths, default=0), samples=min(samples, default=0))
     require_depths(depths)
@@ -111,9 +111,7 @@ def report_model(
         if name not in names:
             raise ConfigError(f"against: variant {name!r} isn't measured; choose from {', '.join(names)}")
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
-    signature = ModelSignature.of(network.config)
-    for name, made in line_up.plans.items():
-        made.model.require(signature, f"plan {name}")
+    require_plans_fit(line_up.plans, network)
     require_context(network.config, max(lengths))
     grid = Grid(counts, tuple(depths), seed, answers)
     bench = Bench(network, tokenizer, Path(output) / "cells", _meter(progress, grid.work(kinds, len(names))))
@@ -199,7 +197,7 @@ def _write(
 
     from moa_search.evaluation import paired_differences, summarise
     from moa_search.evaluation.effective import effective_table
-    from moa_search.formats.files import atomic_write
+    from moa_search.formats.files import write_csv
     from moa_search.inspection.reports import Report, report_page
 
     effective = effective_table(
@@ -221,8 +219,7 @@ def _write(
         "effective": effective,
     }
     for name, table in tables.items():
-        with atomic_write(output / f"{name}.csv") as file:
-            file.write(table.to_csv(index=False).encode())
+        write_csv(table, output / f"{name}.csv")
     report = Report(
         settings=settings,
         items=measured.items,

@@ -69,7 +69,7 @@ def validate_front(
             `moa_search.errors`.
     """
     from moa_search.formats import ModelSignature
-    from moa_search.formats.files import atomic_write
+    from moa_search.formats.files import write_csv
     from moa_search.search.output import read_front
 
     require_positive(samples=samples)
@@ -96,8 +96,7 @@ def validate_front(
     _measure(truth, candidates, chosen, progress)
     best = min(_rivals(candidates, chosen), key=lambda candidate: truth.evaluate(candidate.plan))
     rows = _rows(truth, candidates, chosen, best)
-    with atomic_write(table) as file:
-        file.write(rows.to_csv(index=False).encode())
+    write_csv(rows, table)
     _validated(truth, best.plan).save(Path(folder) / "plan.json")
     return rows
 

@@ -23,10 +23,13 @@ __all__ = [
     "Variant",
     "as_it_runs",
     "compare_variants",
+    "constant_like",
     "densities",
+    "kept_tokens",
     "make_variants",
     "measure",
     "require_baselines",
+    "under",
     "uniform_like",
 ]
 
@@ -61,7 +64,7 @@ def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Seq
     if "uniform" in baselines:
         matched: dict[tuple[tuple[int, ...], ...], tuple[str, Plan]] = {}
         for name, plan in plans.items():
-            kept = tuple(_kept(plan, length) for length in lengths)
+            kept = tuple(kept_tokens(plan, length) for length in lengths)
             matched.setdefault((plan.native_layers, kept), (name, plan))
         for name, plan in matched.values():
             label = "uniform" if len(matched) == 1 else f"uniform like {name}"
@@ -94,11 +97,16 @@ def uniform_like(plan: Plan, length: int) -> Plan:
 
     Native layers stay native.
     """
-    rule = SpanRule(_kept(plan, length), 0)
+    return constant_like(plan, kept_tokens(plan, length))
+
+
+def constant_like(plan: Plan, tokens: int) -> Plan:
+    """The plan for the model of ``plan`` in which every head has one constant span; native layers stay native."""
+    rule = SpanRule(tokens, 0)
     return Plan.uniform(rule, plan.model, native_layers=plan.native_layers, sink=plan.sink, block=plan.block)
 
 
-def _kept(plan: Plan, length: int) -> int:
+def kept_tokens(plan: Plan, length: int) -> int:
     """Tokens that a head keeps on average, native layers aside."""
     return round(plan.density(length) * length)
 
@@ -106,6 +114,11 @@ def _kept(plan: Plan, length: int) -> int:
 def as_it_runs(plan: Plan, length: int) -> Plan:
     """The plan for prompts of ``length`` tokens: one that is anchored at the prompt's end has constant spans there."""
     return plan.anchored_at(length) if plan.anchor == "prompt" else plan
+
+
+def under(model: Any, plan: Plan | None) -> AbstractContextManager[Any]:
+    """The model under a plan for a ``with`` block, or as it is without one."""
+    return nullcontext(model) if plan is None else applied(model, plan)
 
 
 def compare_variants(
@@ -142,11 +155,7 @@ def compare_variants(
     """
     rows = []
     kinds, lengths = require_tasks(tasks), list(dict.fromkeys(lengths))  # an item scored twice is no second item
-    done, total = (
-        0,
-        len(variants)
-        * sum(length * count * (max(1, len(depths)) if task.at_depths else 1) for length in lengths for task in kinds),
-    )
+    done, total = 0, len(variants) * sum(lengths) * count * sum(task.places(depths) for task in kinds)
 
     def report(tokens: int) -> None:
         nonlocal done
@@ -197,9 +206,8 @@ def measure(
     Returns:
         The columns of `compare_variants` from ``metric`` on, in the order of the items.
     """
-    scope: AbstractContextManager[Any] = applied(model, plan) if plan else nullcontext()
     rows = []
-    with scope:
+    with under(model, plan):
         for item, sample in enumerate(samples):
             for reading in task.measure(model, tokenizer, sample, answers):
                 rows.append(

@@ -32,6 +32,7 @@ __all__ = [
     "effective_context",
     "effective_contexts",
     "effective_table",
+    "enough",
     "multiple",
     "window_lengths",
 ]
@@ -95,7 +96,7 @@ def effective_context(items: pd.DataFrame, *, threshold: float = THRESHOLD) -> E
         high=int(high),
         shortest=int(lengths[0]),
         items=min(map(len, scores.values())),
-        gaps=tuple(lengths[(lengths < passes) & ~_enough(means, threshold)].tolist()),
+        gaps=tuple(lengths[(lengths < passes) & ~enough(means, threshold)].tolist()),
     )
 
 
@@ -109,13 +110,13 @@ def _passes(
     accuracy: npt.NDArray[np.float64], lengths: npt.NDArray[np.int64], threshold: float
 ) -> npt.NDArray[np.int64]:
     """For accuracies ``[length, resample]``, the last length that passes, 0 where none does."""
-    reached = np.where(_enough(accuracy, threshold), lengths[:, None], 0).max(axis=0)
+    reached = np.where(enough(accuracy, threshold), lengths[:, None], 0).max(axis=0)
     return np.asarray(reached, dtype=np.int64)
 
 
-def _enough(accuracy: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.bool_]:
-    """Means of zeros and ones reach a threshold such as 0.9 exactly, up to rounding."""
-    return np.asarray(accuracy >= threshold - 1e-9)
+def enough(accuracy: npt.ArrayLike, threshold: float = THRESHOLD) -> npt.NDArray[np.bool_]:
+    """Whether accuracies pass: means of zeros and ones reach a threshold such as 0.9 exactly, up to rounding."""
+    return np.asarray(accuracy) >= threshold - 1e-9
 
 
 def multiple(plan: EffectiveContext, uniform: EffectiveContext) -> tuple[float | None, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -12,10 +12,9 @@ from typing import Any
 import pandas as pd
 
 from moa_search.errors import BackendUnavailableError, ConfigError
-from moa_search.evaluation.compare import Variant
+from moa_search.evaluation.compare import Variant, under
 from moa_search.evaluation.statistics import bootstrap_interval
 from moa_search.formats.files import nearest, one_line
-from moa_search.runtime import applied
 
 __all__ = ["Harness", "HarnessRun", "harness_summary"]
 
@@ -85,9 +84,7 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        plan = variant.plan_at(length)
-        scope: AbstractContextManager[Any] = applied(model, plan) if plan else nullcontext()
-        with scope, _quiet():
+        with under(model, variant.plan_at(length)), _quiet():
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.pop("batch_size", 1))
             try:
                 found = simple_evaluate(

@@ -36,11 +36,6 @@ class LossKey:
     data: str
     length: int
 
-    @property
-    def stem(self) -> str:
-        """Start of the file's name."""
-        return f"{self.plan.removeprefix('sha256:')[:12]}-{self.length}"
-
 
 class LossCache:
     """Losses per sample, by `LossKey`, in a `ResultFolder` or for this process alone.
@@ -59,7 +54,7 @@ class LossCache:
     def get(self, key: LossKey, count: int) -> tuple[float, ...] | None:
         """The ``count`` losses kept for ``key``, in nats per answer token, or None."""
         if key not in self._known and self._folder is not None:
-            found = self._folder.read(key.stem, asdict(key))
+            found = self._folder.read(asdict(key))
             if isinstance(found, list) and all(isinstance(loss, float) and math.isfinite(loss) for loss in found):
                 self._known[key] = tuple(found)
         losses = self._known.get(key)
@@ -73,4 +68,4 @@ class LossCache:
         """
         self._known[key] = tuple(losses)
         if self._folder is not None:
-            self._folder.write(key.stem, asdict(key), list(losses))
+            self._folder.write(asdict(key), list(losses))

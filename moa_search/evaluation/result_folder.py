@@ -40,34 +40,34 @@ class ResultFolder:
         if not os.access(there, os.W_OK):
             raise ConfigError(f"{folder}: this folder for measured {what} can't be written")
 
-    def read(self, stem: str, key: Mapping[str, Any]) -> Any:
+    def read(self, key: Mapping[str, Any]) -> Any:
         """The result kept for ``key``, a JSON value; None where there is none.
 
         Args:
-            stem: Start of the file's name.
-            key: What the result depends on, as JSON values.
+            key: What the result depends on, as JSON values; ``plan`` and ``length`` among them, which files are named
+                after.
         """
         try:
-            content = parse_json(self._path(stem, key).read_bytes())
+            content = parse_json(self._path(key).read_bytes())
             result = content[self._what]
             whole = content.pop("checksum") == sha256_of(canonical_json(content))
             return result if whole and content == self._described(key) | {self._what: result} else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
-    def write(self, stem: str, key: Mapping[str, Any], result: Any) -> None:
+    def write(self, key: Mapping[str, Any], result: Any) -> None:
         """Keep a result; see `read`.
 
         Raises:
             ConfigError: Its file can't be written.
         """
         content = self._described(key) | {self._what: result}
-        with atomic_write(self._path(stem, key)) as file:
+        with atomic_write(self._path(key)) as file:
             file.write(canonical_json(content | {"checksum": sha256_of(canonical_json(content))}) + b"\n")
 
-    def _path(self, stem: str, key: Mapping[str, Any]) -> Path:
+    def _path(self, key: Mapping[str, Any]) -> Path:
         digest = sha256_of(canonical_json(self._described(key))).removeprefix("sha256:")[:24]
-        return self._folder / f"{stem}-{digest}.json"
+        return self._folder / f"{key['plan'].removeprefix('sha256:')[:12]}-{key['length']}-{digest}.json"
 
     def _described(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """What a file says of its key; another version of this library may compute something else under one plan."""

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
 from moa_search.calibration import Sample
 from moa_search.errors import CalibrationError
-from moa_search.evaluation.compare import Variant, densities, measure
-from moa_search.evaluation.effective import THRESHOLD, effective_context, effective_contexts, window_lengths
+from moa_search.evaluation.compare import Variant, constant_like, densities, kept_tokens, measure
+from moa_search.evaluation.effective import effective_context, effective_contexts, enough, window_lengths
 from moa_search.evaluation.loss_cache import DENSE_PLAN
 from moa_search.evaluation.result_folder import ResultFolder
 from moa_search.evaluation.tasks import Answers, Task
 from moa_search.formats import Plan
 from moa_search.models import weights_hash
-from moa_search.spans import SpanRule
 
 __all__ = ["CELLS_SCHEMA", "Bench", "Grid", "measure_grid", "measure_windows", "refine_grid"]
 
@@ -59,7 +59,7 @@ class Grid:
 
     def work(self, tasks: Sequence[Task], variants: int) -> int:
         """Tokens of all items under so many variants."""
-        places = sum(max(1, len(self.depths)) if task.at_depths else 1 for task in tasks)
+        places = sum(task.places(self.depths) for task in tasks)
         return variants * places * sum(length * count for length, count in self.counts.items())
 
 
@@ -107,13 +107,12 @@ class Bench:
         described = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
         described |= {"metric": task.metric_of(way), "answers": way}
         key = self._key(plan, task, length, samples, way)
-        stem = f"{key['plan'].removeprefix('sha256:')[:12]}-{length}"
-        parts = None if self._kept is None else self._kept.read(stem, key)
+        parts = None if self._kept is None else self._kept.read(key)
         if parts is None:
             rows = measure(self.model, self.tokenizer, plan, task, samples, answers=grid.answers, report=self.report)
             parts = [[None if _is_nan(row[name]) else row[name] for name in PARTS] for row in rows]
             if self._kept is not None:
-                self._kept.write(stem, key, parts)
+                self._kept.write(key, parts)
         else:
             self.report(sum(sample.target_length for sample in samples))
         return [
@@ -198,14 +197,13 @@ def measure_windows(
     for name, plan in plans.items():
         passes = reached[name].passes
         if passes:
-            windows[name] = round(plan.density(passes) * passes)
+            windows[name] = kept_tokens(plan, passes)
             longest[windows[name]] = max(passes, longest.get(windows[name], 0))
     rows: list[dict[str, Any]] = []
     for window, length in sorted(longest.items()):
         plan = next(plans[name] for name, span in windows.items() if span == window)
-        rule = SpanRule(window, 0)
-        like = Plan.uniform(rule, plan.model, native_layers=plan.native_layers, sink=plan.sink, block=plan.block)
-        rows += _until_it_fails(bench, Variant(f"window {window}", partial(_always, like)), task, grid, window, length)
+        variant = Variant(f"window {window}", partial(_always, constant_like(plan, window)))
+        rows += _until_it_fails(bench, variant, task, grid, window, length)
     return pd.DataFrame(rows, columns=items.columns), windows
 
 
@@ -222,7 +220,7 @@ def _until_it_fails(
         except CalibrationError:  # shorter than the task's items can be
             continue
         yield from rows
-        if sum(row["score"] for row in rows) < (THRESHOLD - 1e-9) * len(rows):
+        if not enough(np.mean([row["score"] for row in rows])):
             return
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch
 
 from moa_search.calibration import Sample, hash_samples
 from moa_search.errors import ConfigError, MoAError
-from moa_search.evaluation.compare import as_it_runs
+from moa_search.evaluation.compare import as_it_runs, under
 from moa_search.evaluation.loss_cache import DENSE_PLAN, LossCache, LossKey
 from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import Plan
 from moa_search.formats.plan import Validation
 from moa_search.models import weights_hash
-from moa_search.runtime import applied, remove_plan
+from moa_search.runtime import remove_plan
 
 __all__ = ["Estimate", "TrueLoss"]
 
@@ -171,11 +170,8 @@ class TrueLoss:
         return LossKey(fingerprint, self._weights, dtype, self.data_hashes[length], length)
 
     def _measured(self, plan: Plan | None, length: int, report: Callable[[int], None]) -> tuple[float, ...]:
-        scope: AbstractContextManager[Any] = nullcontext()
-        if plan is not None:
-            scope = applied(self._model, as_it_runs(plan, length))
         losses = []
-        with scope:
+        with under(self._model, None if plan is None else as_it_runs(plan, length)):
             for item in self._items[length]:
                 losses.append(self._scored(self.samples[item]))
                 report(length)

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from moa_search.errors import ConfigError, PlanFormatError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from pydantic import ValidationError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "parse_json",
     "parse_plan_json",
     "sha256_of",
+    "write_csv",
 ]
 
 MESSAGE_CHARACTERS = 300
@@ -66,6 +68,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             raise ConfigError(f"{path}: can't be written ({error.strerror or error})") from error
         raise
+
+
+def write_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table without its index, atomically; raises what `atomic_write` does."""
+    with atomic_write(path) as file:
+        file.write(table.to_csv(index=False).encode())
 
 
 def canonical_json(value: Any) -> bytes:

@@ -130,7 +130,7 @@ class PlanViews:
         plan, at = self._plan, self._one(length)
         native = plan.native_layers
         return draw_cells(
-            self._shares(at),
+            self.shares(at),
             ax,
             title=f"{at} tokens: {plan.density(at):.1%} of the KV cache kept",
             label="span / n",
@@ -154,7 +154,7 @@ class PlanViews:
         self._plan.model.require(other.model, "the plan to compare with")
         at = self._one(length)
         return draw_cells(
-            other._shares(at) - self._shares(at),
+            other.shares(at) - self.shares(at),
             ax,
             title=f"{at} tokens: {self._plan.density(at):.1%} of the KV cache, {other.density(at):.1%} in the other",
             label="change of span / n",
@@ -220,7 +220,7 @@ class PlanViews:
             f", {origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "") if origin else ""
         )
         grid = cell_grid(
-            hex_colours(self._shares(at), low=0, high=1),
+            hex_colours(self.shares(at), low=0, high=1),
             self.cell_texts(at),
             label=f"Share of {at} tokens kept by layer and KV head",
             focusable=False,
@@ -247,8 +247,8 @@ class PlanViews:
             for layer, heads in enumerate(self._plan.spans(length))
         ]
 
-    def _shares(self, length: int) -> npt.NDArray[np.float64]:
-        """``[layer, kv_head]``, NaN in native layers."""
+    def shares(self, length: int) -> npt.NDArray[np.float64]:
+        """Span over ``length`` of every head, ``[layer, kv_head]``; NaN in native layers."""
         shares = np.array(self._plan.spans(length), dtype=np.float64) / length
         shares[list(self._plan.native_layers)] = np.nan
         return shares

@@ -16,7 +16,7 @@ from moa_search.inspection.grids import HOW_TO_READ
 from moa_search.inspection.pages import Page, figure_block, paragraph, table_block
 from moa_search.inspection.sections import front_blocks, new_page, origin_facts, share, span_blocks
 from moa_search.inspection.tables import predicted_loss
-from moa_search.search.losses import rule_losses
+from moa_search.search.losses import plan_losses
 from moa_search.search.output import StoredPlan
 
 if TYPE_CHECKING:
@@ -105,12 +105,11 @@ def layer_losses(plan: Plan, profile: Profile) -> dict[int, npt.NDArray[np.float
         mine, measured = getattr(plan, name), getattr(profile.header, name)
         if mine != measured:
             raise ConfigError(f"profile: it was measured with {name} {measured}, the plan has {mine}")
-    rules = sorted({rule for heads in plan.rules for rule in heads})
     criterion = (plan.provenance.criterion if plan.provenance else None) or DEFAULT_CRITERION
     searched = profile.header.searchable_layers
-    choice = np.array([rules.index(rule) for layer in searched for rule in plan.rules[layer]])
+    by_length, choice = plan_losses(profile, plan, criterion)
     found = {}
-    for losses in rule_losses(profile, rules, criterion, anchor=plan.anchor):
+    for losses in by_length:
         per_layer = np.zeros(plan.model.num_hidden_layers)
         per_layer[searched] = losses.mean[np.arange(len(choice)), choice].reshape(len(searched), -1).sum(1)
         found[losses.length] = per_layer

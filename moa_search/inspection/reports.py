@@ -75,24 +75,21 @@ def _where() -> dict[str, object]:
     versions += [f"{name} {version(name)}" for name in ("torch", "transformers")]
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": _processor(),
+        "machine": _machine(),
         "versions": ", ".join(versions),
         "command": " ".join(["moa-eval", *sys.argv[1:]]) if "moa-eval" in sys.argv[0] else "Python",
     }
 
 
-def _processor() -> str:
-    """The GPU's name, or the processor's as Linux knows it."""
+def _machine() -> str:
+    """The GPU, or the processor with the threads that torch takes of it."""
     import torch
 
+    from moa_search.evaluation.machine import device_name
+
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.processor() or platform.machine()
+        return device_name(torch.device("cuda"))
+    return f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
 
 
 def _effective(report: Report) -> list[str]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-import numpy as np
 import pandas as pd
 
 from moa_search.formats import Plan
@@ -43,13 +42,11 @@ def span_blocks(plan: Plan, lengths: Sequence[int]) -> list[str]:
     """One heat map of spans per length, each cell with its exact rule."""
     blocks = []
     for length in lengths:
-        shares = np.array(plan.spans(length), dtype=np.float64) / length
-        shares[list(plan.native_layers)] = np.nan
         label = f"Share of a context of {length} tokens that each layer (across) and KV head (down) keeps"
         blocks += [
             heading(f"{length} tokens: {share(plan.density(length))} of the KV cache"),
             grid_block(
-                hex_colours(shares, low=0, high=1),
+                hex_colours(plan.shares(length), low=0, high=1),
                 plan.cell_texts(length),
                 label,
                 colours="viridis",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from moa_search.formats.files import atomic_write
+from moa_search.inspection.plots import save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,8 +115,7 @@ def plot_throughput(summary: pd.DataFrame, facts: Mapping[str, str]) -> Figure:
 
 def save_throughput_plot(summary: pd.DataFrame, facts: Mapping[str, str], path: str | os.PathLike[str]) -> None:
     """Write `plot_throughput` as PNG, atomically."""
-    with atomic_write(path) as file:
-        plot_throughput(summary, facts).savefig(file, format="png", dpi=130)
+    save_figure(plot_throughput(summary, facts), path)
 
 
 def _label(row: Mapping[str, Any]) -> str:

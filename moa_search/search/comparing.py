@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
-from moa_search.search.losses import rule_losses
+from moa_search.search.losses import plan_losses
 from moa_search.search.searchers import find_searcher
 from moa_search.search.searching import search_profile
 from moa_search.search.space import SearchOptions
@@ -75,8 +73,5 @@ def predicted_losses(profile: Profile, plan: Plan, criterion: str) -> dict[int, 
         plan: A plan.
         criterion: One of `moa_search.formats.criteria.CRITERIA`.
     """
-    layers = profile.header.searchable_layers
-    mine = [rule for layer in layers for rule in plan.rules[layer]]
-    rules = sorted(set(mine))
-    choice = np.array([rules.index(rule) for rule in mine], dtype=np.int64)
-    return {loss.length: loss.of_choice(choice) for loss in rule_losses(profile, rules, criterion, anchor=plan.anchor)}
+    by_length, choice = plan_losses(profile, plan, criterion)
+    return {losses.length: losses.of_choice(choice) for losses in by_length}

@@ -11,10 +11,11 @@ import numpy.typing as npt
 from moa_search.errors import ConfigError, ProfilingError
 from moa_search.formats.criteria import head_losses, require_criterion, statistic_of
 from moa_search.formats.files import nearest
+from moa_search.formats.plan import Plan
 from moa_search.formats.profile import LengthProfile, Profile
 from moa_search.spans import SpanRule, span
 
-__all__ = ["ANCHORS", "RuleLosses", "losses_from", "rule_losses"]
+__all__ = ["ANCHORS", "RuleLosses", "losses_from", "plan_losses", "rule_losses"]
 
 ANCHORS = ("position", "prompt")
 """Where a rule is evaluated: at every query's own position, or once at the total length."""
@@ -102,6 +103,20 @@ def rule_losses(
         losses_from(profile.by_length[length], profile, rules, criterion, length=length, anchor=anchor)
         for length in profile.lengths
     ]
+
+
+def plan_losses(profile: Profile, plan: Plan, criterion: str) -> tuple[list[RuleLosses], npt.NDArray[np.int64]]:
+    """Losses of a plan's rules at every profiled length, and which of these rules each searchable head has.
+
+    Args:
+        profile: Statistics of the plan's model, with the plan's sink and block.
+        plan: The plan.
+        criterion: One of `moa_search.formats.criteria.CRITERIA`.
+    """
+    mine = [rule for layer in profile.header.searchable_layers for rule in plan.rules[layer]]
+    rules = sorted(set(mine))
+    choice = np.array([rules.index(rule) for rule in mine], dtype=np.int64)
+    return rule_losses(profile, rules, criterion, anchor=plan.anchor), choice
 
 
 def losses_from(

@@ -6,6 +6,7 @@ import pytest
 
 from moa_search import api, load_model
 from moa_search.api.evaluating import plan_name
+from moa_search.api.line_up import given_plans
 from moa_search.errors import ConfigError, MoAError
 from moa_search.models import DTYPES
 from moa_search.parallel import Workers
@@ -79,3 +80,11 @@ def test_plans_of_one_name_are_told_apart(tiny_plan, tmp_path):
         tiny_plan.save(tmp_path / path)
         names[plan_name(str(tmp_path / path), tiny_plan, len(names), names)] = tiny_plan
     assert list(names) == ["half", "quarter", "other/half", "a/half"]
+
+
+def test_plans_that_are_called_like_a_baseline_all_stay_in_a_line_up(tmp_path, tiny_plan):
+    files = [tmp_path / folder / "dense.json" for folder in ("a", "b")]
+    for file in files:
+        tiny_plan.save(file)
+    groups = given_plans(list(map(str, files)), ["dense"])
+    assert [list(plans) for plans in groups.values()] == [["plan dense"], ["b/dense"]]

@@ -87,6 +87,10 @@ class Task(ABC):
             correct: For each answer token, whether it is the one that the model gave or ranks first.
         """
 
+    def places(self, depths: Sequence[float]) -> int:
+        """At how many places the sought text is put where ``depths`` are asked for; each has a count of items."""
+        return max(1, len(depths)) if self.at_depths else 1
+
     def way(self, answers: Answers) -> Answers:
         """How this task is answered where ``answers`` is asked for."""
         return "forced" if self.always_forced else answers
@@ -122,7 +126,7 @@ class GeneratedTask(Task):
     ) -> list[Sample]:
         """See `Task.build`."""
         maker = self.generator(tokenizer, TextSource.library(tokenizer, "test"))
-        turns = [self.name] * (count * max(1, len(depths)))
+        turns = [self.name] * (count * self.places(depths))
         drawn = draw_round({self.name: maker}, turns, length, HELD_OUT_SEED + seed, depths=depths)
         return [item.answered(item.reference) for item in drawn[self.name]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 import transformers
 
 from moa_search.errors import ConfigError
+from moa_search.evaluation.compare import densities
+from moa_search.evaluation.machine import device_name
 from moa_search.evaluation.throughput.batches import MOST_SAMPLES, Probe, largest_batch
 from moa_search.evaluation.throughput.gate import Gate, verify
 from moa_search.evaluation.throughput.memory import old_objects_kept
@@ -170,12 +171,10 @@ def _prompts(model: Any, length: int, batch: int, seed: int) -> torch.Tensor:
 
 
 def _keys(cell: _Cell, length: int) -> dict[str, Any]:
-    plan = cell.way.plan_at(length)
     return {
         "way": cell.way.name,
         "kind": cell.way.kind,
-        "density": plan.density(length) if plan else 1.0,
-        "attention_density": plan.attention_density(length) if plan else 1.0,
+        **densities(cell.way.plan_at(length), length),
         "length": length,
         "batch": cell.batch,
         "is_largest": cell.is_largest,
@@ -188,7 +187,7 @@ def _facts(model: Any) -> dict[str, str]:
     gpu = device.type == "cuda"
     text = model.config.get_text_config(decoder=True)
     facts = {
-        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
+        "device": device_name(device),
         "model": f"{text.model_type}, {sum(p.numel() for p in model.parameters()) / 1e6:.4g}M parameters, "
         f"{text.num_hidden_layers} layers",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -199,13 +198,3 @@ def _facts(model: Any) -> dict[str, str]:
         "transformers": transformers.__version__,
     }
     return facts | ({"cuda": str(torch.version.cuda)} if gpu else {"threads": str(torch.get_num_threads())})
-
-
-def _processor() -> str:
-    """Name of the CPU."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache
 
-from moa_search.evaluation.compare import as_it_runs
+from moa_search.evaluation.compare import as_it_runs, under
 from moa_search.formats import Plan
-from moa_search.runtime import MoACache, applied
+from moa_search.runtime import MoACache
 
 __all__ = ["KINDS", "Way", "cache_bytes", "forget_compiled", "generating_on", "make_ways"]
 
@@ -46,12 +46,9 @@ class Way:
         """The plan for prompts of ``length`` tokens."""
         return None if self.plan is None else as_it_runs(self.plan, length)
 
-    @contextmanager
-    def on(self, model: Any, length: int) -> Iterator[Any]:
+    def on(self, model: Any, length: int) -> AbstractContextManager[Any]:
         """The model run this way, for prompts of ``length`` tokens."""
-        plan = self.plan_at(length)
-        with nullcontext() if plan is None else applied(model, plan):
-            yield model
+        return under(model, self.plan_at(length))
 
     def cache(self, model: Any, length: int, tokens: int) -> Cache | None:
         """A cache for ``tokens`` tokens after a prompt of ``length``, or None where `generate` makes a growing one."""

@@ -35,27 +35,9 @@ COMMANDS = {
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(run_main):
     """Run a command; returns exit status, output and errors."""
-
-    def run(program, *arguments):
-        monkeypatch.setattr(sys, "argv", [*program.split(), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            COMMANDS[program][0].main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def profiled(tmp_path_factory, tiny_model_dir):
-    """A profile of the tiny model, made once."""
-    path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
-    api.profile_model(
-        str(tiny_model_dir), lengths=[300, 600], samples=2, answers="dataset", output=str(path), dtype="float32"
-    )
-    return path
+    return lambda program, *arguments: run_main(COMMANDS[program][0].main, program, *arguments)
 
 
 def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):

@@ -1,7 +1,7 @@
 """moa-inspect, run as a user runs it, with wrong input too."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 
@@ -14,17 +14,9 @@ from moa_search.spans import SpanRule
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(run_main):
     """Run the command; returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moa-inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            inspect.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
+    return partial(run_main, inspect.main, "moa-inspect")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """``moa-search`` and its other commands, run as a user runs them, on a tiny model."""
 
 import json
-import sys
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -11,28 +11,10 @@ from moa_search.cli import search
 from moa_search.errors import ConfigError
 
 
-@pytest.fixture(scope="module")
-def profiled(tmp_path_factory, tiny_model_dir):
-    """A profile of the tiny model, made once."""
-    path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
-    api.profile_model(
-        str(tiny_model_dir), lengths=[300, 600], samples=2, answers="dataset", output=str(path), dtype="float32"
-    )
-    return path
-
-
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(run_main):
     """Run ``moa-search``; returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moa-search", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            search.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
+    return partial(run_main, search.main, "moa-search")
 
 
 def one_line(result):

@@ -1,7 +1,7 @@
 """``moa-eval throughput``, run as a user runs it, on a tiny shape."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,17 +24,9 @@ def shape(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(run_main):
     """Run the command; returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moa-eval", "throughput", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
+    return partial(run_main, evaluate.main, "moa-eval throughput")
 
 
 def test_table_files_and_plot(call, shape, tmp_path):

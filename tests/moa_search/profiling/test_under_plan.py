@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from moa_search.calibration import Sample
@@ -15,41 +15,10 @@ from moa_search.profiling import profile_samples
 from moa_search.profiling.under_plan import planned_attention
 from moa_search.runtime import applied
 from moa_search.spans import DENSE, SpanRule
+from tests.moa_search.architectures import make_model
 
 LENGTH, SINK, BLOCK = 150, 3, 16
 RULES = [[SpanRule(20, 64), SpanRule(-30, 200)], [SpanRule(40, 0), DENSE]]
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-SLIDING = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
-ARCHITECTURES = {
-    "llama": {},
-    "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, **SLIDING},
-    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 2, **SLIDING},
-}
-
-
-def make_model(architecture="llama", seed=0):
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **SMALL, **ARCHITECTURES[architecture])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
-    if architecture == "gpt_oss":
-        model.set_experts_implementation("eager")  # the others have no float64
-    with torch.no_grad():
-        for parameter in model.parameters():  # attention that prefers some keys, and sinks that matter
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
 
 
 def make_plan(model, **fields):
@@ -65,7 +34,7 @@ def sample():
     return Sample(np.random.default_rng(0).integers(3, 64, LENGTH), 4, "passkey", 0.5, "random")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
 def test_statistics_are_derivatives_of_the_sparse_loss(architecture, sample):
     """Moving a head of the sparse model by what a window changes in full attention changes the loss by ``signed``."""
     model = make_model(architecture)
@@ -136,7 +105,7 @@ def test_attention_and_gradients_are_those_of_explicit_masks():
 
 @pytest.mark.parametrize("anchor", ["position", "prompt"])
 def test_loss_is_what_the_runtime_gives(sample, anchor):
-    model = make_model()
+    model = make_model("llama")
     plan = make_plan(model, anchor=anchor)
     profile = profile_samples(model, [sample], under_plan=plan)
     with applied(model, plan.anchored_at(LENGTH) if anchor == "prompt" else plan):
@@ -146,7 +115,7 @@ def test_loss_is_what_the_runtime_gives(sample, anchor):
 
 
 def test_dense_plan_changes_nothing(sample):
-    model = make_model()
+    model = make_model("llama")
     plan = Plan.uniform(DENSE, ModelSignature.of(model.config))
     plain, under = (profile_samples(model, [sample], under_plan=given).by_length[LENGTH] for given in (None, plan))
     for name, values in plain.per_sample.items():
@@ -154,7 +123,7 @@ def test_dense_plan_changes_nothing(sample):
 
 
 def test_checkpointing_changes_nothing(sample):
-    model = make_model()
+    model = make_model("llama")
     results = [
         profile_samples(model, [sample], under_plan=make_plan(model), checkpointing=flag).by_length[LENGTH]
         for flag in (False, True)
@@ -163,7 +132,7 @@ def test_checkpointing_changes_nothing(sample):
 
 
 def test_run_under_another_plan_is_not_continued(sample, tmp_path):
-    model, partial = make_model(), tmp_path / "partial"
+    model, partial = make_model("llama"), tmp_path / "partial"
     plan = make_plan(model)
     profile = profile_samples(model, [sample], under_plan=plan, partial=partial)
     assert profile.header.calibration["under_plan"] == plan.checksum
@@ -175,7 +144,7 @@ def test_run_under_another_plan_is_not_continued(sample, tmp_path):
 
 
 def test_plans_that_do_not_fit_are_refused(sample):
-    model = make_model()
+    model = make_model("llama")
     stranger = make_plan(model).model_copy(update={"model": ModelSignature.of(make_model("gpt_oss").config)})
     with pytest.raises(ModelMismatchError, match="under_plan was made for another model"):
         profile_samples(model, [sample], under_plan=stranger)

@@ -46,7 +46,7 @@ def test_the_reference_knows_windows_soft_caps_and_sinks(config, kind):
 def test_another_plan_than_the_one_stated_is_caught(tiny_model, monkeypatch):
     model = tiny_model[0]
     other = way_of(model, 0.3).plan
-    monkeypatch.setattr("moa_search.evaluation.throughput.ways.applied", lambda model, plan: _Applied(model, other))
+    monkeypatch.setattr("moa_search.evaluation.throughput.ways.under", lambda model, plan: _Applied(model, other))
     monkeypatch.setattr("moa_search.evaluation.throughput.gate.MoACache", lambda config, plan: None)
     with pytest.raises(VerificationError, match="plan half: its logits are off by"):
         gate.verify(model, way_of(model, 0.25), seed=0)
