@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from moa_search.errors import MoAError
     from moa_search.formats import ModelSignature, Plan, Profile
-    from moa_search.models import load_model
+    from moa_search.modeling.loading import load_model
     from moa_search.runtime import MoACache, apply_plan, from_pretrained, remove_plan
     from moa_search.spans import SpanRule
 
@@ -46,7 +46,7 @@ _HOMES = {
     "export_plan": "moa_search.api",
     "from_pretrained": "moa_search.runtime",
     "import_plan": "moa_search.api",
-    "load_model": "moa_search.models",
+    "load_model": "moa_search.modeling.loading",
     "measure_throughput": "moa_search.api",
     "merge_profiles": "moa_search.api",
     "profile_model": "moa_search.api",

@@ -36,7 +36,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def model_and_tokenizer(model: str | tuple[Any, Any], **options: Any) -> tuple[Any, Any]:
     """Model and tokenizer; ``options`` are those of load_model."""
-    from moa_search.models import load_model
+    from moa_search.modeling.loading import load_model
 
     return load_model(model, **options) if isinstance(model, str) else model
 

@@ -129,7 +129,7 @@ def _signature(model: Any) -> ModelSignature:
         return Plan.load(spec).model
     if "=" in spec:
         return _from_numbers(spec)
-    from moa_search.models import load_config
+    from moa_search.modeling.loading import load_config
 
     return ModelSignature.of(load_config(spec))
 

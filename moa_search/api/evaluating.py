@@ -66,11 +66,11 @@ def evaluate_model(
     Raises:
         MoAError: The model, a plan or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.architecture import require_context
     from moa_search.errors import ConfigError
     from moa_search.evaluation import compare_variants, make_variants
     from moa_search.evaluation.tasks import require_tasks
     from moa_search.formats.files import write_csv
+    from moa_search.modeling.support import require_context
 
     require_positive(lengths=min(lengths, default=0), samples=samples)
     require_depths(depths)

@@ -78,11 +78,11 @@ def measure_throughput(
     Raises:
         MoAError: The model, a plan or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.architecture import native_windows, require_context
     from moa_search.errors import ConfigError
     from moa_search.evaluation.throughput import made_up_plan, make_ways, measure
     from moa_search.evaluation.throughput.running import UNTIMED_STEPS
     from moa_search.formats import ModelSignature
+    from moa_search.modeling.support import native_windows, require_context
 
     if (model is None) == (random_weights is None):
         raise ConfigError("give --model or --random-weights, one of them")
@@ -99,7 +99,7 @@ def measure_throughput(
     if {"plan", "plan-static"} & set(ways) and not plans and not density:
         raise ConfigError("ways: plan needs --plan or --density; for dense alone give --ways dense dense-static")
     if random_weights is not None:
-        from moa_search.models import random_model
+        from moa_search.modeling.loading import random_model
 
         network = random_model(random_weights, layers=layers, dtype=dtype, device=device, seed=seed)
     else:

@@ -76,11 +76,11 @@ def profile_model(
     Raises:
         MoAError: The model, a length or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.architecture import require_context
     from moa_search.calibration import calibrate, require_samples_folder
     from moa_search.calibration import save_samples as save
     from moa_search.errors import ConfigError
     from moa_search.formats import Plan
+    from moa_search.modeling.support import require_context
     from moa_search.parallel import joined
     from moa_search.profiling import discard_results, profile_samples, require_profilable, results_folder
 

@@ -91,9 +91,9 @@ def report_model(
     Raises:
         MoAError: The model, a plan, the profile or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.architecture import require_context
     from moa_search.evaluation.suite import Bench, Grid
     from moa_search.evaluation.tasks import require_tasks
+    from moa_search.modeling.support import require_context
 
     require_positive(lengths=min(lengths, default=0), samples=min(samples, default=0))
     require_depths(depths)

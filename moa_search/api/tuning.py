@@ -206,7 +206,7 @@ class _Setup:
     def start(self, device: str | None) -> _Run:
         """Load the model and draw the samples."""
         from moa_search.formats import ModelSignature
-        from moa_search.models import load_model
+        from moa_search.modeling.loading import load_model
         from moa_search.search.tuning.decoding import Decoder
 
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=device or "auto")

@@ -132,10 +132,10 @@ def held_out_loss(
         MoAError: A length is over the model's context, samples can't be built as asked, or the folder can't be
             written.
     """
-    from moa_search.architecture import require_context
     from moa_search.calibration import calibrate
     from moa_search.evaluation.loss_cache import LossCache
     from moa_search.evaluation.true_loss import TrueLoss
+    from moa_search.modeling.support import require_context
 
     require_context(model.config, max(lengths, default=0))
     cache = LossCache(cache_folder)

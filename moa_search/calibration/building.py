@@ -16,7 +16,7 @@ from moa_search.calibration.store import load_samples, save_samples, tokenizer_h
 from moa_search.calibration.texts import SPLITS, Split
 from moa_search.errors import ConfigError, FileFormatError, ModelMismatchError
 from moa_search.formats.files import canonical_json, sha256_of
-from moa_search.models import cache_dir, weights_hash
+from moa_search.modeling.loading import cache_dir, weights_hash
 from moa_search.parallel import ALONE, Workers
 from moa_search.version import __version__
 

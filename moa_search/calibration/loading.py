@@ -14,7 +14,7 @@ from moa_search.calibration.sources import ROLES, SourceSpec
 from moa_search.calibration.texts import Document, Split, documents, of_split, squeezed
 from moa_search.errors import CalibrationError, ConfigError
 from moa_search.formats.files import nearest, one_line
-from moa_search.models import cache_dir
+from moa_search.modeling.loading import cache_dir
 
 __all__ = ["load_records", "load_texts"]
 

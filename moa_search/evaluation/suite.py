@@ -20,7 +20,7 @@ from moa_search.evaluation.loss_cache import DENSE_PLAN
 from moa_search.evaluation.result_folder import ResultFolder
 from moa_search.evaluation.tasks import Answers, Task
 from moa_search.formats import Plan
-from moa_search.models import weights_hash
+from moa_search.modeling.loading import weights_hash
 
 __all__ = ["CELLS_SCHEMA", "Bench", "Grid", "measure_grid", "measure_windows", "refine_grid"]
 

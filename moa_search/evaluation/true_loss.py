@@ -22,7 +22,7 @@ from moa_search.evaluation.loss_cache import DENSE_PLAN, LossCache, LossKey
 from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import Plan
 from moa_search.formats.plan import Validation
-from moa_search.models import weights_hash
+from moa_search.modeling.loading import weights_hash
 from moa_search.runtime import remove_plan
 
 __all__ = ["Estimate", "TrueLoss"]

@@ -12,18 +12,18 @@ import torch
 from moa_kernels import backends as kernels
 from moa_kernels.backends import Impl, choose
 
-from moa_search.architecture import (
+from moa_search.calibration import Sample, hash_samples
+from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
+from moa_search.formats import ModelSignature, Plan
+from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
+from moa_search.modeling.loading import weights_hash
+from moa_search.modeling.support import (
     native_windows,
     require_attention_interface,
     require_causal,
     require_context,
     require_own_keys,
 )
-from moa_search.calibration import Sample, hash_samples
-from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
-from moa_search.formats import ModelSignature, Plan
-from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
-from moa_search.models import weights_hash
 from moa_search.parallel import ALONE, Workers
 from moa_search.profiling.accumulate import LengthAccumulator
 from moa_search.profiling.attention import observed

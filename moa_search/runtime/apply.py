@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from moa_search.architecture import require_attention_interface
 from moa_search.errors import ModelUnsupportedError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
+from moa_search.modeling.support import require_attention_interface
 from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, give_cache
 from moa_search.runtime.kernels import runs_kernels

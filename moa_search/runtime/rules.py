@@ -14,9 +14,9 @@ from moa_kernels.spans import HeadSpans
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from moa_search.architecture import require_own_keys
 from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
 from moa_search.formats import ModelSignature, Plan
+from moa_search.modeling.support import require_own_keys
 from moa_search.spans import BETA_ONE, SpanRule, span
 
 if TYPE_CHECKING:

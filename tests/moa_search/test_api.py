@@ -8,7 +8,7 @@ from moa_search import api, load_model
 from moa_search.api.evaluating import plan_name
 from moa_search.api.line_up import given_plans
 from moa_search.errors import ConfigError, MoAError
-from moa_search.models import DTYPES
+from moa_search.modeling.loading import DTYPES
 from moa_search.parallel import Workers
 from moa_search.search import CRITERIA
 
@@ -48,7 +48,7 @@ def test_settings_that_cannot_be(tiny_model_dir, changes, words):
 
 def test_a_folder_for_samples_is_looked_at_before_the_work(tiny_model_dir, tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("keep")
-    monkeypatch.setattr("moa_search.models.load_model", lambda *a, **b: pytest.fail("the work began"))
+    monkeypatch.setattr("moa_search.modeling.loading.load_model", lambda *a, **b: pytest.fail("the work began"))
     with pytest.raises(ConfigError, match="holds no samples; give another folder"):
         api.profile_model(str(tiny_model_dir), save_samples=str(tmp_path / "mine"))
 

@@ -7,7 +7,7 @@ import pytest
 
 from moa_search.calibration.answers import answering, greedy_answer, right_part, stop_tokens
 from moa_search.calibration.prompts import Item, chat_frame, plain_frame
-from moa_search.models import load_model
+from moa_search.modeling.loading import load_model
 
 NOTHING = np.empty(0, np.int64)
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from moa_search.cli import evaluate
-from moa_search.models import load_config
+from moa_search.modeling.loading import load_config
 
 SHAPES = Path(__file__).parents[3] / "configs" / "shapes"
 

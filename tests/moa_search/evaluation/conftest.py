@@ -9,6 +9,6 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model_dir: Path) -> tuple[Any, Any]:
     """A random two-layer Llama and its byte-level tokenizer."""
-    from moa_search.models import load_model
+    from moa_search.modeling.loading import load_model
 
     return load_model(str(tiny_model_dir), dtype="float32", device="cpu")

@@ -7,7 +7,7 @@ import torch
 
 from moa_search import load_model
 from moa_search.errors import ConfigError, ModelNotFoundError
-from moa_search.models import cache_dir, random_model, resolve_dtype, weights_hash
+from moa_search.modeling.loading import cache_dir, random_model, resolve_dtype, weights_hash
 
 
 def test_folder(tiny_model_dir):
@@ -26,7 +26,7 @@ def test_dtype(tiny_model_dir, dtype):
 
 def test_auto_dtype_is_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch):
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("moa_search.models._cpu_multiplies_bfloat16", lambda native=native: native)
+        monkeypatch.setattr("moa_search.modeling.loading._cpu_multiplies_bfloat16", lambda native=native: native)
         assert resolve_dtype("auto", "cpu") == expected
     assert resolve_dtype("auto", "cuda") == "auto"
 
@@ -132,6 +132,6 @@ def test_random_models_that_cannot_be_are_refused_before_any_memory_is_taken(tmp
     spec = str(tmp_path / "shape.json")
     with pytest.raises(ConfigError, match=r"shape\.json has 3, not 4"):
         random_model(spec, layers=4)
-    monkeypatch.setattr("moa_search.models._main_memory", lambda: 2**10)
+    monkeypatch.setattr("moa_search.modeling.loading._main_memory", lambda: 2**10)
     with pytest.raises(ConfigError, match=r"its weights take .* take fewer layers"):
         random_model(spec, device="cpu")

@@ -9,8 +9,8 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from moa_search.architecture import native_windows, require_causal, require_context, require_own_keys
 from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.modeling.support import native_windows, require_causal, require_context, require_own_keys
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("bert", "not a causal"), ("t5", "encoder-decoder")])

@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_search.architecture import require_causal
 from moa_search.errors import ConfigError, ModelNotFoundError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.formats.files import sha256_of
+from moa_search.modeling.support import require_causal
 
 if TYPE_CHECKING:
     import torch
