@@ -1,23 +1,40 @@
 """Which implementation runs: Triton kernels or their plain torch references.
 
 ``impl`` is ``"triton"``, ``"torch"`` or ``"auto"``. What an implementation can't do is an error, never another
-result in silence; ``"auto"`` takes Triton for CUDA tensors that it supports and no gradient is asked of, torch
-for everything else.
+result in silence. ``"auto"`` takes the implementation that `PREFERRED` names for the tensors' device, and torch for
+everything that it can't do, saying why once in the log.
+
+A further implementation is a member of `Backend`, a function in `OBSTACLES` that says what it can't do, a place in
+`PREFERRED`, and a branch in the ``run`` of each operation's ``op.py``.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib.util
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["HEAD_DIMS", "BackendUnavailableError", "Impl", "choose", "interpreting", "multiprocessors", "on_device_of"]
+__all__ = [
+    "HEAD_DIMS",
+    "Backend",
+    "BackendUnavailableError",
+    "Impl",
+    "Inputs",
+    "choose",
+    "interpreting",
+    "multiprocessors",
+    "on_device_of",
+]
+
+log = logging.getLogger(__name__)
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -35,31 +52,59 @@ class BackendUnavailableError(RuntimeError):
     """The implementation asked for can't run on these tensors, this device or these versions."""
 
 
-def choose(
-    impl: str, *tensors: Tensor, head_dim: int | None, dtypes: Sequence[torch.dtype] = DTYPES
-) -> Literal["triton", "torch"]:
+class Backend(enum.StrEnum):
+    """An implementation that was found to run on some tensors; given as ``impl``, it isn't questioned again."""
+
+    TRITON = "triton"
+    TORCH = "torch"
+
+
+class Inputs(NamedTuple):
+    """What decides whether an implementation can run.
+
+    Attributes:
+        devices: Of each tensor.
+        dtypes: Of each tensor.
+        head_dim: Of keys and values; None for an operation that takes any.
+        takes: Types that the operation is defined for.
+        gradient: Whether one is asked of it.
+    """
+
+    devices: tuple[torch.device, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dim: int | None
+    takes: tuple[torch.dtype, ...]
+    gradient: bool
+
+
+def choose(impl: str, *tensors: Tensor, head_dim: int | None, dtypes: Sequence[torch.dtype] = DTYPES) -> Backend:
     """The implementation to run.
 
     Args:
-        impl: What was asked for.
+        impl: What was asked for, or what was chosen before for tensors like these.
         *tensors: Inputs of one of ``dtypes``, all on one device.
         head_dim: Of keys and values; None for a kernel that takes any.
         dtypes: What the kernel takes; half or single precision by default.
 
     Raises:
         ValueError: ``impl`` is unknown.
-        BackendUnavailableError: Triton was asked for and can't run; says why.
+        BackendUnavailableError: What was asked for can't run; says why.
     """
+    if isinstance(impl, Backend):
+        return impl
     if impl not in get_args(Impl):
         raise ValueError(f'impl is {impl!r}; it must be "auto", "triton" or "torch"')
-    if impl == "torch":
-        return "torch"
-    reason = _obstacle(tensors, head_dim, dtypes)
-    if impl == "auto":
-        return "torch" if reason or tensors[0].device.type != "cuda" else "triton"
-    if reason:
+    asked = PREFERRED.get(tensors[0].device.type) if impl == "auto" else Backend(impl)
+    if asked is None or asked is Backend.TORCH:
+        return Backend.TORCH
+    devices, types = tuple(tensor.device for tensor in tensors), tuple(tensor.dtype for tensor in tensors)
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    reason = _obstacle(asked, impl == "auto", devices, types, head_dim, tuple(dtypes), gradient)
+    if reason is None:
+        return asked
+    if impl != "auto":
         raise BackendUnavailableError(f'{reason}; use impl="torch" or "auto"')
-    return "triton"
+    return Backend.TORCH
 
 
 def interpreting() -> bool:
@@ -82,24 +127,62 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _obstacle(tensors: tuple[Tensor, ...], head_dim: int | None, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why Triton kernels can't run on these tensors, or None."""
-    device = tensors[0].device
-    if importlib.util.find_spec("triton") is None:
-        return "Triton isn't installed (pip install triton, on Linux)"
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Name of a GPU that kernels aren't made for."""
+    if torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY:
+        return None
+    return torch.cuda.get_device_name(device)
+
+
+def _obstacle(backend: Backend, logged: bool, *inputs: Any) -> str | None:
+    """Why an implementation can't run on these `Inputs`, or None; said in the log if wanted."""
+    reason = OBSTACLES[backend](Inputs(*inputs))
+    if reason is not None and logged:
+        _log_once(f"torch runs instead of {backend}: {reason}")
+    return reason
+
+
+# A compiler can't look into it, and needn't: it reads no numbers. This is what `torch.compiler.assume_constant_result`
+# does, which itself would import the compiler, and that Triton.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _triton_obstacle(inputs: Inputs) -> str | None:
+    """Why Triton kernels can't run on these inputs, or None."""
+    device, dtype = inputs.devices[0], inputs.dtypes[0]
     if device.type != "cuda" and not interpreting():
         return f"Triton kernels need a CUDA device, not {device.type!r}, or TRITON_INTERPRET=1 to be tried without one"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the kernels need"
-    if any(other.device != device for other in tensors):
+    if not _triton_installed():
+        return "Triton isn't installed (pip install triton, on Linux)"
+    if device.type == "cuda" and _too_old(device):
+        return f"{_too_old(device)} is older than compute capability 8.0, which the kernels need"
+    if any(other != device for other in inputs.devices):
         return "tensors lie on several devices"
-    if tensors[0].dtype not in dtypes:
-        names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, tensors[0].dtype)]
+    if dtype not in inputs.takes:
+        names = [str(dtype).removeprefix("torch.") for dtype in (*inputs.takes, dtype)]
         return f"this Triton kernel takes {', '.join(names[:-1])}, not {names[-1]}"
-    if any(other.dtype != tensors[0].dtype for other in tensors):
+    if any(other != dtype for other in inputs.dtypes):
         return "tensors differ in type"
-    if head_dim is not None and head_dim not in HEAD_DIMS:
-        return f"head_dim is {head_dim}; Triton kernels take 1 to {HEAD_DIMS[-1]}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if inputs.head_dim is not None and inputs.head_dim not in HEAD_DIMS:
+        return f"head_dim is {inputs.head_dim}; Triton kernels take 1 to {HEAD_DIMS[-1]}"
+    if inputs.gradient:
         return "Triton kernels have no gradient here; use torch.no_grad()"
     return None
+
+
+OBSTACLES: dict[Backend, Callable[[Inputs], str | None]] = {Backend.TRITON: _triton_obstacle}
+"""For each implementation but torch, why it can't run on some inputs, or None."""
+
+PREFERRED = {"cuda": Backend.TRITON}
+"""What ``"auto"`` takes by type of device; torch elsewhere."""
