@@ -7,6 +7,7 @@ from moa_search.api.common import Criterion, Dtype, Searcher
 from moa_search.api.comparing import compare_searchers
 from moa_search.api.converting import PlanFormat, export_plan, import_plan
 from moa_search.api.evaluating import evaluate_model
+from moa_search.api.hardware import measure_hardware
 from moa_search.api.harness import run_harness
 from moa_search.api.inspecting import diff_plans, inspect_front, inspect_plan, inspect_profile
 from moa_search.api.measuring import WayKind, measure_throughput
@@ -30,6 +31,7 @@ __all__ = [
     "inspect_front",
     "inspect_plan",
     "inspect_profile",
+    "measure_hardware",
     "measure_throughput",
     "merge_profiles",
     "profile_model",

@@ -48,7 +48,7 @@ def evaluate_model(
         plan: Plan files; in Python also Plans.
         baselines: dense, and uniform: one span for all heads with as much memory as the plan.
         tasks: passkey, multikey, lines and lookup (exact match), copy and tracking (token accuracy), perplexity;
-            perplexity:TEXTS, nll:SOURCE and longbench:FILE.jsonl over data of yours (docs/evaluation.md).
+            perplexity:TEXTS, nll:SOURCE and longbench:FILE.jsonl over data of yours.
         lengths: Tokens per item, answer included.
         samples: Items per task and length, or per depth where depths are given.
         answers: forced predicts each answer token given those before it and gives the answer's NLL too; generated

@@ -49,7 +49,7 @@ def profile_model(
         samples: Calibration samples per length.
         sources: What calibration samples are drawn from, in turn: passkey, multikey, question or copy in built-in
             texts, passkey:FILE in other ones, or question-answer records from a JSONL, parquet or CSV file or a Hub
-            dataset, such as data.jsonl?context=passage (docs/calibration.md).
+            dataset, such as data.jsonl?context=passage.
         answers: model supervises on the dense model's own greedy answers and leaves out wrong ones; dataset on the
             reference answers.
         max_answer_tokens: Room for the model's own answers to free questions.
@@ -66,7 +66,7 @@ def profile_model(
         checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         seed: Of the calibration samples.
         under_plan: Experimental: plan file; losses and gradients become those of the model under this plan, while
-            answers stay the dense model's (docs/profiling.md).
+            answers stay the dense model's.
         impl: What computes the statistics: triton kernels, torch, or auto, which is Triton on GPUs.
         progress: Told the work done and in all.
 

@@ -59,11 +59,11 @@ def search_front(
         budget_lengths: Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones
             and, with the last density, the predicted ones and the model's full context.
         budget: Budgets in other units, also beside a density: tokens=512@8192, kv=2GiB@32768x8,
-            memory=24GiB@32768x4, decode=12ms@32768x8 or prefill=900ms@32768 (docs/budgets.md).
-        hardware: For times: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from scripts/measure_hardware.py.
+            memory=24GiB@32768x4, decode=12ms@32768x8 or prefill=900ms@32768.
+        hardware: For times: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from moa-search hardware.
         weights_bytes: Size of the model's weights, for budgets that count them; by default as profiled.
-        criterion: How effects on the loss are summed up; signed did best on held-out data (docs/results.md),
-            elementwise is MoA's own, recall needs no gradient.
+        criterion: How effects on the loss are summed up; signed did best on held-out data, elementwise is
+            MoA's own, recall needs no gradient.
         searcher: exact chooses a rule per KV head. Baselines: moa searches as MoA does, duo makes heads dense or
             short as DuoAttention does, per-layer has one rule a layer, recall keeps most attention mass, uniform
             has one rule for all, as StreamingLLM does.

@@ -72,7 +72,7 @@ def tune_plan(
         trials: Plans to try, by all workers together.
         sampler: tpe, gp (needs scipy) or random.
         storage: Where the study is kept; a journal file in the output folder by default, or sqlite:///FILE,
-            postgresql://USER@HOST/NAME, grpc://HOST:PORT (docs/tuning.md).
+            postgresql://USER@HOST/NAME, grpc://HOST:PORT.
         study: Name of the study in its storage.
         workers: Processes on this machine, each with its own copy of the model.
         devices: Given to the workers in turn, such as cuda:0 cuda:1.

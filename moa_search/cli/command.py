@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["EXIT_BAD_INPUT", "build_parser", "open_console", "parse", "run"]
 
 NOT_FLAGS = ("progress",)
+LOADING_OPTIONS = ("model", "random_weights", "validate")
+"""Options that make a command load a model."""
+
+MODEL_LIBRARIES = ("torch", "transformers", "datasets")
+"""What running a model takes; searching and inspecting go without."""
+
 NAMES_OF_TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}
 WIDTH_WITHOUT_TERMINAL = 140
 EXIT_BAD_INPUT = 2
@@ -144,6 +150,12 @@ def run(
         if prints:
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if debug or error.name not in MODEL_LIBRARIES:
+            raise
+        if prints:
+            print(f"{program}: error: this needs {error.name}; pip install {error.name}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         if prints:
             print(f"\n{program}: interrupted, {interrupted}", file=sys.stderr)
@@ -171,7 +183,8 @@ def _with_progress(function: Callable[..., Any], task: str | None, options: dict
         TimeRemainingColumn,
     )
 
-    _quiet_transformers()
+    if any(options.get(name) for name in LOADING_OPTIONS):  # a search alone needs no transformers
+        _quiet_transformers()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

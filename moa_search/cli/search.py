@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import compare_searchers, search_front, serve_study, tune_plan, validate_front
+from moa_search.api import compare_searchers, measure_hardware, search_front, serve_study, tune_plan, validate_front
 from moa_search.cli.command import open_console, run
 from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
-__all__ = ["COMMANDS", "main", "show", "show_comparison", "show_study", "show_validation"]
+__all__ = ["COMMANDS", "main", "show", "show_comparison", "show_hardware", "show_study", "show_validation"]
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moa_search.search import Front
+    from moa_search.search.budgets import Hardware
     from moa_search.search.tuning import Summary
 
 
@@ -56,6 +57,13 @@ def show_comparison(table: pd.DataFrame, *, output: str | None, criterion: str, 
         print(f"a plan of each and compare.csv are in {output}")
 
 
+def show_hardware(speeds: Hardware, *, output: str, **options: Any) -> None:
+    """Print what was measured."""
+    gigabytes, teraflops = speeds.bandwidth_bytes_per_s / 1e9, speeds.flops_per_s / 1e12
+    print(f"{speeds.name}: {gigabytes:.4g} GB/s, {teraflops:.4g} TFLOP/s; written to {output}")
+    print(f"next: moa-search PROFILE --budget decode=12ms@32768x8 --hardware {output} --output plans")
+
+
 def show_study(summary: Summary, *, output: str, **options: Any) -> None:
     """Print where a study stands."""
     from moa_search.inspection import study_lines, study_table
@@ -89,6 +97,13 @@ COMMANDS = {
         task="tuning",
         required=("model", "output"),
         interrupted="the study is kept; the same command goes on from here",
+    ),
+    "hardware": Subcommand(
+        "measures the device at hand, for budgets on times",
+        measure_hardware,
+        show_hardware,
+        first="output",
+        required=("output",),
     ),
     "serve": Subcommand(
         "shares a study's database with many machines", serve_study, lambda *_, **__: None, first="storage"

@@ -24,6 +24,7 @@ __all__ = [
     "load_config",
     "load_model",
     "random_model",
+    "resolve_device",
     "resolve_dtype",
     "weights_hash",
 ]
@@ -71,7 +72,7 @@ def load_model(
         raise ConfigError(f"device_map {device_map!r} is unknown; choose one of {', '.join(DEVICE_MAPS)}")
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device!r} and device_map {device_map!r} exclude each other; give one")
-    place = _device(device, local_rank)
+    place = resolve_device(device, local_rank)
     source, options = _source(spec)
     try:
         config = _read_config(source, options)
@@ -130,7 +131,7 @@ def random_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    place = torch.device(_device(device, 0))
+    place = torch.device(resolve_device(device))
     config = load_config(spec)
     require_causal(config)
     text = config.get_text_config(decoder=True)
@@ -278,7 +279,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(target)
 
 
-def _device(device: str, local_rank: int) -> str:
+def resolve_device(device: str, local_rank: int = 0) -> str:
+    """The device that ``device`` names; ``auto`` is GPU number ``local_rank`` if there is a GPU.
+
+    Raises:
+        ConfigError: It isn't there.
+    """
     import torch
 
     if device == "auto":

@@ -63,7 +63,7 @@ def _task(name: str) -> Task:
     if kind in TASKS_OVER and data:
         return TASKS_OVER[kind](data)
     if kind in TASKS_OVER:
-        raise ConfigError(f"task {name!r} lacks its data; write {kind}: and what docs/evaluation.md says")
+        raise ConfigError(f"task {name!r} lacks its data; name a file after the colon, as in {kind}:FILE")
     raise ConfigError(f"task {one_line(name)!r} is unknown{nearest(name, [*TASKS, *TASKS_OVER])}; {_choices()}")
 
 

@@ -46,7 +46,7 @@ class Hardware(BaseModel):
             return cls.load(name)
         raise ConfigError(
             f"hardware '{one_line(name)}' is unknown{nearest(name, HARDWARE)}; give one of {', '.join(HARDWARE)}, "
-            "or a .yaml file made by scripts/measure_hardware.py"
+            "or a .yaml file made by moa-search hardware"
         )
 
     @classmethod
@@ -99,4 +99,4 @@ HARDWARE: Final = {
 """Peak numbers from NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM, L40S) and, for the GeForce RTX 4090, the
 Ada architecture whitepaper (bfloat16 with float32 accumulation): memory bandwidth, and dense bfloat16 tensor FLOP/s,
 half of what data sheets print with sparsity. No kernel reaches either in full, so times come out optimistic;
-``scripts/measure_hardware.py`` measures both. Tiles are typical of FlashAttention's forward pass at head_dim 128."""
+``moa-search hardware`` measures both. Tiles are typical of FlashAttention's forward pass at head_dim 128."""

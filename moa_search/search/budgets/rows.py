@@ -153,7 +153,7 @@ class _Measures:
         if self.hardware is None:
             raise ConfigError(
                 f"budget '{spec.text}' needs the speeds of a device; give hardware: one of {', '.join(HARDWARE)}, "
-                "or a .yaml file made by scripts/measure_hardware.py"
+                "or a .yaml file made by moa-search hardware"
             )
         model = CostModel(self.hardware, self.header.model, self.bytes_per_element)
         sink, min_span = self.header.sink, self.header.sink + self.header.block

@@ -1,15 +1,10 @@
 """Devices by name, from files, and measured."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from moa_search import api
 from moa_search.errors import ConfigError
 from moa_search.search.budgets.hardware import HARDWARE, Hardware
-
-ROOT = Path(__file__).parents[4]
 
 
 def test_a_known_device_by_its_name():
@@ -63,9 +58,18 @@ def test_no_such_device(tmp_path):
 @pytest.mark.slow
 def test_the_device_at_hand_is_measured(tmp_path):
     output = tmp_path / "hardware.yaml"
-    command = [sys.executable, ROOT / "scripts" / "measure_hardware.py", "--output", output, "--tile-key", "64"]
-    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
-    device = Hardware.load(output)
-    assert 1e8 < device.bandwidth_bytes_per_s < 1e14
-    assert 1e8 < device.flops_per_s < 1e17
-    assert device.tile_key == 64
+    speeds = api.measure_hardware(str(output), device="cpu", tile_key=64)
+    assert Hardware.load(output) == speeds
+    assert 1e8 < speeds.bandwidth_bytes_per_s < 1e14
+    assert 1e8 < speeds.flops_per_s < 1e17
+    assert speeds.tile_key == 64
+    assert speeds.name.startswith("CPU")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"tile_key": 0}, "tile_key: 0"), ({"device": "meta"}, "meta"), ({"device": "gpu"}, "gpu")]
+)
+def test_what_cannot_be_measured_is_told_at_once(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        api.measure_hardware(str(tmp_path / "hardware.yaml"), **options)
+    assert not list(tmp_path.iterdir())
