@@ -2,7 +2,7 @@
 
 What a head does nearby doesn't change with the length, and keeping everything loses nothing at any length. So a
 window at one length stands for the one at another whose logarithm lies at the same share of the way from the
-smallest measured window to the whole length. `scripts/measure_extrapolation.py` compares that with windows kept in
+smallest measured window to the whole length. `benchmarks/measure_extrapolation.py` compares that with windows kept in
 tokens, windows kept as shares, and lines through two lengths.
 """
 

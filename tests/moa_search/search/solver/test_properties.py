@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from benchmarks.search_instances import make_problem
 from moa_search.errors import MoAError
 from moa_search.search.solver.exact import solve_exact
 from moa_search.search.solver.problem import Problem
-from scripts.search_instances import make_problem
 
 GAP = 1e-7
 """Asked for in these tests: two plans of such small problems are hardly ever closer."""

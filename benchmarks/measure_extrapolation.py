@@ -1,6 +1,6 @@
 """Which way of telling losses at a length from those at other lengths finds the best plans there?
 
-Usage: python scripts/measure_extrapolation.py PROFILE [PROFILE ...] [--criteria signed squared elementwise]
+Usage: python benchmarks/measure_extrapolation.py PROFILE [PROFILE ...] [--criteria signed squared elementwise]
 
 The profiles are of one model, with one sink and block, at different lengths; the shipped one and one made by
 ``moa-profile --lengths 512 --samples 16 --answers dataset --chat never`` give the table in docs/results.md. Every

@@ -1,6 +1,6 @@
 """Screenshots of the pages of moa-inspect and moa-eval report for the documentation: docs/images/page-*.png.
 
-    pip install 'moa-search[browser]' and a Chromium, then: python scripts/take_screenshots.py [REPORT.html]
+    pip install 'moa-search[browser]' and a Chromium, then: python tools/take_screenshots.py [REPORT.html]
 
 What is drawn comes from profiles/smollm2-135m-instruct; a report takes an hour, so it is named if it is to be pictured.
 Look at every picture before committing it.

@@ -1,7 +1,6 @@
-"""`scripts/serve_under_plan.py`, talked to over loopback by OpenAI's own client."""
+"""`moa-serve`, talked to over loopback by OpenAI's own client."""
 
 import json
-import runpy
 import shutil
 import socket
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
@@ -18,8 +16,9 @@ from transformers.cli.serving import model_manager
 
 import moa_search
 from moa_search import ModelSignature, Plan, SpanRule
+from moa_search.cli import serve
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "serve_under_plan.py"
+SERVE = [sys.executable, "-c", "from moa_search.cli.serve import main; main()"]
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: "
 QUESTION = [{"role": "user", "content": "What is near and far? " * 20}]
 
@@ -43,7 +42,7 @@ def client(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), str(folder), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    command = [*SERVE, str(folder), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     log = folder.parent / "server.log"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
@@ -99,16 +98,27 @@ def test_answers_come_from_the_plan_streamed_or_not_turn_after_turn(client, fold
         (["DENSE"], "neither moa_plan.json nor its config.json holds a plan"),
     ],
 )
-def test_what_would_run_without_a_plan_is_refused(folder, tiny_model_dir, arguments, says, monkeypatch, capsys):
+def test_what_would_run_without_a_plan_is_refused(folder, tiny_model_dir, arguments, says, capsys):
+    before = model_manager.ModelManager, list(sys.argv)
     places = {"FOLDER": str(folder), "DENSE": str(tiny_model_dir)}
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *(places.get(argument, argument) for argument in arguments)])
-    monkeypatch.setattr(model_manager, "ModelManager", model_manager.ModelManager)  # the script replaces it
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert says in f"{stop.value.code} {capsys.readouterr().err}"
+        serve.main([places.get(argument, argument) for argument in arguments])
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1].startswith("moa-serve: error: ")
+    assert says in errors[-1]
+    assert (model_manager.ModelManager, sys.argv) == before, "transformers is left as it was"
+
+
+def test_without_the_serving_packages_the_extra_is_named(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving", None)
+    with pytest.raises(SystemExit) as stop:
+        serve.main([str(folder)])
+    assert stop.value.code == 2
+    assert "pip install 'moa-search[serve]'" in capsys.readouterr().err
 
 
 def test_transformers_serve_alone_would_load_it_dense(folder):
-    """What docs/serving.md warns of; where this fails, the warning and the script can go."""
+    """What docs/serving.md warns of; where this fails, the warning and moa-serve's own loader can go."""
     model = model_manager.ModelManager(device="cpu", dtype="float32")._load_model(f"{folder}@main")
     assert model.config._attn_implementation == "sdpa"

@@ -1,12 +1,12 @@
 """Time and memory of profiling a Llama-3-8B-shaped model with random weights on one GPU, beside a plain backward.
 
-Usage: python scripts/measure_large_model.py [--shape llama-8b] [--lengths 32768 131072] [--output FILE]
+Usage: python benchmarks/measure_large_model.py [--shape llama-8b] [--lengths 32768 131072] [--output FILE]
 
 Needs torch, transformers, numpy, safetensors, pydantic. On a machine without pydantic and without network (from the
 repository's root; the wheels of pydantic, pydantic-core, annotated-types and typing-inspection in ``.whl``):
 
     python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl
-    PYTHONPATH=/tmp/site:.:kernels python3 scripts/measure_large_model.py --output $OUT/large-model.jsonl
+    PYTHONPATH=/tmp/site:.:kernels python3 benchmarks/measure_large_model.py --output $OUT/large-model.jsonl
 
 One JSON line per length: seconds and peak bytes of a profiled sample and of a plain forward and backward of the same
 sample, both checkpointed, and their ratio; the samples are random tokens, which cost as much as any others.

@@ -1,10 +1,10 @@
 """How much calibration does a plan need, and which? Held-out scores of 25 % plans of the demo model at 1k tokens.
 
 Usage:
-    python scripts/compare_calibration.py samples PROFILE FOLDER   plans from 2, 4, 8, 16, 32 of a profile's samples
-    python scripts/compare_calibration.py sources FOLDER           plans from other sources and answers
-    python scripts/compare_calibration.py table FOLDER             Markdown from what the two wrote
-    python scripts/compare_calibration.py plot FOLDER IMAGE        score against samples
+    python benchmarks/compare_calibration.py samples PROFILE FOLDER   plans from 2, 4, 8, 16, 32 of a profile's samples
+    python benchmarks/compare_calibration.py sources FOLDER           plans from other sources and answers
+    python benchmarks/compare_calibration.py table FOLDER             Markdown from what the two wrote
+    python benchmarks/compare_calibration.py plot FOLDER IMAGE        score against samples
 
 Every plan's items go into one CSV in FOLDER; a second run goes on where the first stopped.
 """

@@ -1,7 +1,9 @@
 """Gap and CPU seconds of the exact search, beside the same problem as one plain integer program on HiGHS.
 
-Usage: scripts/bench_search [--json] [--sizes 30x3x50 ...] [--limits none 2] [--time-limit 60]
-           [--methods exact milp] [--gap 1e-4] [--density 0.25]
+Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/measure_search.py [--json] [--sizes 30x3x50 ...]
+           [--limits none 2] [--time-limit 60] [--methods exact milp] [--gap 1e-4] [--density 0.25]
+
+Half an hour, most of it plain HiGHS; with --methods exact a minute or two.
 
 Problems are made up (`search_instances`): layers x heads x rules, seven budgets, with any number of rules per layer
 or at most two. Both methods run on one thread; CPU seconds are the process's own, with building the model. Every

@@ -1,8 +1,8 @@
 """Which criterion, and which searcher, finds the best plans? Held-out scores beside dense attention and uniform spans.
 
 Usage:
-    python scripts/compare_searches.py run criteria|searchers|anchors PROFILE FOLDER [--samples 40]
-    python scripts/compare_searches.py table criteria|searchers|anchors FOLDER
+    python benchmarks/compare_searches.py run criteria|searchers|anchors PROFILE FOLDER [--samples 40]
+    python benchmarks/compare_searches.py table criteria|searchers|anchors FOLDER
 
 ``run`` scores every variant at every length and writes one CSV per cell into FOLDER; a second run goes on where the
 first stopped, and several at once share the work. ``table`` prints Markdown from the CSVs.

@@ -1,6 +1,6 @@
 """Time from the profile of a large model to its front of plans: a made-up profile of Llama-3-70B's shape.
 
-Usage: OMP_NUM_THREADS=1 python scripts/measure_front.py [--layers 80] [--heads 8] [--lengths 2048 4096 8192]
+Usage: OMP_NUM_THREADS=1 python benchmarks/measure_front.py [--layers 80] [--heads 8] [--lengths 2048 4096 8192]
            [--samples 16] [--density 0.25] [--steps 6] [--json]
 
 The heads behave like real ones (`search_instances`): most look near, a few retrieve, and they differ by orders of

@@ -3,7 +3,7 @@
 
     git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers
     pip install parameterized httpx
-    scripts/try_transformers_tests.py transformers --models llama mistral gemma2
+    tools/try_transformers_tests.py transformers --models llama mistral gemma2
 
 Every model that a test puts into eval mode gets an all-dense plan, so its attention, masks and caches are ours
 and its output has to stay what it was. A checkout of a nearby version will do. Other arguments go to pytest.

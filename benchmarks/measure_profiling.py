@@ -1,6 +1,6 @@
 """Memory and time of profiling the demo model, beside a plain backward pass and beside MoA's own way.
 
-Usage: python scripts/measure_profiling.py [LENGTH ...]
+Usage: python benchmarks/measure_profiling.py [LENGTH ...]
 
 Every case runs in a process of its own: one sample to warm up, then the same sample again and again. Memory is
 the rise of the peak resident set over the loaded model. The cases:
