@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from moa_search.errors import UnsupportedInputError
-from moa_search.runtime import blockwise, kernels
+from moa_search.runtime import blockwise, decoding, kernels
 from moa_search.runtime.rules import LayerRules
 from moa_search.runtime.staged import Staged
 
@@ -119,8 +119,9 @@ def moa_attention(
     past = None
     if isinstance(key, Staged):
         past = key.layer
-        if past.rules != rules:
+        if past.rules is not rules and past.rules != rules:
             raise UnsupportedInputError("the MoACache was made for another plan than the one applied")
+        past.rules = rules  # from now on they are found equal at a glance
         key, value = key.take()
     assert isinstance(value, torch.Tensor)
     if key.shape[1] != len(rules.rules):
@@ -149,6 +150,8 @@ def moa_attention(
     if rings is not None and with_kernels:
         rings.commit(key, value, valid, impl)
         out = rings.decode(query, impl, **options)
+    elif past is not None and not with_kernels and decoding.applies(past, valid, query, key, value):
+        return decoding.decode_one(past, query, key, value, **options), None
     else:
         attend = kernels.prefill if with_kernels else blockwise.attend
         out = attend(query, key, value, valid, rules, past, **options)

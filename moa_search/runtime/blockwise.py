@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from moa_kernels import span_attention
 
+from moa_search.runtime import unmasked
 from moa_search.runtime.padding import real_first
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def attend(
     Returns:
         ``[batch, heads, query, value_dim]``; anything for padding.
     """
+    if valid is None and (past is None or past.is_empty) and unmasked.applies(query, rules, softcap, sink_logits):
+        return unmasked.attend(query, key, value, rules, scale=scale)
     rows, keys = query.shape[2], key.shape[2]
     group = query.shape[1] // key.shape[1]
     start = torch.zeros(1, dtype=torch.int64, device=query.device) if past is None else past.start

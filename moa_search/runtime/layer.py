@@ -19,6 +19,7 @@ from moa_kernels.decode import MOST_NEW_TOKENS, span_decode
 from transformers.cache_utils import CacheLayerMixin
 
 from moa_search.errors import UnsupportedInputError
+from moa_search.runtime.decoding import DecodingTable
 from moa_search.runtime.padding import real_first
 from moa_search.runtime.staged import Staged
 
@@ -67,6 +68,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     _unpadded: int
     _reserved: int
     _slack: int
+    _table: DecodingTable | None
 
     def __init__(self, rules: LayerRules) -> None:
         super().__init__()
@@ -121,6 +123,11 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return self._longest if self._even else int(self.lens.min())
 
     @property
+    def is_even(self) -> bool:
+        """Whether all samples are known to have the same length."""
+        return self._even
+
+    @property
     def is_empty(self) -> bool:
         """Whether no token is stored."""
         return self.longest == 0
@@ -139,7 +146,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     def positions(self) -> torch.Tensor:
         """Position that each slot holds, or `EMPTY`: int64 ``[batch or 1, slots]``, as `start`."""
         position = self.layout.positions(self.start)
-        floor = self._floor[: len(self.start), self.layout.heads(self.device)]
+        floor = self._oldest_held()[: len(self.start), self.layout.heads(self.device)]
         held = (position >= 0) & ((position < self.rules.sink) | (position >= floor))
         return position.where(held, EMPTY)
 
@@ -156,15 +163,29 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if valid is not None:
             key, value, counts = real_first(key, valid), real_first(value, valid), valid.sum(1)
         lens = self.lens + (tokens if counts is None else counts)
-        self._longest = self._longest + tokens if counts is None else int(lens.max())
-        self._reserve(self._longest)
+        longest = self._longest + tokens if counts is None else int(lens.max())
+        self._reserve(longest)
         append_tokens(self.keys, self.values, key, value, self.lens, self.layout, counts=counts, impl=impl)
-        self._floor = self._floor.maximum(lens[:, None] - self.layout.rings(self.device))
-        self.lens = lens
+        self.lens, self._longest = lens, longest
         self.cumulative_length += tokens
         self._even = self._even and valid is None
         trailing = tokens if valid is None else int(valid.all(0).flip(0).long().cumprod(0).sum())
         self._unpadded = self._unpadded + tokens if trailing == tokens else trailing
+        self._staged = False
+
+    def make_room(self, tokens: int) -> DecodingTable:
+        """Lay the rings out for so many more tokens; a table of the layout that results."""
+        self._reserve(self._longest + tokens)
+        if self._table is None or self._table.layout is not self.layout:
+            self._table = DecodingTable(self.rules, self.layout, self._floor[0].tolist())
+        return self._table
+
+    def advance(self, tokens: int) -> None:
+        """Count new tokens, none of them padding, that were stored where `layout` says, after `make_room`."""
+        self.lens = self.lens + tokens
+        self._longest += tokens
+        self.cumulative_length += tokens
+        self._unpadded += tokens
         self._staged = False
 
     def decodes(self, tokens: int, valid: torch.Tensor | None) -> bool:
@@ -217,6 +238,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         if removed == self.cumulative_length:
             self.reset()
             return
+        self._floor, self._table = self._oldest_held(), None
         self.lens = self.lens - removed
         self._longest -= removed
         self._unpadded -= removed
@@ -230,10 +252,10 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return self.cumulative_length
         if removed > self._unpadded:
             raise UnsupportedInputError(f"crop(-{removed}): some of the last {removed} tokens are padding")
-        lens = self.lens - removed
+        lens, floor = self.lens - removed, self._oldest_held()
         for rule, heads in self.rules.heads_by_rule.items():
             needed = self.rules.oldest_key(lens, rule).clamp(min=self.rules.sink)
-            if bool(((needed < self._floor[:, heads[0]]) & (needed < lens)).any()):
+            if bool(((needed < floor[:, heads[0]]) & (needed < lens)).any()):
                 raise UnsupportedInputError(
                     f"crop(-{removed}): keys that the next tokens need are overwritten; to roll back up to "
                     f"{ROLLBACK_TOKENS} tokens, call activate_past_recording() on the cache beforehand"
@@ -268,6 +290,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._staged = False
         self._reserved = self._slack = 0
         self._longest = 0
+        self._table = None
         self._even = True  # whether all samples have the same length
         self._unpadded = 0  # newest tokens since the last padding in any sample
 
@@ -281,11 +304,19 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         layout = self.rules.layout(self.rules.capacities(reserved, slack))
         if layout == self.layout:
             return
+        self._floor = self._oldest_held()
         position = layout.positions(self.lens)
         source = self.layout.slot(layout.heads(self.device), position).where(position >= 0, 0)
         self.keys, self.values = _gather(self.keys, source), _gather(self.values, source)
         self.layout = layout
-        self._floor = self._floor.maximum(self.lens[:, None] - layout.rings(self.device))
+
+    def _oldest_held(self) -> torch.Tensor:
+        """Position from which on every head still holds all keys besides the sink, ``[batch, kv_heads]``.
+
+        While a layout lasts, lengths only grow, so that the last one tells what has been overwritten; `crop` and a new
+        layout keep what was true before them in ``_floor``.
+        """
+        return self._floor.maximum(self.lens[:, None] - self.layout.rings(self.device))
 
 
 def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
