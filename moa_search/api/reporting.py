@@ -94,6 +94,7 @@ def report_model(
     from moa_search.evaluation.suite import Bench, Grid
     from moa_search.evaluation.tasks import require_tasks
     from moa_search.modeling.support import require_context
+    from moa_search.modeling.text import dtype_name
 
     require_positive(lengths=min(lengths, default=0), samples=min(samples, default=0))
     require_depths(depths)
@@ -118,7 +119,7 @@ def report_model(
     measured = _measure(bench, line_up, kinds, grid, windows=windows, refine=refine)
     settings = {
         "model": model if isinstance(model, str) else getattr(network.config, "name_or_path", "") or "a loaded model",
-        "dtype": str(network.dtype).removeprefix("torch."),
+        "dtype": dtype_name(network),
         "device": str(network.device),
         "items": ", ".join(f"{count} at {length}" for length, count in counts.items())
         + (f", at each of {len(depths)} depths" if depths else ""),

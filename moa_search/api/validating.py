@@ -155,6 +155,8 @@ def held_out_loss(
 
 def _default_lengths(candidates: Sequence[StoredPlan], config: Any) -> list[int]:
     """Twice the longest length that losses were profiled at, if the model's context is as long."""
+    from moa_search.modeling.text import context_length
+
     predicted = [
         metrics for candidate in candidates for metrics in candidate.plan.predicted if not metrics.extrapolated
     ]
@@ -162,7 +164,7 @@ def _default_lengths(candidates: Sequence[StoredPlan], config: Any) -> list[int]
     longest = max(known or [metrics.length for metrics in predicted], default=None)
     if longest is None:
         raise ConfigError("lengths: the plans don't say what lengths they are for; give --lengths")
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(config)
     return [2 * longest if context is None else min(2 * longest, context)]
 
 

@@ -21,6 +21,7 @@ from moa_search.evaluation.result_folder import ResultFolder
 from moa_search.evaluation.tasks import Answers, Task
 from moa_search.formats import Plan
 from moa_search.modeling.loading import weights_hash
+from moa_search.modeling.text import dtype_name
 
 __all__ = ["CELLS_SCHEMA", "Bench", "Grid", "measure_grid", "measure_windows", "refine_grid"]
 
@@ -126,7 +127,7 @@ class Bench:
         return {
             "plan": DENSE_PLAN if plan is None else plan.fingerprint,
             "weights": self._weights,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.model),
             "task": task.name,
             "metric": task.metric_of(way),
             "items": task.identity(samples),

@@ -23,6 +23,7 @@ from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import Plan
 from moa_search.formats.plan import Validation
 from moa_search.modeling.loading import weights_hash
+from moa_search.modeling.text import dtype_name
 from moa_search.runtime import remove_plan
 
 __all__ = ["Estimate", "TrueLoss"]
@@ -166,7 +167,7 @@ class TrueLoss:
 
     def _key(self, plan: Plan | None, length: int) -> LossKey:
         fingerprint = DENSE_PLAN if plan is None else plan.fingerprint
-        dtype = str(self._model.dtype).removeprefix("torch.")
+        dtype = dtype_name(self._model)
         return LossKey(fingerprint, self._weights, dtype, self.data_hashes[length], length)
 
     def _measured(self, plan: Plan | None, length: int, report: Callable[[int], None]) -> tuple[float, ...]:

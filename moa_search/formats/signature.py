@@ -66,10 +66,15 @@ class ModelSignature(BaseModel):
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def context_length(self) -> int | None:
+        """The longest context in tokens that the model was made for, where its configuration says so."""
+        context = self.config.get("max_position_embeddings")
+        return context if isinstance(context, int) else None
+
+    @property
     def usual_lengths(self) -> list[int]:
         """A quarter, half and all of the model's context in tokens, increasing; where to look if nobody says."""
-        context = self.config.get("max_position_embeddings")
-        longest = context if isinstance(context, int) else UNKNOWN_CONTEXT
+        longest = self.context_length or UNKNOWN_CONTEXT
         return sorted({max(1, longest // 4), max(1, longest // 2), longest})
 
     @classmethod

@@ -14,6 +14,7 @@ from moa_search.errors import ConfigError, ModelNotFoundError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.formats.files import sha256_of
 from moa_search.modeling.support import require_causal
+from moa_search.modeling.text import text_config
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ def load_model(
         if isinstance(error, ConfigError):
             raise
         raise _not_found(spec, error) from error
-    vars(model.config.get_text_config(decoder=True)).pop(CONFIG_ATTRIBUTE, None)
+    vars(text_config(model.config)).pop(CONFIG_ATTRIBUTE, None)
     model.eval().requires_grad_(False)
     return (model if device_map is not None else model.to(torch.device(place))), tokenizer
 
@@ -134,7 +135,7 @@ def random_model(
     place = torch.device(resolve_device(device))
     config = load_config(spec)
     require_causal(config)
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     if layers is not None:
         if layers > text.num_hidden_layers:
             raise ConfigError(f"layers: {spec} has {text.num_hidden_layers}, not {layers}")

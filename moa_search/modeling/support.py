@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.modeling.private import calls_attention_interface, language_model_kinds
+from moa_search.modeling.text import context_length, text_config, text_decoders
 
 __all__ = [
     "native_windows",
@@ -21,17 +23,13 @@ def require_causal(config: Any) -> None:
     Raises:
         ModelUnsupportedError: It isn't; the message says why.
     """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
     kind = config.model_type
+    causal, masked = language_model_kinds()
     if config.is_encoder_decoder:
         raise ModelUnsupportedError(f"{kind} is an encoder-decoder; only decoder-only models have a causal KV cache")
     # BERT and its like can be decoders, and say so; GPT-NeoX says nothing.
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or not getattr(config, "is_causal", True):
+    encoder = kind in masked and not getattr(config, "is_decoder", False)
+    if kind not in causal or encoder or not getattr(config, "is_causal", True):
         raise ModelUnsupportedError(f"{kind} is not a causal language model")
 
 
@@ -46,10 +44,11 @@ def require_attention_interface(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ModelUnsupportedError(f"{name}: not a transformers model")
-    if not model._can_set_attn_implementation():
+    decoders = text_decoders(model)
+    if not decoders:
+        raise ModelUnsupportedError(f"{name}: no part of it runs on the configuration of its text decoder")
+    if not all(calls_attention_interface(part) for part in (model, *decoders)):
         raise ModelUnsupportedError(f"{name}: it doesn't call its attention through transformers' AttentionInterface")
-    text = model.config.get_text_config(decoder=True)
-    decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
     attention = [part for decoder in decoders for part in decoder.modules() if "Attention" in type(part).__name__]
     # Zamba's attention is told by its caller where the keys belong.
     if any(getattr(part, "layer_idx", 0) in (None, -1) for part in attention):
@@ -62,7 +61,7 @@ def require_context(config: Any, length: int) -> None:
     Raises:
         ConfigError: They don't.
     """
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(config)
     if context is not None and length > context:
         raise ConfigError(f"length {length} is over the model's context of {context} tokens")
 
@@ -73,7 +72,7 @@ def require_own_keys(config: Any) -> None:
     Raises:
         ModelUnsupportedError: It isn't; the message says why.
     """
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     reason = _without_own_keys(config, text)
     if reason is not None:
         raise ModelUnsupportedError(f"{text.model_type}: {reason}; its heads can't be given spans")
@@ -88,11 +87,10 @@ def native_windows(config: Any) -> list[int | None]:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
-    text = config.get_text_config(decoder=True)
-    context = getattr(text, "max_position_embeddings", None)
+    context = context_length(config)
     found = [
         layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-        for layer in DynamicCache(config=text).layers
+        for layer in DynamicCache(config=text_config(config)).layers
     ]
     return [None if window is None or (context is not None and window >= context) else window for window in found]
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moa_search.errors import ModelUnsupportedError
 from moa_search.formats import Plan
+from moa_search.modeling.attention import swapped
 from moa_search.profiling.under_plan import planned_attention
 
 __all__ = ["Recorder", "observed", "record_into"]
@@ -158,31 +159,20 @@ def profile_attention(
 
 @contextmanager
 def observed(model: Any) -> Iterator[list[Any]]:
-    """Route ``model``'s attention through `profile_attention`; everything is put back at the end.
+    """Route the attention of ``model``'s text decoder through `profile_attention`; everything is put back at the end.
 
     Yields:
-        The modules with a ``layer_idx``; set their recorder with `record_into`.
+        The text decoder's attention modules; set their recorder with `record_into`.
 
     Raises:
         ModelUnsupportedError: The model refuses it.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(IMPLEMENTATION, profile_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
-    text = model.config.get_text_config(decoder=True)
-    before = text._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
-    modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    try:
-        if text._attn_implementation != IMPLEMENTATION:
-            raise ModelUnsupportedError(f"{type(model).__name__} refuses another attention implementation")
-        yield modules
-    finally:
-        for module in modules:
-            if hasattr(module, ATTRIBUTE):
-                delattr(module, ATTRIBUTE)
-        model.set_attn_implementation(before)
+    with swapped(model, IMPLEMENTATION, profile_attention, _no_mask) as modules:
+        try:
+            yield modules
+        finally:
+            for module in modules:
+                vars(module).pop(ATTRIBUTE, None)
 
 
 def record_into(modules: list[Any], recorder: Recorder) -> None:

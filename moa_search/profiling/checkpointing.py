@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from moa_search.errors import ConfigError
+from moa_search.modeling.private import CHECKPOINTING_FUNCTION
 
 __all__ = ["checkpointed"]
 
@@ -33,7 +34,7 @@ def checkpointed(model: Any, enabled: bool) -> Iterator[None]:
     switches = {
         "training": True,
         "gradient_checkpointing": True,
-        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+        CHECKPOINTING_FUNCTION: partial(checkpoint, use_reentrant=False),
     }
     before = [{name: vars(layer)[name] for name in switches if name in vars(layer)} for layer in layers]
     try:

@@ -24,6 +24,7 @@ from moa_search.modeling.support import (
     require_context,
     require_own_keys,
 )
+from moa_search.modeling.text import dtype_name
 from moa_search.parallel import ALONE, Workers
 from moa_search.profiling.accumulate import LengthAccumulator
 from moa_search.profiling.attention import observed
@@ -106,7 +107,7 @@ def profile_samples(
         "library_version": __version__,
         "model": meter.signature.model_dump(mode="json"),
         "weights": weights_hash(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model),
         "sink": sink,
         "block": block,
         "row_buckets": row_buckets,

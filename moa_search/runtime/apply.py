@@ -7,15 +7,18 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 
 from moa_search.errors import ModelUnsupportedError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
+from moa_search.modeling.attention import attention_choice, set_attention
+from moa_search.modeling.private import attention_of, generates_with_dynamic_cache, tensor_parallel_ranks
 from moa_search.modeling.support import require_attention_interface
+from moa_search.modeling.text import attention_modules, text_config
 from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, give_cache
 from moa_search.runtime.kernels import runs_kernels
-from moa_search.runtime.rules import LayerRules, layer_rules
+from moa_search.runtime.rules import layer_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,26 +58,24 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
         ModelUnsupportedError: The model's attention can't be replaced.
         BackendUnavailableError: Triton was asked for and can't run on the model's device or type.
     """
-    text = model.config.get_text_config(decoder=True)
+    text = text_config(model.config)
     rules = layer_rules(plan, model.config)
-    modules = _attention_modules(model, text, rules)
+    modules = _attention_modules(model)
     if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
         runs_kernels(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
     register()
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:
-        if text._attn_implementation == NAME:  # a plain reload of a model that was saved under a plan
-            _set_attention(model, text, None)
-        state = Applied(plan, impl, attention=text._attn_implementation, overridden={})
-    _set_attention(model, text, NAME)
-    if text._attn_implementation != NAME:
-        raise ModelUnsupportedError(f"{type(model).__name__}: its attention function can't be replaced")
+        if attention_of(text) == NAME:  # a plain reload of a model that was saved under a plan
+            set_attention(model, None)
+        state = Applied(plan, impl, attention=attention_of(text), overridden={})
+    set_attention(model, NAME)
     state.plan, state.impl = plan, impl
-    for module, module_rules in modules:
-        setattr(module, RULES_ATTRIBUTE, module_rules)
+    for module in modules:
+        setattr(module, RULES_ATTRIBUTE, rules[module.layer_idx])
         setattr(module, IMPL_ATTRIBUTE, impl)
     setattr(text, CONFIG_ATTRIBUTE, plan.model_dump(mode="json", by_alias=True))
-    setattr(model.config, SAVED_ATTENTION_ATTRIBUTE, _attention_choice(model, text, NAME))
+    setattr(model.config, SAVED_ATTENTION_ATTRIBUTE, attention_choice(model, NAME))
     if getattr(model, STATE_ATTRIBUTE, None) is None:
         for name, hook in HOOKS.items():
             if name in vars(model):
@@ -95,9 +96,9 @@ def remove_plan(model: Any) -> Any:
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:
         return model
-    text = model.config.get_text_config(decoder=True)
-    if text._attn_implementation == NAME:
-        _set_attention(model, text, state.attention)
+    text = text_config(model.config)
+    if attention_of(text) == NAME:
+        set_attention(model, state.attention)
     for module in model.modules():
         for name in (RULES_ATTRIBUTE, IMPL_ATTRIBUTE):
             vars(module).pop(name, None)
@@ -139,44 +140,25 @@ def applied(model: Any, plan: Plan, *, impl: Impl = "auto") -> Iterator[Any]:
             apply_plan(model, before[0], impl=before[1])
 
 
-def _attention_modules(
-    model: Any, text: Any, rules: tuple[LayerRules, ...]
-) -> list[tuple[torch.nn.Module, LayerRules]]:
-    """The text decoder's modules that know their layer, with its rules."""
+def _attention_modules(model: Any) -> list[Any]:
+    """The attention modules that a plan's rules are for.
+
+    Raises:
+        ModelUnsupportedError: They can't follow it.
+    """
     name = type(model).__name__
     require_attention_interface(model)
-    ranks = getattr(model, "_tp_size", None) or 1
+    ranks = tensor_parallel_ranks(model)
     if ranks > 1:
         raise ModelUnsupportedError(
             f"{name}: tensor parallelism splits its KV heads over {ranks} processes, and a plan isn't sliced for each; "
             "spread layers with device_map instead"
         )
-    if isinstance(model, GenerationMixin) and not model._supports_default_dynamic_cache():
+    if isinstance(model, GenerationMixin) and not generates_with_dynamic_cache(model):
         raise ModelUnsupportedError(f"{name}: it keeps a cache of its own, which a plan can't take the place of")
-    decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
-    found = {
-        id(module): (module, rules[module.layer_idx])
-        for decoder in decoders
-        for module in decoder.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-    }
+    found = attention_modules(model)
     if not found:
         raise ModelUnsupportedError(f"{name}: its attention modules don't say which layer they belong to")
-    if any(getattr(module, "is_causal", True) is False for module, _ in found.values()):
+    if any(getattr(module, "is_causal", True) is False for module in found):
         raise ModelUnsupportedError(f"{name}: its attention isn't causal")
-    return list(found.values())
-
-
-def _set_attention(model: Any, text: Any, name: str | None) -> None:
-    """Set the text decoder's attention implementation and no other part's; None for transformers' default."""
-    model.set_attn_implementation(_attention_choice(model, text, name))
-
-
-def _attention_choice(model: Any, text: Any, name: str | None) -> Any:
-    """What transformers wants to be told to change the text decoder's attention only."""
-    if text is model.config:
-        return name
-    key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
-    if key is None:
-        raise ModelUnsupportedError(f"{type(model).__name__}: its text decoder is nested too deeply")
-    return {key: name}
+    return found

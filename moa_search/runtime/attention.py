@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from moa_search.errors import UnsupportedInputError
+from moa_search.modeling import attention as modeling
+from moa_search.modeling.private import is_causal_mask
 from moa_search.runtime import blockwise, decoding, kernels
 from moa_search.runtime.rules import LayerRules
 from moa_search.runtime.staged import Staged
@@ -30,8 +31,7 @@ IMPL_ATTRIBUTE = "_moa_impl"
 
 def register() -> None:
     """Make both functions known to transformers under `NAME`."""
-    AttentionInterface.register(NAME, moa_attention)
-    AttentionMaskInterface.register(NAME, moa_mask)
+    modeling.register(NAME, moa_attention, moa_mask)
 
 
 def moa_mask(
@@ -56,7 +56,7 @@ def moa_mask(
     if not fixed:
         _check_offsets(q_offset, q_length, kv_offset, kv_length)
     # A compiler can't look into a model's mask; what isn't causal shows in the prompt's pass, which isn't compiled.
-    if not torch.compiler.is_compiling() and not _is_causal(mask_function):
+    if not torch.compiler.is_compiling() and not is_causal_mask(mask_function):
         raise UnsupportedInputError("a plan runs on causal masks only, not on packed, bidirectional or custom ones")
     if attention_mask is None:
         return None
@@ -170,22 +170,6 @@ def _check_offsets(q_offset: Any, q_length: int, kv_offset: int, kv_length: int)
         raise UnsupportedInputError(
             "this sliding-window cache has dropped tokens whose count the plan needs; use MoACache"
         )
-
-
-def _is_causal(mask_function: Any) -> bool:
-    """Whether a mask function of transformers is causal, perhaps with a sliding window, and nothing else."""
-    if mask_function is causal_mask_function:
-        return True
-    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    if getattr(mask_function, "__qualname__", "").startswith("and_masks.") and len(parts) == 1:
-        return (
-            all(
-                part is causal_mask_function or part.__qualname__.startswith("sliding_window_overlay.")
-                for part in parts[0]
-            )
-            and causal_mask_function in parts[0]
-        )
-    return False
 
 
 def _check_arguments(attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

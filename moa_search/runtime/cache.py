@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.modeling.text import text_config
 from moa_search.runtime.layer import MoACacheLayer
 from moa_search.runtime.report import CacheReport, LayerReport
 from moa_search.runtime.rules import layer_rules
@@ -65,7 +66,7 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
     def __init__(self, config: Any, plan: Plan, *, max_length: int | None = None) -> None:
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length} tokens; it must be positive, or None for a cache that grows")
-        stock = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        stock = DynamicCache(config=text_config(config)).layers
         layers: list[Any] = []
         for layer, rules in zip(stock, layer_rules(plan, config, stock), strict=True):
             if max_length is None or not isinstance(layer, DynamicLayer):

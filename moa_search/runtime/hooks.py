@@ -15,6 +15,8 @@ from transformers.generation import GenerationMode
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats.checkpoint import PLAN_FILE
+from moa_search.modeling.private import PREFILL, PREPARE_CACHE, attention_of
+from moa_search.modeling.text import text_config
 from moa_search.runtime.attention import NAME
 from moa_search.runtime.cache import MoACache
 from moa_search.runtime.layer import MoACacheLayer
@@ -57,7 +59,7 @@ class Applied:
 
     plan: Plan
     impl: Impl
-    attention: str
+    attention: str | None
     overridden: dict[str, Any]
     giving: RemovableHandle | None = None
     max_length: int | None = None
@@ -78,9 +80,9 @@ def _prepare_cache_for_generation(
     max_cache_length: int,
 ) -> Any:
     """Let transformers prepare a cache, then put a `MoACache` in the place of its default one."""
-    original = _original(model, "_prepare_cache_for_generation")
+    original = _original(model, PREPARE_CACHE)
     state: Applied = getattr(model, STATE_ATTRIBUTE)
-    under_plan = model.config.get_text_config(decoder=True)._attn_implementation == NAME
+    under_plan = attention_of(text_config(model.config)) == NAME
     given = model_kwargs.get("past_key_values")
     if not under_plan or given is not None:
         if under_plan and isinstance(given, MoACache) and given.is_compileable:
@@ -97,7 +99,7 @@ def _prepare_cache_for_generation(
         return result
     if type(cache) is not DynamicCache:
         raise UnsupportedInputError(f"{type(model).__name__} generates with a {type(cache).__name__}, not a plan's")
-    config, text = model.config, model.config.get_text_config(decoder=True)
+    config, text = model.config, text_config(model.config)
     drafting = getattr(generation_config, "is_assistant", False)
     if drafting and text.num_hidden_layers < state.plan.model.num_hidden_layers:
         # For a model that drafts for itself with its first layers, transformers hides the others meanwhile.
@@ -142,7 +144,7 @@ def _prefill(
         generation_config.disable_compile = True
         if chunked:
             generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
-    return _original(model, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    return _original(model, PREFILL)(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
@@ -165,11 +167,11 @@ def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     """Before a forward pass that would make a cache of transformers' kind by itself, hand it a `MoACache`."""
     if kwargs.get("past_key_values") is None:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
-        text = model.config.get_text_config(decoder=True)
+        text = text_config(model.config)
         use_cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("use_cache")
         wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
         free = "past_key_values" in names[len(args) :]
-        if wanted and free and text._attn_implementation == NAME:
+        if wanted and free and attention_of(text) == NAME:
             cache = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
             return args, {**kwargs, "past_key_values": cache}
     return args, kwargs
@@ -191,8 +193,8 @@ def _save_pretrained(
 
 
 HOOKS: dict[str, Callable[..., Any]] = {
-    "_prepare_cache_for_generation": _prepare_cache_for_generation,
-    "_prefill": _prefill,
+    PREPARE_CACHE: _prepare_cache_for_generation,
+    PREFILL: _prefill,
     "init_continuous_batching": _init_continuous_batching,
     "save_pretrained": _save_pretrained,
 }

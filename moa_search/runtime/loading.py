@@ -6,10 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
 
 from moa_search.formats import Plan
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE, PLAN_FILE, read_saved_plan
+from moa_search.modeling.private import optional_file
+from moa_search.modeling.text import text_config
 from moa_search.runtime.apply import apply_plan
 from moa_search.runtime.rules import layer_rules
 
@@ -53,10 +54,8 @@ def from_pretrained(
         trusted = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
         config = AutoConfig.from_pretrained(name, **hub, **trusted)
     if plan is None:
-        file = cached_file(name, PLAN_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-        plan = read_saved_plan(
-            os.fspath(name), file, getattr(config.get_text_config(decoder=True), CONFIG_ATTRIBUTE, None)
-        )
+        file = optional_file(os.fspath(name), PLAN_FILE, **hub)
+        plan = read_saved_plan(os.fspath(name), file, getattr(text_config(config), CONFIG_ATTRIBUTE, None))
     elif not isinstance(plan, Plan):
         plan = Plan.load(plan)
     layer_rules(plan, config)

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.modeling.support import require_own_keys
+from moa_search.modeling.text import text_config
 from moa_search.spans import BETA_ONE, SpanRule, span
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
         raise ConfigError(
             f'plan: anchor "{plan.anchor}" fixes spans at one length; apply plan.anchored_at(length) instead'
         )
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     require_own_keys(config)
     plan.model.require(ModelSignature.of(config), "plan")
     stock = DynamicCache(config=text).layers if stock is None else stock

@@ -14,7 +14,7 @@ from moa_search.search.budgets import BudgetSpec, used
 from moa_search.search.front import FrontPoint, knee
 from moa_search.search.searchers import Searcher, find_searcher
 from moa_search.search.searchers.base import Progress
-from moa_search.search.space import SearchOptions, SearchSpace, density_specs, model_context
+from moa_search.search.space import SearchOptions, SearchSpace, density_specs
 from moa_search.spans import DENSE
 from moa_search.version import __version__
 
@@ -130,7 +130,7 @@ def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
     Rules that are best at the profiled lengths alone use up freedom that these don't punish (docs/results.md, "Beyond
     the profiled lengths"). Without a budget there, looking ahead would only grow spans where nothing limits them.
     """
-    ahead, context = AHEAD * profile.lengths[-1], model_context(profile)
+    ahead, context = AHEAD * profile.lengths[-1], profile.header.model.context_length
     asked = density_specs(profile, options) if options.budget_lengths else []
     asked += map(BudgetSpec.parse, options.budgets)
     by_default = bool(options.density) and not options.budget_lengths

@@ -18,7 +18,7 @@ from moa_search.search.losses import RuleLosses, rule_losses
 from moa_search.search.solver import Problem
 from moa_search.spans import SpanRule, span
 
-__all__ = ["SearchOptions", "SearchSpace", "density_specs", "model_context", "parse_floors", "parse_weights"]
+__all__ = ["SearchOptions", "SearchSpace", "density_specs", "parse_floors", "parse_weights"]
 
 Booleans = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
@@ -191,18 +191,12 @@ def density_specs(profile: Profile, options: SearchOptions) -> list[BudgetSpec]:
         raise ConfigError(f"{len(densities)} densities for {len(lengths)} lengths; give one, or one per length")
     each = densities * (len(lengths) if len(densities) == 1 else 1)
     if not options.budget_lengths:
-        context = model_context(profile)
+        context = profile.header.model.context_length
         further = sorted(set(options.predict_lengths or ()) - set(lengths))
         further += [context] if context is not None and context > max(lengths + further) else []
         lengths += further
         each += [each[-1]] * len(further)
     return [BudgetSpec.density(density, length) for density, length in zip(each, lengths, strict=True)]
-
-
-def model_context(profile: Profile) -> int | None:
-    """The longest context in tokens that the profiled model was made for, where its configuration says so."""
-    context = profile.header.model.config.get("max_position_embeddings")
-    return context if isinstance(context, int) else None
 
 
 def parse_floors(texts: Sequence[str], layers: int, native_layers: Sequence[int] = ()) -> dict[int, float]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from moa_search.errors import VerificationError
 from moa_search.evaluation.throughput.ways import Way
 from moa_search.formats import Plan
 from moa_search.masks import head_masks
+from moa_search.modeling.attention import swapped
+from moa_search.modeling.text import dtype_name, text_config
 from moa_search.runtime import MoACache
 
 __all__ = ["Gate", "masked_reference", "verify"]
@@ -26,6 +27,7 @@ ALLOWED = 2.0
 """The error may be this many times that of attention computed plainly in the model's own type."""
 
 NAME = "moa_masked_reference"
+ATTRIBUTE = "_moa_reference"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def verify(model: Any, way: Way, seed: int) -> Gate:
         VerificationError: The error is over `ALLOWED` times the yardstick.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = text_config(model.config).vocab_size
     length = PROMPT_TOKENS + DECODE_TOKENS
     ids = torch.randint(vocabulary, (SAMPLES, length), generator=generator).to(model.device)
     plan = way.plan_at(PROMPT_TOKENS)
@@ -70,7 +72,7 @@ def verify(model: Any, way: Way, seed: int) -> Gate:
     if not error <= ALLOWED * max(yardstick, torch.finfo(model.dtype).eps):
         raise VerificationError(
             f"plan {gate.way}: its logits are off by {error:.2g} of their size where attention under whole masks in "
-            f"{str(model.dtype).removeprefix('torch.')} is off by {yardstick:.2g}; nothing was timed, please report it"
+            f"{dtype_name(model)} is off by {yardstick:.2g}; nothing was timed, please report it"
         )
     return gate
 
@@ -78,20 +80,14 @@ def verify(model: Any, way: Way, seed: int) -> Gate:
 @contextmanager
 def masked_reference(model: Any, plan: Plan, dtype: torch.dtype) -> Iterator[None]:
     """A model whose attention is a plain softmax in ``dtype`` under whole per-head masks; no cache, no padding."""
-    AttentionInterface.register(NAME, _masked_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    text = model.config.get_text_config(decoder=True)
-    before = text._attn_implementation
-    modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    for module in modules:
-        module._moa_reference = (plan.rules[module.layer_idx], plan.sink, plan.min_span, dtype)
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    with swapped(model, NAME, _masked_attention, lambda *args, **kwargs: None) as modules:
         for module in modules:
-            del module._moa_reference
+            setattr(module, ATTRIBUTE, (plan.rules[module.layer_idx], plan.sink, plan.min_span, dtype))
+        try:
+            yield
+        finally:
+            for module in modules:
+                delattr(module, ATTRIBUTE)
 
 
 def _masked_attention(
@@ -106,7 +102,7 @@ def _masked_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    rules, sink, min_span, dtype = module._moa_reference
+    rules, sink, min_span, dtype = getattr(module, ATTRIBUTE)
     length, group = query.shape[2], query.shape[1] // key.shape[1]
     mask = torch.from_numpy(head_masks(rules, group, length, sink=sink, min_span=min_span)).to(query.device)
     if sliding_window is not None:

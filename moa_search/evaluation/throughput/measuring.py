@@ -18,6 +18,8 @@ from moa_search.evaluation.throughput.gate import Gate, verify
 from moa_search.evaluation.throughput.memory import old_objects_kept
 from moa_search.evaluation.throughput.running import Run, run_once
 from moa_search.evaluation.throughput.ways import Way, forget_compiled, generating_on
+from moa_search.modeling.private import attention_of
+from moa_search.modeling.text import dtype_name, text_config
 from moa_search.version import __version__
 
 __all__ = ["LARGEST", "Throughput", "measure"]
@@ -165,7 +167,7 @@ def _run(model: Any, cell: _Cell, prompts: torch.Tensor, decode_tokens: int) -> 
 
 
 def _prompts(model: Any, length: int, batch: int, seed: int) -> torch.Tensor:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = text_config(model.config).vocab_size
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
 
@@ -185,13 +187,13 @@ def _facts(model: Any) -> dict[str, str]:
     """What the numbers depend on beside the cells."""
     device = model.device
     gpu = device.type == "cuda"
-    text = model.config.get_text_config(decoder=True)
+    text = text_config(model.config)
     facts = {
         "device": device_name(device),
         "model": f"{text.model_type}, {sum(p.numel() for p in model.parameters()) / 1e6:.4g}M parameters, "
         f"{text.num_hidden_layers} layers",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "dense_attention": text._attn_implementation,
+        "dtype": dtype_name(model),
+        "dense_attention": str(attention_of(text)),
         "weights_bytes": str(sum(p.nbytes for p in model.parameters())),
         "moa_search": __version__,
         "torch": torch.__version__,

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from moa_search.evaluation.compare import as_it_runs, under
 from moa_search.formats import Plan
+from moa_search.modeling import private
 from moa_search.runtime import MoACache
 
 __all__ = ["KINDS", "Way", "cache_bytes", "forget_compiled", "generating_on", "make_ways"]
@@ -80,7 +81,7 @@ def cache_bytes(cache: Cache) -> int:
 def generating_on(model: Any, *, prefill_chunk: int | None) -> Iterator[None]:
     """A model whose `generate` decodes greedily, compiles on any device and never stops early."""
     compiling = CompileConfig(dynamic=False)
-    compiling._compile_all_devices = True
+    private.compile_everywhere(compiling)
     before = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False, prefill_chunk_size=prefill_chunk, compile_config=compiling
@@ -94,6 +95,5 @@ def generating_on(model: Any, *, prefill_chunk: int | None) -> Iterator[None]:
 
 def forget_compiled(model: Any) -> None:
     """Free what `generate` has compiled for a model."""
-    if vars(model).pop("_compiled_call", None) is not None:
-        del model._last_compile_config
+    if private.forget_compiled(model):
         torch.compiler.reset()
