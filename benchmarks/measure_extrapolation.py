@@ -3,8 +3,8 @@
 Usage: python benchmarks/measure_extrapolation.py PROFILE [PROFILE ...] [--criteria signed squared elementwise]
 
 The profiles are of one model, with one sink and block, at different lengths; the shipped one and one made by
-``moa-profile --lengths 512 --samples 16 --answers dataset --chat never`` give the table in docs/results.md. Every
-length is told from each one or two others, and the plan that is optimal under the losses told is scored by the
+``moa-profile --lengths 512 --samples 16 --answers dataset --chat never`` give the table in docs/results-search-time.md.
+Every length is told from each one or two others, and the plan that is optimal under the losses told is scored by the
 measured ones. Prints Markdown. The ways:
 
 * as is: rules scored at the profiled length;

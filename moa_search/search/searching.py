@@ -127,8 +127,9 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
 def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
     """Twice the longest profiled length, where the model goes so far and a budget holds beyond the profiled ones.
 
-    Rules that are best at the profiled lengths alone use up freedom that these don't punish (docs/results.md, "Beyond
-    the profiled lengths"). Without a budget there, looking ahead would only grow spans where nothing limits them.
+    Rules that are best at the profiled lengths alone use up freedom that these don't punish (docs/results-searchers.md,
+    "Beyond the profiled lengths"). Without a budget there, looking ahead would only grow spans where nothing limits
+    them.
     """
     ahead, context = AHEAD * profile.lengths[-1], profile.header.model.context_length
     asked = density_specs(profile, options) if options.budget_lengths else []
