@@ -3,6 +3,7 @@
 from moa_kernels.codes.balancing import balance
 from moa_kernels.codes.codec import BITS, SCALE_BYTES, Codec, Codes, token_bytes, wants_transform
 from moa_kernels.codes.levels import dequantise, quantise
+from moa_kernels.codes.moments import Moments
 from moa_kernels.codes.packing import pack, unpack
 from moa_kernels.codes.transforms import Transform, hadamard
 
@@ -11,6 +12,7 @@ __all__ = [
     "SCALE_BYTES",
     "Codec",
     "Codes",
+    "Moments",
     "Transform",
     "balance",
     "dequantise",
