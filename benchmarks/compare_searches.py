@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from moa_search import Plan, Profile, load_model, search_plan
 from moa_search.evaluation import compare_variants, summarise
-from moa_search.evaluation.compare import Variant, as_it_runs, uniform_like
+from moa_search.evaluation.compare import Variant, uniform_like, uniform_name
 
 MEASURED = {"predict_lengths": ()}
 """Criteria and anchors are told apart by what was profiled, without looking ahead."""
@@ -56,14 +56,14 @@ def make_plan(
     path = folder / "plans" / f"{name}-{density:g}{f'-{length}' if only else ''}.json"
     if not path.exists():
         search_plan(profile, density=density, **options, **only).save(path)
-    return as_it_runs(Plan.load(path), length)
+    return Plan.load(path).resolve(length)
 
 
 def make_variants(profile: Profile, rows: str, folder: Path, densities: list[float]) -> list[Variant]:
     variants = [Variant("dense", lambda length: None)]
     for density in densities:
         like = make_plan(profile, "exact", {}, density, folder, 0)
-        variants.append(Variant(f"uniform @ {density:g}", partial(uniform_like, like)))
+        variants.append(Variant(uniform_name(f"exact @ {density:g}"), partial(uniform_like, like)))
         for name, options in ROWS[rows].items():
             variants.append(
                 Variant(f"{name} @ {density:g}", partial(make_plan, profile, name, options, density, folder))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
@@ -16,13 +14,14 @@ from moa_search.api.common import (
     require_positive,
     require_writable,
 )
+from moa_search.api.variants import given_plans
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moa_search.formats import Plan
 
-__all__ = ["evaluate_model", "named_plans", "plan_name"]
+__all__ = ["evaluate_model"]
 
 
 def evaluate_model(
@@ -66,7 +65,6 @@ def evaluate_model(
     Raises:
         MoAError: The model, a plan or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.errors import ConfigError
     from moa_search.evaluation import compare_variants, make_variants
     from moa_search.evaluation.tasks import require_tasks
     from moa_search.formats.files import write_csv
@@ -76,17 +74,14 @@ def evaluate_model(
     require_depths(depths)
     require_tasks(tasks)
     require_writable(output)
-    plans = named_plans(plan)
-    variants = make_variants(plans, baselines, lengths)
-    if not variants:
-        raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
+    compared = make_variants(given_plans(plan), baselines)
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
-    require_plans_fit(plans, network)
+    require_plans_fit(compared.plans, network)
     require_context(network.config, max(lengths))
     items = compare_variants(
         network,
         tokenizer,
-        variants,
+        compared.variants,
         tasks=tasks,
         lengths=lengths,
         count=samples,
@@ -98,27 +93,3 @@ def evaluate_model(
     if output is not None:
         write_csv(items, output)
     return items
-
-
-def named_plans(plan: Sequence[str | Plan]) -> dict[str, Plan]:
-    """Plans, loaded where a file is given, by the shortest names that tell them apart."""
-    from moa_search.formats import Plan
-
-    plans: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
-        plans[plan_name(entry, loaded, index, plans)] = loaded
-    return plans
-
-
-def plan_name(entry: Any, plan: Plan, index: int, taken: dict[str, Plan]) -> str:
-    """The shortest name that tells a plan from those before: its file's, its folder's, else a number."""
-    candidates = [f"plan {index + 1}"]
-    if isinstance(entry, str | os.PathLike):
-        path = Path(entry)
-        candidates = [path.stem, f"{path.parent.name}/{path.stem}", str(path)]
-        if path.stem == "plan":  # moa-search names every chosen plan so; its folder says which
-            candidates.insert(0, path.absolute().parent.name)
-    elif plan.provenance is not None and plan.provenance.criterion:
-        candidates.insert(0, plan.provenance.criterion)
-    return next((name for name in candidates if name not in taken), f"plan {index + 1}")

@@ -16,7 +16,7 @@ from moa_search.api.common import (
     require_positive,
     require_writable_folder,
 )
-from moa_search.api.line_up import given_plans, make_line_up
+from moa_search.api.variants import given_plans
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,19 +80,20 @@ def run_harness(
     """
     import pandas as pd
 
+    from moa_search.evaluation.compare import make_variants
     from moa_search.evaluation.harness import Harness, harness_summary
 
     optional = {"limit": limit, "length": length}
     require_positive(batch_size=batch_size, **{name: value for name, value in optional.items() if value is not None})
     require_writable_folder(output)
-    line_up = make_line_up(given_plans(plan, baselines), baselines)
-    of_a_length = "uniform" in baselines or any(made.anchor == "prompt" for made in line_up.plans.values())
+    compared = make_variants(given_plans(plan), baselines)
+    of_a_length = "uniform" in baselines or any(made.anchor == "prompt" for made in compared.plans.values())
     if length is None and of_a_length:
         raise ConfigError("length: uniform spans and plans anchored at the prompt depend on one; give --length")
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, which lm-eval needs; set its eos_token")
-    require_plans_fit(line_up.plans, network)
+    require_plans_fit(compared.plans, network)
     told: dict[str, Any] = {"tokenizer": tokenizer.name_or_path, "pretrained": tokenizer.name_or_path}
     harness = Harness(
         tasks,
@@ -101,7 +102,7 @@ def run_harness(
         metadata=told | ({"max_seq_lengths": list(lengths)} if lengths else {}),
     )
     runs: dict[str, HarnessRun] = {}
-    for number, variant in enumerate(line_up.variants, 1):
+    for number, variant in enumerate(compared.variants, 1):
         runs[variant.name] = harness.run(
             network,
             tokenizer,
@@ -113,7 +114,7 @@ def run_harness(
             apply_chat_template=apply_chat_template,
         )
         if progress is not None:
-            progress(number, len(line_up.variants))
+            progress(number, len(compared.variants))
     summary = harness_summary(runs)
     if output is not None:
         items = pd.concat([run.items.assign(variant=name) for name, run in runs.items()])

@@ -15,7 +15,7 @@ from moa_search.api.common import (
     require_positive,
     require_writable_folder,
 )
-from moa_search.api.evaluating import named_plans
+from moa_search.api.variants import named_plans
 
 if TYPE_CHECKING:
     from moa_search.evaluation.throughput import Throughput
@@ -95,7 +95,7 @@ def measure_throughput(
             require_positive(**{name: value})
     batches = _batches(batch)
     require_writable_folder(output)
-    plans = named_plans(plan)
+    plans = named_plans(plan, [_made_up(share) for share in density])
     if {"plan", "plan-static"} & set(ways) and not plans and not density:
         raise ConfigError("ways: plan needs --plan or --density; for dense alone give --ways dense dense-static")
     if random_weights is not None:
@@ -110,7 +110,7 @@ def measure_throughput(
     signature = ModelSignature.of(network.config)
     native = [layer for layer, window in enumerate(native_windows(network.config)) if window is not None]
     for share in density:
-        plans[f"made up {share:g}"] = made_up_plan(signature, share, native_layers=native)
+        plans[_made_up(share)] = made_up_plan(signature, share, native_layers=native)
     require_context(network.config, max(lengths) + 1 + UNTIMED_STEPS + decode_tokens)
     return measure(
         network,
@@ -125,6 +125,11 @@ def measure_throughput(
         progress=progress,
         keep=None if output is None else partial(_save, output=output),
     )
+
+
+def _made_up(density: float) -> str:
+    """What a plan without a profile is called."""
+    return f"made up {density:.15g}"
 
 
 def _batches(batch: Sequence[str]) -> list[int | str]:

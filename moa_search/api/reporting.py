@@ -17,12 +17,13 @@ from moa_search.api.common import (
     require_positive,
     require_writable_folder,
 )
-from moa_search.api.line_up import LineUp, given_plans, make_line_up, searched_plans
+from moa_search.api.variants import given_plans, searched_plans
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moa_search.evaluation.compare import Comparison
     from moa_search.evaluation.suite import Bench, Grid
     from moa_search.evaluation.tasks import Task
     from moa_search.formats import Plan, Profile
@@ -91,6 +92,7 @@ def report_model(
     Raises:
         MoAError: The model, a plan, the profile or an option can't be used; see `moa_search.errors`.
     """
+    from moa_search.evaluation.compare import make_variants
     from moa_search.evaluation.suite import Bench, Grid
     from moa_search.evaluation.tasks import require_tasks
     from moa_search.modeling.support import require_context
@@ -103,20 +105,21 @@ def report_model(
     if refine < 0:
         raise ConfigError(f"refine: {refine} is out of range; it must be at least 0")
     require_writable_folder(output)
-    groups = given_plans(plan, baselines)
+    searched = []
     if profile is not None:
-        groups |= searched_plans(profile, searchers, densities, budget_lengths, Path(output) / "plans")
-    line_up = make_line_up(groups, baselines)
-    names = [variant.name for variant in line_up.variants]
+        searched = searched_plans(profile, searchers, densities, budget_lengths, Path(output) / "plans")
+    given = given_plans(plan, [name for group in searched for name in group])
+    compared = make_variants([*given, *searched], baselines)
+    names = [variant.name for variant in compared.variants]
     for name in against:
         if name not in names:
             raise ConfigError(f"against: variant {name!r} isn't measured; choose from {', '.join(names)}")
     network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
-    require_plans_fit(line_up.plans, network)
+    require_plans_fit(compared.plans, network)
     require_context(network.config, max(lengths))
     grid = Grid(counts, tuple(depths), seed, answers)
     bench = Bench(network, tokenizer, Path(output) / "cells", _meter(progress, grid.work(kinds, len(names))))
-    measured = _measure(bench, line_up, kinds, grid, windows=windows, refine=refine)
+    measured = _measure(bench, compared, kinds, grid, windows=windows, refine=refine)
     settings = {
         "model": model if isinstance(model, str) else getattr(network.config, "name_or_path", "") or "a loaded model",
         "dtype": dtype_name(network),
@@ -128,7 +131,7 @@ def report_model(
         else "generated greedily (perplexity and NLL teacher-forced)",
         "seed": seed,
     }
-    return _write(Path(output), measured, line_up, settings, against)
+    return _write(Path(output), measured, compared, settings, against)
 
 
 def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
@@ -170,29 +173,29 @@ class _Measured:
 
 
 def _measure(
-    bench: Bench, line_up: LineUp, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
+    bench: Bench, compared: Comparison, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
 ) -> _Measured:
     import pandas as pd
 
     from moa_search.evaluation.suite import measure_grid, measure_windows, refine_grid
 
-    rows = measure_grid(bench, line_up.variants, tasks, grid)
+    rows = measure_grid(bench, compared.variants, tasks, grid)
     items, window_items, of_task = [rows], [rows.iloc[:0]], {}
-    uniform = set(line_up.uniform.values())
-    closely = [variant for variant in line_up.variants if variant.name not in uniform]
+    uniform = set(compared.uniform.values())
+    closely = [variant for variant in compared.variants if variant.name not in uniform]
     retrieval = [task for task in tasks if task.is_retrieval]
     for task in retrieval:
         between = refine_grid(bench, closely, task, grid, rows, refine)
         items += [between] if len(between) else []
-        if windows and line_up.plans:
-            tried, of_task[task.name] = measure_windows(bench, line_up.plans, task, grid, pd.concat(items))
+        if windows and compared.plans:
+            tried, of_task[task.name] = measure_windows(bench, compared.plans, task, grid, pd.concat(items))
             window_items += [tried] if len(tried) else []
     joined = pd.concat(window_items[1:]) if len(window_items) > 1 else window_items[0]
     return _Measured(rows, pd.concat(items), joined, of_task, [task.name for task in retrieval])
 
 
 def _write(
-    output: Path, measured: _Measured, line_up: LineUp, settings: Mapping[str, object], against: Sequence[str]
+    output: Path, measured: _Measured, compared: Comparison, settings: Mapping[str, object], against: Sequence[str]
 ) -> pd.DataFrame:
     import pandas as pd
 
@@ -204,12 +207,12 @@ def _write(
     effective = effective_table(
         measured.items,
         measured.retrieval,
-        uniform=line_up.uniform,
+        uniform=compared.uniform,
         windows=measured.windows,
         window_items=measured.window_items,
     )
     differences = [paired_differences(measured.items, name) for name in against]
-    for mine, other in line_up.rivals:
+    for mine, other in compared.pairs:
         if other not in against:
             pair = measured.items[measured.items["variant"].isin([mine, other])]
             differences.append(paired_differences(pair, other))
@@ -227,7 +230,7 @@ def _write(
         summary=tables["summary"],
         differences=tables["differences"],
         effective=effective,
-        plans=line_up.plans,
+        plans=compared.plans,
     )
     report_page(report).save(output / "report.html")
     return effective

@@ -59,10 +59,10 @@ def validate_front(
         progress: Told the tokens done and in all.
 
     Returns:
-        One row per plan and length: its ``loss`` in nats per answer token, the ``dense_loss`` of the same samples,
+        One row per plan and length: its ``true_loss`` in nats per answer token, the ``dense_loss`` of the same samples,
         their ``difference`` with the standard error of the paired difference, whether the plan was chosen before and
-        is now, and the losses that were ``predicted`` at the profiled lengths. The choice goes by the mean over the
-        lengths; of equals the first is taken.
+        is now, and the losses that were predicted, ``loss@LENGTH`` as in front.csv. The choice goes by the mean over
+        the lengths; of equals the first is taken.
 
     Raises:
         MoAError: The folder holds no front, a plan is damaged or of another model, or an option can't be used; see
@@ -223,11 +223,11 @@ def _rows(truth: TrueLoss, candidates: Sequence[StoredPlan], chosen: str | None,
                 "density": plan.density(length),
                 "attention_density": plan.attention_density(length),
                 "samples": truth.samples_at(length),
-                "loss": loss.value,
-                "loss_error": loss.error,
+                "true_loss": loss.value,
+                "true_error": loss.error,
                 "dense_loss": truth.mean(dense, length).value,
                 "difference": difference.value,
                 "difference_error": difference.error,
             }
-            rows.append(row | {f"predicted@{metrics.length}": metrics.loss for metrics in plan.predicted})
+            rows.append(row | {f"loss@{metrics.length}": metrics.loss for metrics in plan.predicted})
     return pd.DataFrame(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +20,19 @@ from moa_search.spans import SpanRule
 
 __all__ = [
     "BASELINES",
+    "Comparison",
     "Variant",
-    "as_it_runs",
     "compare_variants",
     "constant_like",
     "densities",
+    "is_baseline_name",
     "kept_tokens",
     "make_variants",
     "measure",
     "require_baselines",
     "under",
     "uniform_like",
+    "uniform_name",
 ]
 
 BASELINES = ("dense", "uniform")
@@ -51,28 +53,66 @@ class Variant:
     plan_at: Callable[[int], Plan | None]
 
 
-def make_variants(plans: dict[str, Plan], baselines: Sequence[str], lengths: Sequence[int]) -> list[Variant]:
-    """Baselines first, then the plans in order; plans that keep equally much share one uniform baseline.
+@dataclass(frozen=True)
+class Comparison:
+    """What is measured side by side.
 
-    A plan that has the name of a baseline is called ``plan`` and that name.
+    Attributes:
+        variants: Baselines and plans, in the order of the tables.
+        plans: Plans by the name of their variant.
+        uniform: For a plan's variant, the uniform one that keeps as much.
+        pairs: Names of two variants that differ in nothing but how spans were found.
+    """
+
+    variants: list[Variant]
+    plans: dict[str, Plan]
+    uniform: dict[str, str]
+    pairs: list[tuple[str, str]]
+
+
+def make_variants(groups: Iterable[Mapping[str, Plan]], baselines: Sequence[str]) -> Comparison:
+    """Dense attention, then of each group uniform spans and the plans.
+
+    A name depends on nothing but the plan, so that tables of different runs and commands can be joined: dense attention
+    is ``dense``, and the spans that keep as much as the plan ``NAME`` are ``uniform like NAME``.
+
+    Args:
+        groups: Plans by name. Those of one group were made for the same budget: they share one uniform baseline, which
+            keeps as much as the first, and the first is compared with each of the others.
+        baselines: Some of `BASELINES`.
 
     Raises:
-        ConfigError: A baseline is unknown, or ``uniform`` is asked for without a plan to match.
+        ConfigError: A baseline is unknown, ``uniform`` is asked for without a plan to match, or there is nothing to
+            evaluate.
     """
-    require_baselines(baselines, any_plan=bool(plans))
-    variants = [Variant("dense", lambda length: None)] if "dense" in baselines else []
-    if "uniform" in baselines:
-        matched: dict[tuple[tuple[int, ...], ...], tuple[str, Plan]] = {}
-        for name, plan in plans.items():
-            kept = tuple(kept_tokens(plan, length) for length in lengths)
-            matched.setdefault((plan.native_layers, kept), (name, plan))
-        for name, plan in matched.values():
-            label = "uniform" if len(matched) == 1 else f"uniform like {name}"
-            variants.append(Variant(label, partial(uniform_like, plan)))
-    taken = {variant.name for variant in variants}
-    for name, plan in plans.items():
-        variants.append(Variant(f"plan {name}" if name in taken else name, partial(as_it_runs, plan)))
-    return variants
+    groups = list(groups)
+    require_baselines(baselines, any_plan=bool(groups))
+    found = Comparison([], {}, {}, [])
+    if "dense" in baselines:
+        found.variants.append(Variant("dense", lambda length: None))
+    for plans in groups:
+        first, *others = plans
+        if "uniform" in baselines:
+            uniform = uniform_name(first)
+            found.variants.append(Variant(uniform, partial(uniform_like, plans[first])))
+            found.uniform.update(dict.fromkeys(plans, uniform))
+            found.pairs.append((first, uniform))
+        found.pairs.extend((first, other) for other in others)
+        found.variants.extend(Variant(name, plan.resolve) for name, plan in plans.items())
+        found.plans.update(plans)
+    if not found.variants:
+        raise ConfigError("nothing to evaluate: give --plan, or --baselines dense")
+    return found
+
+
+def uniform_name(plan_name: str) -> str:
+    """The name of the uniform spans that keep as much as a plan."""
+    return f"uniform like {plan_name}"
+
+
+def is_baseline_name(name: str) -> bool:
+    """Whether a baseline has that name, or may have it, so that no plan should."""
+    return name in BASELINES or name.startswith(uniform_name(""))
 
 
 def require_baselines(baselines: Sequence[str], *, any_plan: bool) -> None:
@@ -109,11 +149,6 @@ def constant_like(plan: Plan, tokens: int) -> Plan:
 def kept_tokens(plan: Plan, length: int) -> int:
     """Tokens that a head keeps on average, native layers aside."""
     return round(plan.density(length) * length)
-
-
-def as_it_runs(plan: Plan, length: int) -> Plan:
-    """The plan for prompts of ``length`` tokens: one that is anchored at the prompt's end has constant spans there."""
-    return plan.anchored_at(length) if plan.anchor == "prompt" else plan
 
 
 def under(model: Any, plan: Plan | None) -> AbstractContextManager[Any]:
@@ -166,11 +201,18 @@ def compare_variants(
     for length in lengths:
         for task in kinds:
             samples = task.build(tokenizer, length=length, count=count, seed=seed, depths=depths)
+            measured: dict[
+                str | None, list[dict[str, Any]]
+            ] = {}  # by what the plan does: uniform spans may be the same
             for variant in variants:
                 plan = variant.plan_at(length)
+                does = None if plan is None else plan.fingerprint
+                if does in measured:
+                    report(sum(sample.target_length for sample in samples))
+                else:
+                    measured[does] = measure(model, tokenizer, plan, task, samples, answers=answers, report=report)
                 keys = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
-                for row in measure(model, tokenizer, plan, task, samples, answers=answers, report=report):
-                    rows.append({**keys, **row})
+                rows += [{**keys, **row} for row in measured[does]]
     return pd.DataFrame(rows)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from moa_search.calibration import Sample, hash_samples
 from moa_search.errors import ConfigError, MoAError
-from moa_search.evaluation.compare import as_it_runs, under
+from moa_search.evaluation.compare import under
 from moa_search.evaluation.loss_cache import DENSE_PLAN, LossCache, LossKey
 from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import Plan
@@ -172,7 +172,7 @@ class TrueLoss:
 
     def _measured(self, plan: Plan | None, length: int, report: Callable[[int], None]) -> tuple[float, ...]:
         losses = []
-        with under(self._model, None if plan is None else as_it_runs(plan, length)):
+        with under(self._model, None if plan is None else plan.resolve(length)):
             for item in self._items[length]:
                 losses.append(self._scored(self.samples[item]))
                 report(length)

@@ -274,7 +274,7 @@ class Plan(_Strict, PlanViews):
     def attention_densities(self, lengths: Sequence[int]) -> list[float]:
         """`attention_density` at several lengths, in the time of the longest one (unless anchored at the prompt)."""
         if self.anchor == "prompt":
-            return [self.anchored_at(length).attention_density(length) for length in lengths]
+            return [self.resolve(length).attention_density(length) for length in lengths]
         return spans.attention_densities(self._searchable_rules(), lengths, self.min_span)
 
     def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
@@ -287,6 +287,10 @@ class Plan(_Strict, PlanViews):
         fixed = [[SpanRule(tokens, 0) for tokens in layer] for layer in self.spans(length)]
         patterns = Plan.from_rules(fixed, self.model, native_layers=self.native_layers).patterns
         return self.model_copy(update={"anchor": "position", "patterns": patterns, "predicted": (), "validated": ()})
+
+    def resolve(self, length: int) -> Plan:
+        """The plan for prompts of ``length`` tokens: one that is anchored at the prompt has constant spans there."""
+        return self.anchored_at(length) if self.anchor == "prompt" else self
 
     @property
     def fingerprint(self) -> str:

@@ -118,7 +118,7 @@ def validation_table(rows: pd.DataFrame) -> Table:
         for _, row in group.iterrows():
             cells += [
                 f"{row['density']:.1%}",
-                _with_error(row["loss"], row["loss_error"]),
+                _with_error(row["true_loss"], row["true_error"]),
                 _with_error(row["difference"], row["difference_error"]),
             ]
         mark = " chosen" if group["chosen"].any() else " was chosen" if group["chosen_before"].any() else ""

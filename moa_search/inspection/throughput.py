@@ -25,8 +25,8 @@ def fact_lines(facts: Mapping[str, str], gates: Sequence[Gate]) -> list[str]:
     lines = [", ".join(f"{name} {escape(value)}" for name, value in facts.items())]
     for gate in gates:
         lines.append(
-            f"plan {escape(gate.way)}: logits off by {gate.error:.1e} of their size; plain attention under whole masks "
-            f"{gate.yardstick:.1e}, dense {gate.dense:.1e}"
+            f"plan {escape(gate.variant)}: logits off by {gate.error:.1e} of their size; plain attention under whole "
+            f"masks {gate.yardstick:.1e}, dense {gate.dense:.1e}"
         )
     return lines
 
@@ -37,7 +37,7 @@ def throughput_table(summary: pd.DataFrame) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("length", "batch"):
         table.add_column(name, justify="right")
-    table.add_column("way")
+    table.add_column("variant")
     for name in ("KV\nkept", "prefill ms", "x", "decoded tokens/s", "x", "cache\nMiB", "peak\nMiB"):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
@@ -64,7 +64,7 @@ def gain_table(gains: pd.DataFrame) -> Table:
     """Gains in decoded tokens per second at largest batches, as `split_gains` gives them."""
     table = Table(title="Gain in decoded tokens/s, each at its largest batch", title_justify="left")
     table.add_column("length", justify="right")
-    for name in ("way", "against"):
+    for name in ("variant", "against"):
         table.add_column(name)
     for name in ("batches", "gain", "= attention", "x batch", "x static cache"):
         table.add_column(name, justify="right")
@@ -120,7 +120,7 @@ def save_throughput_plot(summary: pd.DataFrame, facts: Mapping[str, str], path: 
 
 def _label(row: Mapping[str, Any]) -> str:
     """A plan's compiled way has the plan's name, too."""
-    return f"{row['way']} static" if row["kind"] == "plan-static" else str(row["way"])
+    return f"{row['variant']} static" if row["kind"] == "plan-static" else str(row["variant"])
 
 
 def _spread(row: Mapping[str, Any], name: str) -> str:

@@ -105,8 +105,8 @@ class SampleMeter:
 
     def _recorder(self, sample: Sample) -> Recorder:
         length, plan = sample.target_length, self.plan
-        if plan is not None and plan.anchor == "prompt":
-            plan = plan.anchored_at(sample.length)
+        if plan is not None:
+            plan = plan.resolve(sample.length)
         return Recorder(
             windows=window_grid(length, self.block),
             row_buckets=self.row_buckets,

@@ -65,7 +65,7 @@ def test_from_a_yaml_file_to_a_page_and_its_tables(config, monkeypatch, capsys, 
     assert status == 0, err
     assert "report.html is the page" in out
     folder = tmp_path / "out"
-    names = ["dense", "uniform like mine", "mine", "uniform @ 0.5", "exact @ 0.5", "moa @ 0.5"]
+    names = ["dense", "uniform like mine", "mine", "uniform like exact @ 0.5", "exact @ 0.5", "moa @ 0.5"]
     summary, items = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "items.csv")
     assert summary["variant"].unique().tolist() == names
     at = summary[(summary["task"] == "passkey") & (summary["variant"] == "dense")].set_index("length")
@@ -75,12 +75,12 @@ def test_from_a_yaml_file_to_a_page_and_its_tables(config, monkeypatch, capsys, 
     assert set(differences[differences["against"] == "dense"]["variant"]) == set(names[1:])
     rivals = differences[differences["against"] != "dense"][["variant", "against"]].drop_duplicates()
     assert rivals.to_numpy().tolist() == [
-        ["mine", "uniform like mine"], ["exact @ 0.5", "uniform @ 0.5"], ["exact @ 0.5", "moa @ 0.5"],
+        ["mine", "uniform like mine"], ["exact @ 0.5", "uniform like exact @ 0.5"], ["exact @ 0.5", "moa @ 0.5"],
     ]  # fmt: skip
     effective = pd.read_csv(folder / "effective.csv")
     assert effective["variant"].tolist() == names
-    searched = sorted(path.name.rpartition("-")[0] for path in (folder / "plans").iterdir())
-    assert searched == ["exact-0.5", "moa-0.5"]
+    searched = sorted(path.name for path in (folder / "plans").glob("*/*.json"))
+    assert searched == ["exact @ 0.5.json", "moa @ 0.5.json"]
     kept = summary[summary["variant"].isin(["exact @ 0.5", "moa @ 0.5"])]
     assert (kept["density"] <= 0.5).all(), "at every length of the budget"
     page = (folder / "report.html").read_text()

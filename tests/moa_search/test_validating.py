@@ -112,22 +112,22 @@ def test_the_table_holds_what_was_lost(tiny_model, folder, plans):
         means = both.groupby("source").mean()
         errors = both.groupby("source").std() / np.sqrt(2)
         assert row.samples == 4
-        assert row.loss == pytest.approx(means["loss"].mean())
+        assert row.true_loss == pytest.approx(means["loss"].mean())
         assert row.dense_loss == pytest.approx(means["dense"].mean())
-        assert row.difference == pytest.approx(row.loss - row.dense_loss, abs=1e-9)
-        assert row.loss_error == pytest.approx(np.sqrt((errors["loss"] ** 2).sum()) / 2)
+        assert row.difference == pytest.approx(row.true_loss - row.dense_loss, abs=1e-9)
+        assert row.true_error == pytest.approx(np.sqrt((errors["loss"] ** 2).sum()) / 2)
         assert row.difference_error == pytest.approx(np.sqrt((errors["difference"] ** 2).sum()) / 2)
         assert row.density == plan.density(row.length)
         assert row.attention_density == plan.attention_density(row.length)
         assert row.chosen_before == (plan.fingerprint == plans[1].fingerprint)
-    np.testing.assert_array_equal(rows["predicted@150"], [1.5] * 6 + [np.nan] * 2)
-    np.testing.assert_array_equal(rows["predicted@200"], [2.0] * 6 + [np.nan] * 2)
+    np.testing.assert_array_equal(rows["loss@150"], [1.5] * 6 + [np.nan] * 2)
+    np.testing.assert_array_equal(rows["loss@200"], [2.0] * 6 + [np.nan] * 2)
     pd.testing.assert_frame_equal(pd.read_csv(folder / "validation.csv"), rows)
 
 
 def test_the_best_is_chosen_and_plans_say_what_they_lost(tiny_model, folder, plans):
     rows = validate_front(str(folder), model=tiny_model, **OPTIONS)
-    means = rows.groupby("plan")["loss"].mean()
+    means = rows.groupby("plan")["true_loss"].mean()
     best = means.index[int(means.to_numpy().argmin())]
     assert rows["chosen"].tolist() == (rows["plan"] == best).tolist()
     assert (folder / "plan.json").read_bytes() == (folder / "front" / best).read_bytes()
@@ -139,8 +139,8 @@ def test_the_best_is_chosen_and_plans_say_what_they_lost(tiny_model, folder, pla
             assert entry.length == length
             assert entry.samples == 4
             assert entry.data == reference(tiny_model, None, length)[1]
-            assert entry.loss == mine.loc[length, "loss"]
-            assert entry.loss_error == mine.loc[length, "loss_error"]
+            assert entry.loss == mine.loc[length, "true_loss"]
+            assert entry.loss_error == mine.loc[length, "true_error"]
             assert entry.dense_loss == mine.loc[length, "dense_loss"]
 
 
@@ -149,7 +149,7 @@ def test_of_equals_the_first_is_chosen(tiny_model, tmp_path, signature):
     plans = [Plan.uniform(SpanRule(alpha, 0), signature) for alpha in (80, 700, 600)]
     write(tmp_path, plans, plans[2])
     rows = validate_front(str(tmp_path), model=tiny_model, **OPTIONS)
-    equal = rows.groupby("plan")["loss"].mean()
+    equal = rows.groupby("plan")["true_loss"].mean()
     assert equal.iloc[1] == equal.iloc[2] != equal.iloc[0]
     first = "plan-00.json" if equal.iloc[0] < equal.iloc[1] else "plan-01.json"
     assert rows[rows["chosen"]]["plan"].unique().tolist() == [first]
@@ -166,11 +166,11 @@ def test_a_larger_budget_does_not_win(tiny_model, tmp_path, signature):
     for chosen, rivals in ((plans[0], ["plan-00.json", "plan-01.json"]), (plans[3], ["plan-02.json", "plan-03.json"])):
         write(tmp_path, plans, chosen)
         rows = validate_front(str(tmp_path), model=tiny_model, **OPTIONS)
-        means = rows[rows["plan"].isin(rivals)].groupby("plan")["loss"].mean()
+        means = rows[rows["plan"].isin(rivals)].groupby("plan")["true_loss"].mean()
         assert rows[rows["chosen"]]["plan"].unique().tolist() == [means.idxmin()]
     (tmp_path / "plan.json").unlink()
     rows = validate_front(str(tmp_path), model=tiny_model, **OPTIONS)
-    assert rows[rows["chosen"]]["plan"].unique().tolist() == [rows.groupby("plan")["loss"].mean().idxmin()]
+    assert rows[rows["chosen"]]["plan"].unique().tolist() == [rows.groupby("plan")["true_loss"].mean().idxmin()]
 
 
 def test_dense_and_the_chosen_plan_come_first_and_equal_plans_once(tiny_model, folder, scored):
@@ -252,7 +252,7 @@ def test_by_default_twice_as_long_as_profiled_but_within_the_context(
     write(tmp_path, [plan], plan)
     rows = validate_front(str(tmp_path), model=tiny_model, samples=1)
     assert rows["length"].tolist() == [expected]
-    assert rows["loss_error"].isna().all()
+    assert rows["true_error"].isna().all()
 
 
 def test_progress_covers_all_runs(tiny_model, folder):

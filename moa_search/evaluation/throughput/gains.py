@@ -8,7 +8,7 @@ import pandas as pd
 
 __all__ = ["split_gains", "summarise_throughput"]
 
-CELL = ["way", "kind", "length", "batch"]
+CELL = ["variant", "kind", "length", "batch"]
 MEASURED = ("prefill_ms", "decode_ms", "decode_tokens_per_s")
 
 
@@ -57,16 +57,16 @@ def split_gains(summary: pd.DataFrame) -> pd.DataFrame:
         summary: Of runs with the largest batches, as `summarise_throughput` returns it.
 
     Returns:
-        One row per plan, kind, length and dense way: ``way``, ``kind``, ``length``, ``against``, ``dense_batch``,
+        One row per plan, kind, length and dense way: ``variant``, ``kind``, ``length``, ``against``, ``dense_batch``,
         ``plan_batch``, ``gain``, ``attention``, ``batch``, ``static_cache`` (NaN where they don't apply). No rows where
         no largest batches were run.
     """
     speed = {
-        (row["way"], row["kind"], row["length"], row["batch"]): row["decode_tokens_per_s"]
+        (row["variant"], row["kind"], row["length"], row["batch"]): row["decode_tokens_per_s"]
         for row in summary.to_dict("records")
     }
     largest = {
-        (row["way"], row["kind"], row["length"]): row["batch"]
+        (row["variant"], row["kind"], row["length"]): row["batch"]
         for row in summary[summary["is_largest"]].to_dict("records")
     }
     rows = []
@@ -76,7 +76,7 @@ def split_gains(summary: pd.DataFrame) -> pd.DataFrame:
             if kind.startswith("dense") or dense_batch is None:
                 continue
             base, best = speed[against, against, length, dense_batch], speed[way, kind, length, batch]
-            row = {"way": way, "kind": kind, "length": length, "against": against}
+            row = {"variant": way, "kind": kind, "length": length, "against": against}
             row |= {"dense_batch": dense_batch, "plan_batch": batch, "gain": best / base}
             like = "plan" if against == "dense" else "plan-static"  # has the dense way's kind of cache
             like_batch = largest.get((way, like, length))

@@ -35,13 +35,13 @@ class Gate:
     """How far logits are from those of plain attention in float64 under whole masks; root mean squares, relative.
 
     Attributes:
-        way: Name of the way.
+        variant: Name of the way.
         error: Of the way: prefill, then decoding token by token through its cache.
         yardstick: Of plain attention in the model's own type under the same masks.
         dense: Of dense attention: what ignoring the plan would give.
     """
 
-    way: str
+    variant: str
     error: float
     yardstick: float
     dense: float
@@ -71,8 +71,8 @@ def verify(model: Any, way: Way, seed: int) -> Gate:
     gate = Gate(f"{way.name} static" if way.is_compiled else way.name, error, yardstick, without)
     if not error <= ALLOWED * max(yardstick, torch.finfo(model.dtype).eps):
         raise VerificationError(
-            f"plan {gate.way}: its logits are off by {error:.2g} of their size where attention under whole masks in "
-            f"{dtype_name(model)} is off by {yardstick:.2g}; nothing was timed, please report it"
+            f"plan {gate.variant}: its logits are off by {error:.2g} of their size where attention under whole masks "
+            f"in {dtype_name(model)} is off by {yardstick:.2g}; nothing was timed, please report it"
         )
     return gate
 

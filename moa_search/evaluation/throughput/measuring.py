@@ -88,7 +88,7 @@ def measure(
         keep: Given what was found so far after each length, so that a run that fails later isn't lost.
 
     Returns:
-        Rows with ``way``, ``kind``, ``density``, ``attention_density``, ``length``, ``batch``, ``is_largest``,
+        Rows with ``variant``, ``kind``, ``density``, ``attention_density``, ``length``, ``batch``, ``is_largest``,
         ``repetition`` and the attributes of `moa_search.evaluation.throughput.running.Run`.
 
     Raises:
@@ -174,7 +174,7 @@ def _prompts(model: Any, length: int, batch: int, seed: int) -> torch.Tensor:
 
 def _keys(cell: _Cell, length: int) -> dict[str, Any]:
     return {
-        "way": cell.way.name,
+        "variant": cell.way.name,
         "kind": cell.way.kind,
         **densities(cell.way.plan_at(length), length),
         "length": length,

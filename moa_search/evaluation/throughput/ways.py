@@ -11,7 +11,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache
 
-from moa_search.evaluation.compare import as_it_runs, under
+from moa_search.evaluation.compare import under
 from moa_search.formats import Plan
 from moa_search.modeling import private
 from moa_search.runtime import MoACache
@@ -45,7 +45,7 @@ class Way:
 
     def plan_at(self, length: int) -> Plan | None:
         """The plan for prompts of ``length`` tokens."""
-        return None if self.plan is None else as_it_runs(self.plan, length)
+        return None if self.plan is None else self.plan.resolve(length)
 
     def on(self, model: Any, length: int) -> AbstractContextManager[Any]:
         """The model run this way, for prompts of ``length`` tokens."""

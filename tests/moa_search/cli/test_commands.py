@@ -72,7 +72,7 @@ def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
         "--samples", 2, "--output", scores,
     )  # fmt: skip
     assert status == 0, err
-    assert set(pd.read_csv(scores)["variant"]) == {"dense", "uniform", "half"}
+    assert set(pd.read_csv(scores)["variant"]) == {"dense", "uniform like half", "half"}
     assert "passkey at 300 tokens, teacher-forced: mean of 2 items" in out
     picture = tmp_path / "spans.png"
     status, out, err = call("moa-inspect", tmp_path / "half" / "plan.json", "--output", picture)

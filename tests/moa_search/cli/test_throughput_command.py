@@ -42,9 +42,9 @@ def test_table_files_and_plot(call, shape, tmp_path):
     runs, summary = pd.read_csv(out / "throughput.csv"), pd.read_csv(out / "summary.csv")
     assert (len(runs), len(summary)) == (12, 6)
     assert summary["decode_ratio"].notna().all()
-    assert summary.set_index(["way", "batch"])["density"].round(2)["made up 0.25", 2] == 0.26, "48 tokens at least"
+    assert summary.set_index(["variant", "batch"])["density"].round(2)["made up 0.25", 2] == 0.26, "48 tokens at least"
     facts = json.loads((out / "facts.json").read_text())
-    assert [gate["way"] for gate in facts["gates"]] == ["made up 0.5", "made up 0.25"]
+    assert [gate["variant"] for gate in facts["gates"]] == ["made up 0.5", "made up 0.25"]
     assert (out / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 

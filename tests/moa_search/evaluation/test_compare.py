@@ -1,11 +1,13 @@
 """Variants of one model on the same items."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from moa_search.errors import ConfigError
 from moa_search.evaluation import TASKS, compare_variants, make_variants
+from moa_search.evaluation import compare as compare_module
 from moa_search.evaluation.compare import Variant, uniform_like
 from moa_search.formats import ModelSignature, Plan
 from moa_search.spans import DENSE, SpanRule
@@ -24,54 +26,59 @@ def short(signature):
     return Plan.from_rules([[SpanRule(60, 0), SpanRule(0, 64)], [SpanRule(90, 0), SpanRule(48, 0)]], signature)
 
 
-def names(variants):
-    return [variant.name for variant in variants]
+def names(compared):
+    return [variant.name for variant in compared.variants]
 
 
 class TestVariants:
-    def test_baselines_first_then_the_plans(self, short, signature):
+    def test_baselines_stand_before_their_plans(self, short, signature):
         longer = Plan.uniform(SpanRule(200, 0), signature)
-        variants = make_variants({"a": short, "b": longer}, ["uniform", "dense"], LENGTHS)
-        assert names(variants) == ["dense", "uniform like a", "uniform like b", "a", "b"]
-        assert variants[0].plan_at(300) is None
-        assert variants[3].plan_at(300) is short
-        assert variants[4].plan_at(500) is longer
+        compared = make_variants([{"a": short}, {"b": longer}], ["uniform", "dense"])
+        assert names(compared) == ["dense", "uniform like a", "a", "uniform like b", "b"]
+        assert compared.variants[0].plan_at(300) is None
+        assert compared.variants[2].plan_at(300) is short
+        assert compared.variants[4].plan_at(500) is longer
+        assert compared.uniform == {"a": "uniform like a", "b": "uniform like b"}
+        assert compared.pairs == [("a", "uniform like a"), ("b", "uniform like b")]
+
+    def test_plans_for_one_budget_share_a_baseline(self, short, signature):
+        longer = Plan.uniform(SpanRule(200, 0), signature)
+        compared = make_variants([{"a": short, "b": longer}], ["uniform"])
+        assert names(compared) == ["uniform like a", "a", "b"]
+        assert compared.uniform == {"a": "uniform like a", "b": "uniform like a"}
+        assert compared.pairs == [("a", "uniform like a"), ("a", "b")]
 
     def test_a_plan_anchored_at_the_prompt_runs_with_its_spans_for_the_length(self, signature):
         prompt = Plan.uniform(SpanRule(0, 128), signature, anchor="prompt")
-        (variant,) = make_variants({"a": prompt}, [], LENGTHS)
+        (variant,) = make_variants([{"a": prompt}], []).variants
         assert variant.plan_at(300).spans(100) == [[100] * 2] * 2
         assert variant.plan_at(300).spans(299) == variant.plan_at(300).spans(300) == [[150] * 2] * 2
         assert variant.plan_at(500).anchor == "position"
 
-    def test_one_plan_has_one_baseline_of_its_memory(self, short):
-        _, uniform, _ = make_variants({"a": short}, ["dense", "uniform"], LENGTHS)
-        assert uniform.name == "uniform"
+    def test_a_baseline_has_the_memory_of_its_plan(self, short):
+        _, uniform, _ = make_variants([{"a": short}], ["dense", "uniform"]).variants
         assert uniform.plan_at(300) == uniform_like(short, 300)
         assert uniform.plan_at(500) == uniform_like(short, 500)
 
-    def test_plans_that_keep_equally_much_share_a_baseline(self, short, signature):
-        swapped = Plan.from_rules([layer[::-1] for layer in short.rules], signature)
-        longer = Plan.uniform(SpanRule(200, 0), signature)
-        assert names(make_variants({"a": short, "b": swapped}, ["uniform"], LENGTHS)) == ["uniform", "a", "b"]
-        several = make_variants({"a": short, "b": swapped, "c": longer}, ["uniform"], LENGTHS)
-        assert names(several) == ["uniform like a", "uniform like c", "a", "b", "c"]
-
-    def test_a_plan_named_like_a_baseline_stays_apart(self, short):
-        variants = make_variants({"uniform": short, "dense": short}, ["dense", "uniform"], LENGTHS)
-        assert names(variants) == ["dense", "uniform", "plan uniform", "plan dense"]
-        assert names(make_variants({"uniform": short}, ["dense"], LENGTHS)) == ["dense", "uniform"]
+    def test_a_name_says_the_same_whatever_else_is_compared(self, short, signature):
+        """So that tables of different runs can be joined by it."""
+        plans = {"a": short, "b": Plan.from_rules([layer[::-1] for layer in short.rules], signature)}
+        alone = [make_variants([{name: plan}], ["dense", "uniform"]) for name, plan in plans.items()]
+        together = make_variants([{name: plan} for name, plan in plans.items()], ["uniform"])
+        at = {variant.name: variant.plan_at(300) for compared in alone for variant in compared.variants}
+        assert {variant.name: variant.plan_at(300) for variant in together.variants}.items() <= at.items()
 
     def test_nothing_asked_for(self):
-        assert make_variants({}, [], LENGTHS) == []
+        with pytest.raises(ConfigError, match="nothing to evaluate"):
+            make_variants([], [])
 
     def test_unknown_baseline_suggests_the_nearest(self, short):
         with pytest.raises(ConfigError, match=r"'dens' is unknown \(did you mean 'dense'\?\)"):
-            make_variants({"a": short}, ["dens"], LENGTHS)
+            make_variants([{"a": short}], ["dens"])
 
     def test_uniform_needs_a_plan_to_match(self):
         with pytest.raises(ConfigError, match="give --plan"):
-            make_variants({}, ["dense", "uniform"], LENGTHS)
+            make_variants([], ["dense", "uniform"])
 
 
 @pytest.mark.parametrize("length", [1, 50, 300, 500, 2000])
@@ -88,12 +95,6 @@ def test_uniform_leaves_native_layers_native(native_plan):
     assert uniform.native_layers == native_plan.native_layers
     assert len({rule for layer in (0, 2) for rule in uniform.rules[layer]}) == 1
     assert uniform.density(500) == pytest.approx(native_plan.density(500), abs=0.5 / 500)
-
-
-def test_plans_share_no_baseline_if_other_layers_are_native(native_plan):
-    tokens = round(native_plan.density(500) * 500)
-    plans = {"native": native_plan, "all": Plan.uniform(SpanRule(tokens, 0), native_plan.model)}
-    assert names(make_variants(plans, ["uniform"], [500]))[:2] == ["uniform like native", "uniform like all"]
 
 
 def compare(tiny_model, variants, **changes):
@@ -135,10 +136,23 @@ def test_a_plan_that_keeps_everything_scores_as_dense(tiny_model, signature):
 
 
 def test_a_plan_takes_effect_on_its_own_rows_only(tiny_model, short):
-    rows = compare(tiny_model, [DENSE_MODEL, always("short", short), Variant("again", lambda length: None)])
-    nll = {name: rows[rows["variant"] == name]["nll"].to_numpy() for name in ("dense", "short", "again")}
-    assert (nll["again"] == nll["dense"]).all()
+    rows = compare(tiny_model, [DENSE_MODEL, always("short", short)])
+    nll = {name: rows[rows["variant"] == name]["nll"].to_numpy() for name in ("dense", "short")}
+    assert (compare(tiny_model, [DENSE_MODEL])["nll"] == nll["dense"]).all(), "the model is dense again"
     assert (abs(nll["short"] - nll["dense"]) > 1e-5).all()
+
+
+def test_what_acts_the_same_is_measured_once(tiny_model, short, monkeypatch):
+    """Uniform spans like two plans of one memory are the same plan."""
+    runs, original = [], compare_module.measure
+    monkeypatch.setattr(compare_module, "measure", lambda *a, **b: runs.append(a[2]) or original(*a, **b))
+    seen = []
+    variants = [always("short", short), always("same", short.model_copy(update={"predicted": ()})), DENSE_MODEL]
+    rows = compare(tiny_model, variants, tasks=["passkey"], progress=lambda *done: seen.append(done))
+    assert runs == [short, None]
+    assert seen[-1] == (1800, 1800)
+    mine, other = (rows[rows["variant"] == name].drop(columns="variant") for name in ("short", "same"))
+    pd.testing.assert_frame_equal(mine.reset_index(drop=True), other.reset_index(drop=True))
 
 
 def test_rows_say_what_was_run(tiny_model, short):

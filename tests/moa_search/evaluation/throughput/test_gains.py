@@ -9,7 +9,7 @@ def runs(*cells):
     return pd.DataFrame(
         [
             {
-                "way": way, "kind": kind, "density": 0.5, "attention_density": 0.6, "length": 64, "batch": batch,
+                "variant": way, "kind": kind, "density": 0.5, "attention_density": 0.6, "length": 64, "batch": batch,
                 "is_largest": largest, "repetition": repetition, "prefill_ms": 1000 / speed, "decode_ms": 1 / speed,
                 "decode_tokens_per_s": speed, "cache_bytes": 10 * batch, "peak_bytes": 100 + repetition,
             }

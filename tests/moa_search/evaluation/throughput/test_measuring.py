@@ -27,7 +27,7 @@ def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan):
         progress=lambda done, total: seen.append((done, total)),
         keep=kept.append,
     )
-    cells = found.runs.groupby(["way", "length", "batch"], sort=False).size()
+    cells = found.runs.groupby(["variant", "length", "batch"], sort=False).size()
     assert cells.to_dict() == {(w, n, b): 2 for w in ("dense", "half") for n in (64, 512) for b in (1, 3)}
     assert (found.runs[["prefill_ms", "decode_ms", "peak_bytes"]] > 0).all().all()
     assert seen[-1] == (6, 6)
@@ -35,7 +35,7 @@ def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan):
     assert (model.generation_config, model.config._attn_implementation, {*vars(model)}) == before
     assert {"device", "torch", "transformers", "dtype"} <= {*found.facts}
     stored = 512 + UNTIMED_STEPS + 6  # the last token is never stored
-    by_way = found.runs[(found.runs["length"] == 512) & (found.runs["batch"] == 3)].set_index("way")["cache_bytes"]
+    by_way = found.runs[(found.runs["length"] == 512) & (found.runs["batch"] == 3)].set_index("variant")["cache_bytes"]
     assert set(by_way["dense"]) == {3 * 2 * 2 * 2 * stored * 8 * 4}
     heads = 2 * 2
     predicted = plan.kv_bytes(stored, batch=3, bytes_per_element=4)
@@ -54,7 +54,7 @@ def test_largest_batches_and_plans_at_those_of_dense(tiny_model, plan, monkeypat
         decode_tokens=2,
         repetitions=1,
     )
-    cells = found.runs[["way", "batch", "is_largest"]].sort_values(["way", "batch"]).values.tolist()
+    cells = found.runs[["variant", "batch", "is_largest"]].sort_values(["variant", "batch"]).values.tolist()
     assert cells == [["dense", 2, True], ["dense", 4, False], ["half", 2, False], ["half", 4, True]]
 
 
@@ -109,7 +109,7 @@ def test_compiled_ways_compile_and_their_caches_hold_the_whole_run(tiny_model, p
         repetitions=1,
     )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
-    assert [gate.way for gate in found.gates] == ["half static"]
+    assert [gate.variant for gate in found.gates] == ["half static"]
     tokens = 200 + 1 + UNTIMED_STEPS + 4
     by_kind = found.runs.set_index("kind")["cache_bytes"]
     assert by_kind["dense-static"] == 2 * 2 * 2 * 2 * tokens * 8 * 4
