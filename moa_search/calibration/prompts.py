@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,32 @@ MARKER = "moaContentMarker"
 
 TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 """Templates that print today's date would give other samples tomorrow; thoughts would fill the room for answers."""
+
+NOON = {
+    **{
+        "%c": "%a %b %d %T %Y",
+        "%x": "%D",
+        "%X": "%T",
+        "%F": "%Y-%m-%d",
+        "%D": "%m/%d/%y",
+        "%T": "%R:%S",
+        "%R": "%H:%M",
+    },
+    **{
+        "%Y": "2024",
+        "%y": "24",
+        "%B": "July",
+        "%b": "Jul",
+        "%h": "Jul",
+        "%m": "07",
+        "%-m": "7",
+        "%d": "26",
+        "%-d": "26",
+    },
+    **{"%e": "26", "%j": "208", "%A": "Friday", "%a": "Fri", "%u": "5", "%w": "5", "%H": "12", "%-H": "12", "%I": "12"},
+    **{"%-I": "12", "%M": "00", "%-M": "0", "%S": "00", "%-S": "0", "%f": "000000", "%p": "PM", "%Z": "", "%z": ""},
+}
+"""The same day's noon, in English, for templates that format the date by themselves; in the order of replacement."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +95,30 @@ def chat_frame(tokenizer: Any) -> Frame:
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> tuple[str, str]:
     """A rendered conversation before and after the marker."""
-    import jinja2
-
     hint = "use chat 'never', or a tokenizer with another template"
+    drawn = random.getstate()
+    random.seed(0)  # Jinja's `random` and `lipsum` draw from it
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_OPTIONS, **options)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _fixed_clock() + template
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, **TEMPLATE_OPTIONS, **options
+        )
+    except Exception as error:  # a template is a program of its model's maker
         raise CalibrationError(f"the chat template can't be rendered ({one_line(error)}); {hint}") from error
+    finally:
+        random.setstate(drawn)
     if text.count(MARKER) != 1:
         raise CalibrationError(f"the chat template gives a message {text.count(MARKER)} times instead of once; {hint}")
     before, after = text.split(MARKER)
     return before, after
+
+
+def _fixed_clock() -> str:
+    """A Jinja macro in place of `strftime_now`: transformers' own reads the clock and the locale."""
+    replaced = "".join(f" | replace({code!r}, {text!r})" for code, text in NOON.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _library() -> list[Document]:
 
 
 def _paragraphs(text: str) -> set[str]:
-    paragraphs = (squeezed(paragraph) for paragraph in text.split("\n\n"))
+    paragraphs = (squeezed(paragraph) for paragraph in text.replace("\r\n", "\n").split("\n\n"))
     return {paragraph for paragraph in paragraphs if len(paragraph) >= REPEATED_CHARACTERS}
 
 

@@ -1,5 +1,7 @@
 """Chat templates around tokens."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,54 @@ def test_a_template_that_prints_the_date_gives_the_same_samples_tomorrow(with_te
     assert tokenizer.decode(chat_frame(tokenizer).before) == "26 Jul 2024 "
 
 
+CLOCKS = {
+    "{{ strftime_now('%d %B %Y') }}": "26 July 2024",
+    "{{ strftime_now(format='%Y-%m-%d') }}": "2024-07-26",
+    "{{ strftime_now('%F %T, %A') }}": "2024-07-26 12:00:00, Friday",
+    "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}no clock{% endif %}": "26 Jul 2024",
+    "{% set today = strftime_now('%-d. %-m. %y') %}{% if today %}{{ today }}{% endif %}": "26. 7. 24",
+    "{% macro head() %}\n{{ strftime_now('%c %p') }}\n{% endmacro %}{{ head() | trim }}": "Fri Jul 26 12:00:00 2024 PM",
+    "{% for n in range(2) %}{{ strftime_now('%j%u') }};{% endfor %}": "2085;2085;",
+}
+
+
+@pytest.mark.parametrize("template", CLOCKS)
+def test_a_template_that_reads_the_clock_is_given_a_fixed_day(with_template, template, monkeypatch):
+    class NoClock:
+        def now(*anything):
+            raise AssertionError("the clock was read")
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", NoClock)
+    tokenizer = with_template(template + "|{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    assert tokenizer.decode(chat_frame(tokenizer).before) == CLOCKS[template] + "|"
+
+
+def test_a_fixed_day_changes_nothing_else_of_a_template(with_template):
+    """Line ends at its start, which Jinja trims after blocks, included."""
+    rest = "\n  {% for message in messages %}\n {{ message['content'] }}\n{% endfor %}\n"
+    with_clock = chat_frame(with_template(rest + "{% if false %}{{ strftime_now('%Y') }}{% endif %}"))
+    assert with_clock.before.tolist() == chat_frame(with_template(rest)).before.tolist()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ range(100000) | random }}", "{{ ['a', 'b', 'c'] | random }}", "{{ lipsum(1) }}"]
+)
+def test_a_template_that_draws_gives_the_same_samples_again(with_template, template):
+    tokenizer = with_template(template + "{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    random.seed(1)
+    before = random.getstate()
+    first = chat_frame(tokenizer).before.tolist()
+    assert random.getstate() == before, "a caller's own draws go on as they would"
+    random.seed(2)
+    assert chat_frame(tokenizer).before.tolist() == first
+
+
+def test_the_template_for_chats_is_taken_where_there_are_several(with_template):
+    content = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = with_template({"default": "chat" + content, "tool_use": "tools" + content})
+    assert tokenizer.decode(chat_frame(tokenizer).before) == "chat"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -89,6 +139,7 @@ def test_a_template_that_prints_the_date_gives_the_same_samples_tomorrow(with_te
         ("{{ messages[0]['content'] | upper }}", "gives a message 0 times"),
         ("{{ raise_exception('only\nimages') }}", r"can't be rendered \(only\\nimages\); use chat 'never'"),
         ("{% for %}", "can't be rendered"),
+        ("{{ range(1000000) }}", r"can't be rendered \(Range too big"),
     ],
 )
 def test_templates_that_change_the_content_are_refused(with_template, template, message):
