@@ -116,11 +116,11 @@ def _by_split(files: Sequence[Path], folder: Path) -> dict[str, list[Path]]:
     """Files by the split that their folders, else their own names, say; all are for training where none says so."""
     if all(file.suffix.lower() in TEXT_FILES for file in files):
         return {"train": list(files)}
-    for named in (lambda path: path.parts[:-1], lambda path: path.parts[-1:]):
+    for names in (slice(-1), slice(-1, None)):
         splits: dict[str, list[Path]] = {}
         for name, words in SPLIT_WORDS.items():
             word = re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:[-._ 0-9]|$)")
-            mine = [file for file in files if any(map(word.search, named(file.relative_to(folder))))]
+            mine = [file for file in files if any(map(word.search, file.relative_to(folder).parts[names]))]
             if mine:
                 splits[name] = mine
         if splits:
