@@ -47,8 +47,7 @@ def _case(length: int, device: torch.device) -> Case:
         "sink": min(SINK, length // 8), "scale": DIM**-0.5,
     }  # fmt: skip
     inputs = [states[0] for states in (query, key, value, grad)]
-    out, lse = _forward(query, key, value)
-    run = partial(influence_statistics, *inputs, out=out[0], lse=lse[0], impl="triton", **settings)
+    run = partial(influence_statistics, *inputs, impl="triton", **settings)
     return Case(
         kernel="influence",
         name=f"{length} tokens, {len(windows)} windows",
@@ -57,13 +56,6 @@ def _case(length: int, device: torch.device) -> Case:
         verify=partial(_verify, inputs, settings, run),
         references={"dense forward + backward": partial(_both_ways, query, key, value, grad)},
     )
-
-
-def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    from moa_kernels.prefill import span_prefill
-    from moa_kernels.spans import HeadSpans
-
-    return span_prefill(query, key, value, HeadSpans.dense(key.shape[1]))
 
 
 def _verify(inputs: list[Tensor], settings: dict[str, object], run: Run) -> None:

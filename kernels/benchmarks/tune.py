@@ -51,11 +51,10 @@ def task(kernel: str, dim: int, length: int, device: torch.device) -> Callable[[
         keys, values = randn(4, layout.slots, dim), randn(4, layout.slots, dim)
         lens = torch.full((4,), length, device=device)
         return partial(span_decode, randn(4, HEADS, 1, dim), keys, values, lens, layout, spans, impl="triton")
-    out, lse = span_prefill(query, key, value, HeadSpans.dense(KV_HEADS), impl="triton")
     grad = randn(HEADS, length, dim)
     return partial(
         influence_statistics, query[0], key[0], value[0], grad, windows=[*range(64, 1025, 64), 2048, 4096, length],
-        row_buckets=32, bucket_rows=-(-length // 32), sink=64, scale=dim**-0.5, out=out[0], lse=lse[0], impl="triton",
+        row_buckets=32, bucket_rows=-(-length // 32), sink=64, scale=dim**-0.5, impl="triton",
     )  # fmt: skip
 
 

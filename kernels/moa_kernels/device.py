@@ -23,22 +23,22 @@ def oldest_key(position, sink, min_span, alpha, beta_256, sliding_window):
 
 
 @triton.jit
-def soft_cap(scores, CAP: tl.constexpr):
-    """``CAP * tanh(scores / CAP)``, by exp2 alone: Triton's interpreter and all versions have it."""
-    ratio = scores * (1.0 / CAP)
+def soft_cap(scores, SOFTCAP: tl.constexpr):
+    """``SOFTCAP * tanh(scores / SOFTCAP)``, by exp2 alone: Triton's interpreter and all versions have it."""
+    ratio = scores * (1.0 / SOFTCAP)
     decay = tl.math.exp2(tl.abs(ratio) * (LOG2E * -2.0))  # a constant stands on the right: the interpreter wants it so
     far = (1.0 - decay) / (1.0 + decay)
     far = tl.where(ratio < 0, -far, far)
     # Where tanh is nearly linear, 1 - decay would lose digits: its series, to half a unit in the last place.
     square = ratio * ratio
     near = ratio + ratio * square * (square * (square * (square * (62 / 2835) - 17 / 315) + 2 / 15) - 1 / 3)
-    return tl.where(square < 0.0625, near, far) * CAP
+    return tl.where(square < 0.0625, near, far) * SOFTCAP
 
 
 @triton.jit
-def scores_of(products, scale, CAP: tl.constexpr):
-    """Scores in powers of two from products of queries and keys; CAP 0 means no soft cap."""
-    return soft_cap(products * scale, CAP) * LOG2E if CAP > 0 else products * (scale * LOG2E)
+def scores_of(products, scale, SOFTCAP: tl.constexpr):
+    """Scores in powers of two from products of queries and keys; SOFTCAP 0 means no soft cap."""
+    return soft_cap(products * scale, SOFTCAP) * LOG2E if SOFTCAP > 0 else products * (scale * LOG2E)
 
 
 @triton.jit

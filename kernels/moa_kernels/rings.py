@@ -37,8 +37,7 @@ class RingLayout:
     @classmethod
     def from_flat(cls, flat: Sequence[int]) -> RingLayout:
         """The inverse of `flat`."""
-        heads = len(flat) // 2
-        return cls(tuple(flat[:heads]), tuple(flat[heads:]))
+        return _from_flat(tuple(flat))
 
     @property
     def flat(self) -> list[int]:
@@ -55,14 +54,17 @@ class RingLayout:
         """Slot after each head's last one."""
         return [*accumulate(self.capacities)]
 
-    @property
+    @functools.cached_property
     def slots(self) -> int:
         """Slots of all heads."""
         return sum(self.capacities)
 
     def tensor(self, device: torch.device) -> Tensor:
         """int32 ``[kv_heads, 3]``: offset, sink, capacity. Made once per device: a CUDA graph may capture it."""
-        return _tensor(self, device)
+        kept: dict[torch.device, Tensor] = self.__dict__.setdefault("_by_device", {})
+        if device not in kept:
+            kept[device] = _tensor(self, device)  # layers with equal layouts share it
+        return kept[device]
 
     def rings(self, device: torch.device) -> Tensor:
         """int64 ``[kv_heads]``, slots besides the sink, at least 1."""
@@ -139,6 +141,12 @@ class RingLayout:
 
 def _slot(offset: Tensor, sink: Tensor, ring: Tensor, position: Tensor) -> Tensor:
     return offset + position.where(position < sink, sink + (position - sink) % ring)
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_flat(flat: tuple[int, ...]) -> RingLayout:
+    heads = len(flat) // 2
+    return RingLayout(flat[:heads], flat[heads:])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -73,8 +73,7 @@ class HeadSpans:
     @classmethod
     def from_flat(cls, flat: Sequence[int], sliding_window: int) -> HeadSpans:
         """The inverse of `flat`, for operators, which take lists of integers only."""
-        heads = tuple(tuple(flat[start : start + len(FIELDS)]) for start in range(0, len(flat), len(FIELDS)))
-        return cls(heads, sliding_window)  # type: ignore[arg-type]
+        return _from_flat(tuple(flat), sliding_window)
 
     @property
     def flat(self) -> list[int]:
@@ -83,7 +82,10 @@ class HeadSpans:
 
     def tensor(self, device: torch.device) -> Tensor:
         """int32 ``[kv_heads, 4]``, made once per device: a CUDA graph may capture it."""
-        return _tensor(self, device)
+        kept: dict[torch.device, Tensor] = self.__dict__.setdefault("_by_device", {})
+        if device not in kept:
+            kept[device] = _tensor(self, device)  # layers with equal rules share it
+        return kept[device]
 
     def oldest_key(self, position: Tensor) -> Tensor:
         """Where windows start, the sink aside.
@@ -115,6 +117,12 @@ class HeadSpans:
         sink = torch.tensor([head[0] for head in self.heads], device=i.device).view(-1, *[1] * i.ndim)
         near = j >= self.oldest_key(query_at)[..., None]
         return (j >= 0) & (j <= i) & (j > i - self.sliding_window) & (near | (j < sink))
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_flat(flat: tuple[int, ...], sliding_window: int) -> HeadSpans:
+    heads = tuple(tuple(flat[start : start + len(FIELDS)]) for start in range(0, len(flat), len(FIELDS)))
+    return HeadSpans(heads, sliding_window)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)

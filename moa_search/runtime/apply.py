@@ -17,7 +17,7 @@ from moa_search.modeling.support import require_attention_interface
 from moa_search.modeling.text import attention_modules, text_config
 from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, give_cache
-from moa_search.runtime.kernels import runs_kernels
+from moa_search.runtime.kernels import chosen
 from moa_search.runtime.rules import layer_rules
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
     rules = layer_rules(plan, model.config)
     modules = _attention_modules(model)
     if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
-        runs_kernels(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
+        chosen(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
     register()
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,17 +147,19 @@ def moa_attention(
     }
     rings = past if past is not None and past.decodes(query.shape[2], valid) else None
     # A cache of fixed size decodes by operators whatever runs them: nothing here may depend on what they find.
-    with_kernels = (rings is not None and rings.is_compileable) or kernels.runs_kernels(impl, query, key, value)
+    fixed = rings is not None and rings.is_compileable
+    backend = impl if fixed else kernels.chosen(impl, query, key, value)
+    with_kernels = fixed or backend != "torch"
     if rings is not None and with_kernels:
-        rings.commit(key, value, valid, impl)
-        out = rings.decode(query, impl, **options)
+        rings.commit(key, value, valid, backend)
+        out = rings.decode(query, backend, **options)
     elif past is not None and not with_kernels and decoding.applies(past, valid, query, key, value):
         return decoding.decode_one(past, query, key, value, **options), None
     else:
-        attend = kernels.prefill if with_kernels else blockwise.attend
+        attend = partial(kernels.prefill, impl=backend) if with_kernels else blockwise.attend
         out = attend(query, key, value, valid, rules, past, **options)
         if past is not None:
-            past.commit(key, value, valid, impl)
+            past.commit(key, value, valid, backend if with_kernels else impl)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from moa_kernels import backends
-from moa_kernels.backends import Impl, choose
+from moa_kernels.backends import Backend, Impl, choose
 from moa_kernels.prefill import span_prefill
 
 from moa_search.errors import BackendUnavailableError, ConfigError
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["prefill", "runs_kernels"]
+__all__ = ["chosen", "prefill"]
 
 
-def runs_kernels(impl: Impl, *states: torch.Tensor) -> bool:
-    """Whether Triton kernels attend these queries, keys and values.
+def chosen(impl: Impl, *states: torch.Tensor) -> Backend:
+    """What attends these queries, keys and values; operations of `moa_kernels` that get it don't ask again.
 
     Raises:
         ConfigError: ``impl`` is unknown.
@@ -35,9 +35,9 @@ def runs_kernels(impl: Impl, *states: torch.Tensor) -> bool:
                 f'queries, keys and values are {sorted(widths)} wide, Triton kernels take one width; use impl="torch" '
                 'or "auto"'
             )
-        return False
+        return Backend.TORCH
     try:
-        return choose(impl, *states, head_dim=states[0].shape[-1]) == "triton"
+        return choose(impl, *states, head_dim=states[0].shape[-1])
     except backends.BackendUnavailableError as error:
         raise BackendUnavailableError(str(error)) from None
     except ValueError as error:
@@ -51,7 +51,7 @@ def prefill(
     valid: torch.Tensor | None,
     rules: LayerRules,
     past: MoACacheLayer | None,
-    impl: Impl = "triton",
+    impl: str = "triton",
     **options: Any,
 ) -> torch.Tensor:
     """Attention of new tokens to the past and to each other, in one launch for all heads.

@@ -26,7 +26,6 @@ from moa_search.runtime.staged import Staged
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moa_kernels.backends import Impl
     from moa_kernels.rings import RingLayout
 
     from moa_search.runtime.rules import LayerRules
@@ -150,7 +149,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         held = (position >= 0) & ((position < self.rules.sink) | (position >= floor))
         return position.where(held, EMPTY)
 
-    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, impl: Impl = "torch") -> None:
+    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, impl: str = "torch") -> None:
         """Store new tokens, detached, overwriting the oldest ones that no later query needs.
 
         Args:
@@ -194,7 +193,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return False
         return valid is None or tokens == 1  # `span_decode` takes the newest tokens, without padding among them
 
-    def decode(self, query: torch.Tensor, impl: Impl, **options: Any) -> torch.Tensor:
+    def decode(self, query: torch.Tensor, impl: str, **options: Any) -> torch.Tensor:
         """Attention of the newest tokens, which are stored already: ``[batch, heads, tokens, head_dim]``.
 
         Args:

@@ -15,8 +15,6 @@ from moa_search.runtime.padding import real_first
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moa_kernels.backends import Impl
-
     from moa_search.runtime.rules import LayerRules
 
 __all__ = ["StaticMoACacheLayer"]
@@ -78,7 +76,7 @@ class StaticMoACacheLayer(MoACacheLayer):
         position = self.layout.positions(self.lens)
         return position.where(position >= 0, EMPTY)
 
-    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, impl: Impl = "torch") -> None:
+    def commit(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, impl: str = "torch") -> None:
         """As `MoACacheLayer.commit`; raises `UnsupportedInputError` on a CPU, where ``max_length`` is exceeded.
 
         On a GPU that is a device-side assertion, since asking would stall every step.

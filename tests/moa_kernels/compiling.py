@@ -51,44 +51,50 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {}
 
 def prefill_cases(arch: str) -> Iterator[Case]:
     from moa_kernels.launch import padded, table_config
-    from moa_kernels.prefill import MERGE_ROWS, kernel
+    from moa_kernels.prefill.kernel import merge_kernel, prefill_kernel
+    from moa_kernels.prefill.launch import MERGE_ROWS
 
-    pointers = {"Query": "*bf16", "Key": "*bf16", "Value": "*bf16", "Out": "*bf16", "Lse": "*fp32", "Work": "*i32"}
-    pointers |= dict.fromkeys(("PartialAcc", "PartialTotal", "PartialTop"), "*fp32") | {"Spans": "*i32"}
-    strides = [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bht"]
-    numbers = {"scale": "fp32"} | dict.fromkeys(("sliding_window", "queries", "keys", "heads", *strides), "i32")
+    tensors = ("query", "key", "value", "output")
+    pointers = dict.fromkeys(tensors, "*bf16") | {"lse": "*fp32", "work": "*i32", "spans": "*i32", "shared": "*i32"}
+    pointers |= dict.fromkeys(("partial", "totals", "tops"), "*fp32")
+    optional = {"starts": "*i32", "ends": "*i32", "sink_logits": "*bf16"}
+
+    def types_of(kernel: Any, extras: bool) -> dict[str, str]:
+        known = pointers | {"scale": "fp32"} | optional
+        names = [name for name in kernel.arg_names if name.islower() and (extras or name not in optional)]
+        return {name: known.get(name, "i32") for name in names}
+
+    def aligned(kernel: Any) -> tuple[str, ...]:
+        return tuple(name for name in kernel.arg_names if name in pointers or name.endswith("_stride"))
+
     for dim in HEAD_DIMS:
         config = table_config("prefill", arch, dim, 2)
-        shape = {"DIM": dim, "BLOCK_M": config.block_m, "BLOCK_D": padded(dim)}
+        shape = {"HEAD_DIM": dim, "BLOCK_M": config.block_m, "BLOCK_D": padded(dim)}
         for extras in (False, True):  # padding, soft cap, sink logits and shared work, or none of them
-            optional = {"Starts": "*i32", "Ends": "*i32", "Logits": "*bf16"}
-            flags = {"HAS_STARTS": extras, "HAS_ENDS": extras, "HAS_LOGITS": extras}
-            types = pointers | numbers | (optional if extras else {})
+            flags = dict.fromkeys(("HAS_STARTS", "HAS_ENDS", "HAS_SINK_LOGITS"), extras)
             constants = shape | flags | ({} if extras else dict.fromkeys(optional))
             yield Case(
                 f"prefill-{dim}{'-extras' if extras else ''}",
-                kernel.prefill_kernel,
-                types,
+                prefill_kernel,
+                types_of(prefill_kernel, extras),
                 constants
-                | {"GROUP": 4, "BLOCK_N": config.block_n, "CAP": 30.0 if extras else 0.0, "SPLIT": extras}
+                | {"GROUP": 4, "BLOCK_N": config.block_n, "SOFTCAP": 30.0 if extras else 0.0, "SPLIT": extras}
                 | {"UPCAST": False, "PRECISION": "tf32", "STAGES": config.num_stages},
-                (*pointers, *strides),
+                aligned(prefill_kernel),
                 config.num_warps,
                 config.num_stages,
             )
         if dim not in (64, 128, 256):
             continue  # padded like 128
-        merged = {"Out", "Lse", "PartialAcc", "PartialTotal", "PartialTop", "queries", "keys", "heads"}
-        merged |= {"stride_ob", "stride_oh", "stride_ot"}
         yield Case(
             f"prefill-merge-{dim}",
-            kernel.merge_kernel,
-            {name: kind for name, kind in (pointers | numbers).items() if name in merged} | {"Shared": "*i32"},
+            merge_kernel,
+            types_of(merge_kernel, False),
             shape
             | {"ROWS": MERGE_ROWS}
-            | dict.fromkeys(("Starts", "Ends", "Logits"))
-            | dict.fromkeys(("HAS_STARTS", "HAS_ENDS", "HAS_LOGITS"), False),
-            ("Out", "Lse", "PartialAcc", "PartialTotal", "PartialTop", "Shared", "stride_ob", "stride_oh", "stride_ot"),
+            | dict.fromkeys(optional)
+            | dict.fromkeys(("HAS_STARTS", "HAS_ENDS", "HAS_SINK_LOGITS"), False),
+            aligned(merge_kernel),
             tensor_cores=False,
         )
 
@@ -98,7 +104,8 @@ CASES["prefill"] = prefill_cases
 
 def decode_cases(arch: str) -> Iterator[Case]:
     """One new token under GQA 4; eight under GQA 8, all options on, which fill tiles of rows; float32; many pairs."""
-    from moa_kernels.decode.kernel import MERGED_AT_ONCE, merge_kernel, rows_and_warps, split_kernel
+    from moa_kernels.decode.kernel import merge_kernel, split_kernel
+    from moa_kernels.decode.launch import MERGED_AT_ONCE, rows_and_warps
     from moa_kernels.launch import padded, table_config
 
     pointers = dict.fromkeys(("layout", "spans", "ends"), "*i32") | {"lens": "*i64"}
@@ -114,7 +121,7 @@ def decode_cases(arch: str) -> Iterator[Case]:
         block_m, num_warps = rows_and_warps(config, group * new, itemsize)
         types = pointers | dict.fromkeys(tensors, f"*{dtype}") | {"scale": "fp32"}
         strides = [name for name in split_kernel.arg_names if name.endswith("_stride")]
-        types |= dict.fromkeys(("sliding_window", "pairs", "kv_heads", *strides), "i32")
+        types |= dict.fromkeys(("sliding_window", "pairs", "num_kv_heads", *strides), "i32")
         constants = {
             "TARGET_TILES": 792, "PLANS": max(pairs // 1024, 1), "BLOCK_P": min(pairs, 1024), "GROUP": group,
             "NEW": new, "HEAD_DIM": head_dim, "SOFTCAP": 30.0 if new > 1 else 0.0, "HAS_SINK_LOGITS": new > 1,
@@ -141,7 +148,8 @@ def decode_cases(arch: str) -> Iterator[Case]:
 
 def append_cases(arch: str) -> Iterator[Case]:
     """A decoding step and a prefill of 16-bit keys and values, with padding."""
-    from moa_kernels.append.kernel import DECODE_TOKENS, PREFILL_TOKENS, append_kernel
+    from moa_kernels.append.kernel import append_kernel
+    from moa_kernels.append.launch import DECODE_TOKENS, PREFILL_TOKENS
     from moa_kernels.launch import padded
 
     names = [name for name in append_kernel.arg_names if name.islower()]
@@ -166,12 +174,12 @@ CASES["append"] = append_cases
 def influence_cases(arch: str) -> Iterator[Case]:
     """All three kernels as for long samples; at head_dim 128 as for short ones, and with each option, too."""
     from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
-    from moa_kernels.influence.launcher import tiling
+    from moa_kernels.influence.launch import tiling
     from moa_kernels.launch import padded, table_config
 
-    tensors = ("Q", "K", "V", "GRAD")
-    pointers = dict.fromkeys(tensors, "*bf16") | {"ROWS": "*fp32", "PARTIAL": "*fp32"}
-    pointers |= dict.fromkeys(("PASSED", "NEXT", "WINDOWS"), "*i32")
+    tensors = ("query", "key", "value", "grad_out")
+    pointers = dict.fromkeys(tensors, "*bf16") | {"rows": "*fp32", "partial": "*fp32"}
+    pointers |= dict.fromkeys(("passed", "following", "windows"), "*i32")
     kernels = {"aligned": (aligned_kernel, 64), "banded": (banded_kernel, 1), "rows": (row_statistics_kernel, 1)}
     shapes = [(head_dim, 4096, None, False) for head_dim in HEAD_DIMS]
     shapes += [(128, 64, None, False), (128, 4096, 30.0, False), (64, 4096, None, True), (128, 4096, None, True)]
@@ -179,18 +187,23 @@ def influence_cases(arch: str) -> Iterator[Case]:
         config = table_config("influence", arch, head_dim, 2)
         for name, (kernel, unit) in kernels.items():
             cut = config if name == "rows" else tiling(config, [unit], bucket_rows, capped=softcap is not None)
-            strides = tuple(argument for argument in kernel.arg_names if argument.startswith("stride_"))
+            strides = tuple(argument for argument in kernel.arg_names if argument.endswith("_stride"))
             types = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | {"scale": "fp32"}
-            constants = {"CAP": softcap or 0.0, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+            constants = {
+                "SOFTCAP": softcap or 0.0,
+                "HAS_SINK_LOGITS": has_logits,
+                "HEAD_DIM": head_dim,
+                "BLOCK_D": padded(head_dim),
+            }
             constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "UPCAST": False}
-            constants |= {} if has_logits else {"SINK_LOGITS": None}
+            constants |= {} if has_logits else {"sink_logits": None}
             constants |= {} if name == "rows" else {"LANES": cut.lanes(int(arch[3]))}
-            types |= {"SINK_LOGITS": "*fp32"}
+            types |= {"sink_logits": "*fp32"}
             types = {argument: kind for argument, kind in types.items() if argument not in constants}
             option = "-softcap" * (softcap is not None) + "-logits" * has_logits
             yield Case(
                 f"influence-{name}-{head_dim}-{cut.block_m}x{cut.block_n}{option}", kernel, types,
-                constants, aligned=(*tensors, "ROWS", *strides), num_warps=cut.num_warps, num_stages=cut.num_stages,
+                constants, aligned=(*tensors, "rows", *strides), num_warps=cut.num_warps, num_stages=cut.num_stages,
                 max_registers=cut.max_registers,
             )  # fmt: skip
 

@@ -13,7 +13,7 @@ from moa_kernels.rings import RingLayout
 from .rings_by_hand import written
 from .yardstick import DEVICE, DTYPES, randn
 
-kernel = pytest.importorskip("moa_kernels.append.kernel", reason="needs Triton")
+launch = pytest.importorskip("moa_kernels.append.launch", reason="needs Triton")
 
 LAYOUT = RingLayout((12, 7), (3, 0))
 
@@ -57,7 +57,7 @@ def test_kernel_and_reference_equal_writing_token_by_token(seed, monkeypatch):
         fresh.append(rows.transpose(1, 2))
     before = torch.tensor(lens, device=DEVICE)
     real = torch.tensor(counts, device=DEVICE) if padded else None
-    monkeypatch.setattr(kernel, "PREFILL_TOKENS", draw.choice([16, 64]))
+    monkeypatch.setattr(launch, "PREFILL_TOKENS", draw.choice([16, 64]))
     for impl in ("torch", "triton"):
         keys, values = written(history, lens, layout, wide)
         append_tokens(keys, values, *fresh, before, layout, counts=real, impl=impl)
@@ -157,4 +157,4 @@ def test_triton_refuses_what_it_can_not_do():
 def test_the_operator_is_well_formed(impl):
     arguments = [part for name, part in small().items() if name != "layout"]
     for counts in (None, torch.tensor([1, 3], device=DEVICE)):
-        torch.library.opcheck(torch.ops.moa_kernels.append_tokens, (*arguments, counts, LAYOUT.flat, impl))
+        torch.library.opcheck(torch.ops.moa_kernels.append_tokens, (*arguments, LAYOUT.flat, counts, impl))

@@ -16,7 +16,7 @@ from moa_kernels.spans import HeadSpans
 from .rings_by_hand import Case, attention, poisoned_empty, written
 from .yardstick import DEVICE, DTYPES, assert_within_yardstick, randn
 
-kernel = pytest.importorskip("moa_kernels.decode.kernel", reason="needs Triton")
+launch = pytest.importorskip("moa_kernels.decode.launch", reason="needs Triton")
 
 SPANS = HeadSpans(((4, 12, 2, 96), (4, 40, 0, 0)))
 LAYOUT = RingLayout((48, 48), (4, 4))
@@ -29,9 +29,9 @@ def poison(monkeypatch):
 
 def tiles_of(monkeypatch, tiles, block_n=16, block_m=16):
     """Launch with so many tiles of so many keys and rows, merged two by two."""
-    monkeypatch.setattr(kernel, "MERGED_AT_ONCE", 2)
-    monkeypatch.setattr(kernel, "TILES_PER_MULTIPROCESSOR", 1)
-    monkeypatch.setattr(kernel, "multiprocessors", lambda device: tiles)
+    monkeypatch.setattr(launch, "MERGED_AT_ONCE", 2)
+    monkeypatch.setattr(launch, "TILES_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: tiles)
     return overridden("decode", LaunchConfig(block_m, block_n, 4, 2))
 
 
@@ -90,7 +90,7 @@ def test_the_number_of_tiles_only_rounds(monkeypatch):
 
 
 def test_many_pairs_are_planned_piece_by_piece(monkeypatch, poison):
-    monkeypatch.setattr(kernel, "PLANNED_AT_ONCE", (2, 4))
+    monkeypatch.setattr(launch, "PLANNED_AT_ONCE", (2, 4))
     arguments = small(lens=(70, 3, 0, 41, 19))
     with tiles_of(monkeypatch, 6):
         found = span_decode(*arguments, LAYOUT, SPANS, impl="triton")
@@ -223,8 +223,8 @@ def test_the_operator_is_well_formed(monkeypatch):
     operator = torch.ops.moa_kernels.span_decode
     for sink_logits in (None, query[0, :, 0, 0]):
         torch.library.opcheck(
-            operator, (*tensors, sink_logits, LAYOUT.flat, SPANS.flat, SPANS.sliding_window, 0.25, 0.0, "torch")
+            operator, (*tensors, LAYOUT.flat, SPANS.flat, SPANS.sliding_window, 0.25, None, sink_logits, "torch")
         )
     with tiles_of(monkeypatch, 1):
-        arguments = (*tensors, None, LAYOUT.flat, SPANS.flat, SPANS.sliding_window, 0.25, 9.0, "triton")
+        arguments = (*tensors, LAYOUT.flat, SPANS.flat, SPANS.sliding_window, 0.25, 9.0, None, "triton")
         torch.library.opcheck(operator, arguments, test_utils="test_schema")

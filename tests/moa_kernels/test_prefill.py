@@ -261,7 +261,7 @@ def test_compiles_whole_and_keeps_its_operator_contract():
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")(query, key, value, starts)
     for mine, theirs in zip(compiled, twice(query, key, value, starts), strict=True):
         torch.testing.assert_close(mine, theirs)
-    arguments = (query, key, value, starts, None, None, spans.flat, spans.sliding_window, 0.25, 5.0, "torch")
+    arguments = (query, key, value, spans.flat, spans.sliding_window, starts, None, 0.25, 5.0, None, "torch")
     torch.library.opcheck(torch.ops.moa_kernels.span_prefill.default, arguments)
 
 

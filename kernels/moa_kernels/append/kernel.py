@@ -1,23 +1,11 @@
-"""Storing new keys and values by one Triton kernel."""
+"""The Triton kernel that stores new keys and values: copies, whatever the type."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from moa_kernels.launch import COMPILER_OPTIONS, rows_contiguous
-from moa_kernels.rings import RingLayout
-
-__all__ = ["append_kernel", "append_tokens"]
-
-DECODE_TOKENS = 8
-"""Tokens of a program's tile up to so many new ones, a few bytes per thread; `PREFILL_TOKENS` beyond."""
-
-PREFILL_TOKENS = 64
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+__all__ = ["append_kernel"]
 
 
 @triton.jit
@@ -31,7 +19,7 @@ def _copy(source, source_row, target, target_row, kept, DIM: tl.constexpr, BLOCK
 
 @triton.jit
 def append_kernel(
-    keys, values, new_keys, new_values, lens, counts, layout, new, kv_heads,
+    keys, values, new_keys, new_values, lens, counts, layout, num_new, num_kv_heads,
     keys_batch_stride, keys_slot_stride, values_batch_stride, values_slot_stride,
     new_keys_batch_stride, new_keys_head_stride, new_keys_token_stride,
     new_values_batch_stride, new_values_head_stride, new_values_token_stride,
@@ -40,18 +28,18 @@ def append_kernel(
 ):  # fmt: skip
     """One program per KV head, sample and BLOCK_T new tokens."""
     program = tl.program_id(0)
-    head = program % kv_heads
-    blocks = tl.cdiv(new, BLOCK_T)
-    batch = (program // kv_heads // blocks).to(tl.int64)
-    token = (program // kv_heads % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = program % num_kv_heads
+    blocks = tl.cdiv(num_new, BLOCK_T)
+    batch = (program // num_kv_heads // blocks).to(tl.int64)
+    token = (program // num_kv_heads % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
 
     offset = tl.load(layout + head * 3)
     sink = tl.load(layout + head * 3 + 1)
     capacity = tl.load(layout + head * 3 + 2)
     length = tl.load(lens + batch).to(tl.int32)
-    count = new
+    count = num_new
     if HAS_COUNTS:
-        count = tl.minimum(tl.load(counts + batch), new).to(tl.int32)
+        count = tl.minimum(tl.load(counts + batch), num_new).to(tl.int32)
 
     ring = tl.maximum(capacity - sink, 1)
     position = length + token
@@ -70,32 +58,4 @@ def append_kernel(
         new_values,
         batch * new_values_batch_stride + head.to(tl.int64) * new_values_head_stride + token * new_values_token_stride,
         values, batch * values_batch_stride + slot * values_slot_stride, kept, VALUE_DIM, BLOCK_V,
-    )  # fmt: skip
-
-
-def append_tokens(
-    keys: Tensor,
-    values: Tensor,
-    new_keys: Tensor,
-    new_values: Tensor,
-    lens: Tensor,
-    layout: RingLayout,
-    counts: Tensor | None,
-) -> None:
-    """As `moa_kernels.append.append_tokens`."""
-    batch, kv_heads, new, key_dim = new_keys.shape
-    value_dim = new_values.shape[-1]
-    if new_keys.numel() + new_values.numel() == 0:
-        return
-    # Types don't matter to a copy, so that all of one width share a compiled kernel.
-    keys, values, new_keys, new_values = (
-        tensor.view(BITS[tensor.element_size()])
-        for tensor in (keys, values, rows_contiguous(new_keys), rows_contiguous(new_values))
-    )
-    block_t = DECODE_TOKENS if new <= DECODE_TOKENS else PREFILL_TOKENS
-    append_kernel[(batch * kv_heads * triton.cdiv(new, block_t),)](
-        keys, values, new_keys, new_values, lens, counts, layout.tensor(keys.device), new, kv_heads,
-        *keys.stride()[:2], *values.stride()[:2], *new_keys.stride()[:3], *new_values.stride()[:3],
-        HAS_COUNTS=counts is not None, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_T=block_t,
-        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), **COMPILER_OPTIONS,
     )  # fmt: skip

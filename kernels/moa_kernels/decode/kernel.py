@@ -8,32 +8,12 @@ tokens, then the window), not by slot: spare and stale slots cost nothing and ti
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from moa_kernels.backends import interpreting, multiprocessors
 from moa_kernels.device import LOG2E, MASKED, close_softmax, oldest_key, scores_of
-from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded, rows_contiguous
-from moa_kernels.rings import RingLayout
-from moa_kernels.spans import HeadSpans
 
-__all__ = ["merge_kernel", "rows_and_warps", "span_decode", "split_kernel"]
-
-TILES_PER_MULTIPROCESSOR = 6
-"""Two or three programs fit in a multiprocessor; two or three rounds of them even out tiles cut short.
-
-Each pair's last tile is short. Simulated with programs that can draw twice their share of the bandwidth, ragged
-batches of 8 to 512 pairs keep 80 % of the device busy with one round, 92 % with two, 95 % with three. More tiles mean
-more partial results to write and merge.
-"""
-
-MERGED_AT_ONCE = 16
-"""Partial results that a program of `merge_kernel` loads together: their latencies overlap."""
-
-PLANNED_AT_ONCE = (128, 1024)
-"""Pairs planned at once are a power of two: at least one per thread, and no more than registers hold."""
+__all__ = ["merge_kernel", "split_kernel"]
 
 
 @triton.jit
@@ -67,13 +47,13 @@ def _rules(layout, spans, head, mask):
 
 @triton.jit
 def _planned_reach(
-    lens, layout, spans, start, pairs, kv_heads, sliding_window, NEW: tl.constexpr, BLOCK_P: tl.constexpr
+    lens, layout, spans, start, pairs, num_kv_heads, sliding_window, NEW: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """Keys in reach of pairs ``start`` to ``start + BLOCK_P``, 0 for those that don't exist."""
     pair = start + tl.arange(0, BLOCK_P)
     known = pair < pairs
-    length = tl.load(lens + pair // kv_heads, mask=known, other=0).to(tl.int32)
-    sink, capacity, min_span, alpha, beta_256 = _rules(layout, spans, pair % kv_heads, known)
+    length = tl.load(lens + pair // num_kv_heads, mask=known, other=0).to(tl.int32)
+    sink, capacity, min_span, alpha, beta_256 = _rules(layout, spans, pair % num_kv_heads, known)
     _, sunk, _, ringed = _in_reach(length, sink, capacity, min_span, alpha, beta_256, sliding_window, NEW)
     return sunk + ringed
 
@@ -81,7 +61,7 @@ def _planned_reach(
 @triton.jit
 def split_kernel(
     query, keys, values, lens, layout, spans, sink_logits, output, lse, partial, tops, totals, ends,
-    scale, sliding_window, pairs, kv_heads,
+    scale, sliding_window, pairs, num_kv_heads,
     query_batch_stride, query_head_stride, query_token_stride,
     keys_batch_stride, keys_slot_stride, values_batch_stride, values_slot_stride,
     TARGET_TILES: tl.constexpr, PLANS: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, NEW: tl.constexpr,
@@ -98,7 +78,7 @@ def split_kernel(
     # The plan, the same in every program: first the size of tiles, then where each pair's tiles end.
     everything = tl.zeros([], tl.int64)
     for start in tl.range(0, PLANS * BLOCK_P, BLOCK_P):
-        reach = _planned_reach(lens, layout, spans, start, pairs, kv_heads, sliding_window, NEW, BLOCK_P)
+        reach = _planned_reach(lens, layout, spans, start, pairs, num_kv_heads, sliding_window, NEW, BLOCK_P)
         everything += tl.sum(reach.to(tl.int64))
     chunk = (tl.cdiv(tl.cdiv(everything, TARGET_TILES), BLOCK_N) * BLOCK_N).to(tl.int32)
     chunk = tl.maximum(chunk, BLOCK_N)
@@ -106,7 +86,7 @@ def split_kernel(
     mine = tl.zeros([], tl.int32)
     first_tile = tl.zeros([], tl.int32)
     for start in tl.range(0, PLANS * BLOCK_P, BLOCK_P):
-        reach = _planned_reach(lens, layout, spans, start, pairs, kv_heads, sliding_window, NEW, BLOCK_P)
+        reach = _planned_reach(lens, layout, spans, start, pairs, num_kv_heads, sliding_window, NEW, BLOCK_P)
         tiles = tl.cdiv(reach, chunk)
         end = planned + tl.cumsum(tiles, 0)
         planned += tl.sum(tiles)
@@ -120,8 +100,8 @@ def split_kernel(
     mine = tl.minimum(mine, pairs - 1)
 
     # What this program reads.
-    batch = (mine // kv_heads).to(tl.int64)
-    head = mine % kv_heads
+    batch = (mine // num_kv_heads).to(tl.int64)
+    head = mine % num_kv_heads
     length = tl.load(lens + batch).to(tl.int32)
     offset = tl.load(layout + head * 3)
     sink, capacity, min_span, alpha, beta_256 = _rules(layout, spans, head, True)
@@ -209,7 +189,7 @@ def split_kernel(
 
 @triton.jit
 def merge_kernel(
-    partial, tops, totals, ends, sink_logits, output, lse, kv_heads,
+    partial, tops, totals, ends, sink_logits, output, lse, num_kv_heads,
     ROWS: tl.constexpr, NEW: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -244,67 +224,8 @@ def merge_kernel(
         top = higher
     sink_logit = top
     if HAS_SINK_LOGITS:
-        sink_logit = tl.load(sink_logits + pair % kv_heads * (ROWS // NEW) + row // NEW).to(tl.float32) * LOG2E
+        sink_logit = tl.load(sink_logits + pair % num_kv_heads * (ROWS // NEW) + row // NEW).to(tl.float32) * LOG2E
     factor, row_lse = close_softmax(top, total, sink_logit, HAS_SINK_LOGITS)
     result = program.to(tl.int64)
     tl.store(lse + result + tl.arange(0, 1), row_lse)
     tl.store(output + result * HEAD_DIM + column, (acc * factor).to(output.dtype.element_ty), mask=within)
-
-
-def rows_and_warps(config: LaunchConfig, rows: int, itemsize: int) -> tuple[int, int]:
-    """Rows of a tile and warps of a program, for pairs of so many rows and elements of so many bytes.
-
-    Twice the warps for more rows than a tensor core's 16, and for float32, which uses none: or registers spill.
-    """
-    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
-    return block_m, config.num_warps * (2 if block_m > 16 or itemsize > 2 else 1)
-
-
-def span_decode(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lens: Tensor,
-    layout: RingLayout,
-    spans: HeadSpans,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As `moa_kernels.decode.span_decode`; ``softcap`` 0 means none."""
-    batch, heads, new, head_dim = query.shape
-    device = query.device
-    output = torch.empty(query.shape, dtype=query.dtype, device=device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
-    if batch == 0:
-        return output, lse
-    query = rows_contiguous(query)
-    kv_heads = len(spans.heads)
-    pairs, group = batch * kv_heads, heads // kv_heads
-    rows = group * new
-    config = launch_config("decode", device, head_dim, query.element_size())
-    block_m, num_warps = rows_and_warps(config, rows, query.element_size())
-    target = TILES_PER_MULTIPROCESSOR * multiprocessors(device)
-    # Rounding each pair up to whole tiles adds less than one for each.
-    most_tiles = target + pairs
-    partial = torch.empty(most_tiles, rows, head_dim, dtype=torch.float32, device=device)
-    tops, totals = torch.empty(2, most_tiles, rows, dtype=torch.float32, device=device)
-    fewest, most = PLANNED_AT_ONCE
-    block_p = min(max(triton.next_power_of_2(pairs), fewest), most)
-    ends = torch.empty(pairs, dtype=torch.int32, device=device)
-    split_kernel[(most_tiles, triton.cdiv(rows, block_m))](
-        query, keys, values, lens, layout.tensor(device), spans.tensor(device), sink_logits,
-        output, lse, partial, tops, totals, ends, scale, spans.sliding_window, pairs, kv_heads,
-        *query.stride()[:3], *keys.stride()[:2], *values.stride()[:2],
-        TARGET_TILES=target, PLANS=triton.cdiv(pairs, block_p), BLOCK_P=block_p, GROUP=group, NEW=new,
-        HEAD_DIM=head_dim, SOFTCAP=softcap, HAS_SINK_LOGITS=sink_logits is not None,
-        UPCAST=interpreting() and query.dtype == torch.bfloat16,
-        BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded(head_dim),
-        num_warps=num_warps, num_stages=config.num_stages, **COMPILER_OPTIONS,
-    )  # fmt: skip
-    merge_kernel[(pairs * rows,)](
-        partial, tops, totals, ends, sink_logits, output, lse, kv_heads,
-        ROWS=rows, NEW=new, HEAD_DIM=head_dim, HAS_SINK_LOGITS=sink_logits is not None,
-        BLOCK_T=MERGED_AT_ONCE, BLOCK_D=padded(head_dim), **COMPILER_OPTIONS,
-    )  # fmt: skip
-    return output, lse

@@ -29,13 +29,13 @@ COUNT = tl.constexpr(len(STATISTICS))
 
 
 @triton.jit
-def _rows_of(X, first, stop, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+def _rows_of(states, first, stop, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     """Rows ``first``, ``first + 1``, ... as ``[ROWS, BLOCK_D]``; zeros outside of ``0 <= row < stop`` and HEAD_DIM."""
     row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     there = ((first + row >= 0) & (first + row < stop))[:, None]
     if HEAD_DIM < BLOCK_D:
         there = there & (d < HEAD_DIM)[None, :]
-    start = X + tl.cast(first, tl.int64) * stride
+    start = states + tl.cast(first, tl.int64) * stride
     return tl.load(start + (row[:, None] * stride + d[None, :]), mask=there, other=0.0)
 
 
@@ -83,30 +83,31 @@ def _store(place, bands, mask, delta, effect, recall, GROUPS: tl.constexpr):
 
 @triton.jit
 def row_statistics_kernel(
-    Q, K, V, GRAD, SINK_LOGITS, ROWS, n, heads, group, scale,
-    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
-    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
+    query, key, value, grad_out, sink_logits, rows, n, num_heads, group, scale,
+    query_head_stride, query_token_stride, key_head_stride, key_token_stride,
+    value_head_stride, value_token_stride, grad_head_stride, grad_token_stride,
+    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Shift, share and ``D_i`` of every row into ``ROWS[heads, 3, n]``, by online softmax."""
-    tile = tl.cdiv(n, BLOCK_M) - 1 - tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
+    """Shift, share and ``D_i`` of every row into ``rows[heads, 3, n]``, by online softmax."""
+    tile = tl.cdiv(n, BLOCK_M) - 1 - tl.program_id(0) // num_heads
+    head = tl.program_id(0) % num_heads
     own, shared = head.to(tl.int64), (head // group).to(tl.int64)
     i0 = tile * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
-    q = _rows_of(Q + own * stride_qh, i0, n, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_M)
-    grad = _rows_of(GRAD + own * stride_gh, i0, n, stride_gn, HEAD_DIM, BLOCK_D, BLOCK_M)
-    if SINK_LOGITS is None:
+    q = _rows_of(query + own * query_head_stride, i0, n, query_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
+    grad = _rows_of(grad_out + own * grad_head_stride, i0, n, grad_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
+    if HAS_SINK_LOGITS:
+        shift = tl.zeros([BLOCK_M], tl.float32) + tl.load(sink_logits + head) * LOG2E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
         shift = tl.full([BLOCK_M], MASKED, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-    else:
-        shift = tl.zeros([BLOCK_M], tl.float32) + tl.load(SINK_LOGITS + head) * LOG2E
-        total = tl.full([BLOCK_M], 1.0, tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
     for first in tl.range(0, tl.minimum(i0 + BLOCK_M, n), BLOCK_N):
-        k = _rows_of(K + shared * stride_kh, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        v = _rows_of(V + shared * stride_vh, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = scores_of(_product(q, k, UPCAST), scale, CAP)
+        k = _rows_of(key + shared * key_head_stride, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = _rows_of(value + shared * value_head_stride, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
         gain = _product(grad, v, UPCAST)
         if first + BLOCK_N > i0:
             score = tl.where((first + tl.arange(0, BLOCK_N))[None, :] <= i[:, None], score, MASKED)
@@ -116,27 +117,28 @@ def row_statistics_kernel(
         total = total * decay + tl.sum(attention, 1)
         weighted = weighted * decay + tl.sum(attention * gain, 1)
         shift = larger
-    place = ROWS + own * 3 * n + i
+    place = rows + own * 3 * n + i
     tl.store(place, shift, mask=i < n)
     tl.store(place + n, 1.0 / total, mask=i < n)
     tl.store(place + 2 * n, weighted / total, mask=i < n)
 
 
 @triton.jit
-def _own_rows(n, heads, bucket_rows, bucket_tiles, tiles, BLOCK_M: tl.constexpr):
+def _own_rows(n, num_heads, bucket_rows, bucket_tiles, tiles, BLOCK_M: tl.constexpr):
     """This program's tile and head, the tile's first row, and the row after its bucket's last.
 
     Long rows first; the query heads of a KV head at the same time, to share its keys in the cache.
     """
-    tile = tiles - 1 - tl.program_id(0) // heads
+    tile = tiles - 1 - tl.program_id(0) // num_heads
     bucket = tile // bucket_tiles
     i0 = bucket * bucket_rows + (tile % bucket_tiles) * BLOCK_M
-    return tile, tl.program_id(0) % heads, i0, tl.minimum((bucket + 1) * bucket_rows, n)
+    return tile, tl.program_id(0) % num_heads, i0, tl.minimum((bucket + 1) * bucket_rows, n)
 
 
 @triton.jit
 def _row_tile(
-    Q, GRAD, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+    query, grad_out, rows, head, i0, stop, n,
+    query_head_stride, query_token_stride, grad_head_stride, grad_token_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A tile's queries, gradients, shift, share and ``D_i``.
@@ -144,10 +146,10 @@ def _row_tile(
     Rows from ``stop`` on are all zeros, and so is all that they add to a statistic.
     """
     own = head.to(tl.int64)
-    q = _rows_of(Q + own * stride_qh, i0, stop, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_M)
-    grad = _rows_of(GRAD + own * stride_gh, i0, stop, stride_gn, HEAD_DIM, BLOCK_D, BLOCK_M)
+    q = _rows_of(query + own * query_head_stride, i0, stop, query_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
+    grad = _rows_of(grad_out + own * grad_head_stride, i0, stop, grad_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
     i = i0 + tl.arange(0, BLOCK_M)
-    place = ROWS + own * 3 * n + i
+    place = rows + own * 3 * n + i
     shift = tl.load(place, mask=i < stop, other=0.0)
     share = tl.load(place + n, mask=i < stop, other=0.0)
     row_gain = tl.load(place + 2 * n, mask=i < stop, other=0.0)
@@ -156,21 +158,22 @@ def _row_tile(
 
 @triton.jit
 def _sunk(
-    q, grad, shift, KEYS, VALUES, SINK_LOGITS, head, i, last, n, sink, scale, stride_kn, stride_vn,
-    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr, UPCAST: tl.constexpr,
+    q, grad, shift, head_key, head_value, sink_logits, head, i, last, n, sink, scale,
+    key_token_stride, value_token_stride,
+    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention and gain of what is always kept, each ``[row, LANES]``: the sink keys and the sink logit."""
     mass = tl.zeros([i.shape[0], LANES], tl.float32)
-    if SINK_LOGITS is not None:
+    if HAS_SINK_LOGITS:
         # In equal parts. No row's shift is below the logit, save that of rows which aren't there.
-        mass += tl.math.exp2(tl.minimum(tl.load(SINK_LOGITS + head) * LOG2E - shift, 0.0))[:, None] * (1.0 / LANES)
+        mass += tl.math.exp2(tl.minimum(tl.load(sink_logits + head) * LOG2E - shift, 0.0))[:, None] * (1.0 / LANES)
     gained = tl.zeros([i.shape[0], LANES], tl.float32)
     # Few keys: a pipeline wouldn't pay for its registers.
     for first in tl.range(0, tl.minimum(sink, last + 1), BLOCK_N, num_stages=1):
-        k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = scores_of(_product(q, k, UPCAST), scale, CAP)
+        k = _rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
         gain = _product(grad, v, UPCAST)
         j = (first + tl.arange(0, BLOCK_N))[None, :]
         attention = tl.where((j < sink) & (j <= i[:, None]), tl.math.exp2(score - shift[:, None]), 0.0)
@@ -181,11 +184,12 @@ def _sunk(
 
 @triton.jit
 def aligned_kernel(
-    Q, K, V, GRAD, SINK_LOGITS, ROWS, PASSED, NEXT, PARTIAL,
-    n, heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
-    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
-    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr, UPCAST: tl.constexpr,
+    query, key, value, grad_out, sink_logits, rows, passed, following, partial,
+    n, num_heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
+    query_head_stride, query_token_stride, key_head_stride, key_token_stride,
+    value_head_stride, value_token_stride, grad_head_stride, grad_token_stride,
+    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics for windows that are multiples of BLOCK_N, which lets every pair of tiles be visited once.
 
@@ -194,13 +198,13 @@ def aligned_kernel(
     So it passes the end of window ``m * BLOCK_N`` within this very tile, the same for all rows of group g: columns
     above ``rr`` are nearer than it, the others farther.
 
-    ``PASSED[t + g]`` is the number of windows below ``m * BLOCK_N``, ``NEXT[t]`` the first tile from t on that a
-    window ends in or that the diagonal crosses. ``PARTIAL[heads, tiles, GROUPS, COUNT, bands]``
+    ``passed[t + g]`` is the number of windows below ``m * BLOCK_N``, ``following[t]`` the first tile from t on that a
+    window ends in or that the diagonal crosses. ``partial[heads, tiles, GROUPS, COUNT, bands]``
     must hold zeros; its last band is what lies beyond the last window. Recall is that of rows which don't keep
     everything, the weight of the sink logit included.
     """
     GROUPS: tl.constexpr = BLOCK_M // BLOCK_N
-    tile, head, i0, stop = _own_rows(n, heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
+    tile, head, i0, stop = _own_rows(n, num_heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
     if i0 >= stop:
         return
     last = tl.minimum(i0 + BLOCK_M, stop) - 1
@@ -208,30 +212,32 @@ def aligned_kernel(
     i = i0 + r
     near = column > (r % BLOCK_N)[:, None]
     q, grad, shift, share, row_gain = _row_tile(
-        Q, GRAD, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+        query, grad_out, rows, head, i0, stop, n,
+        query_head_stride, query_token_stride, grad_head_stride, grad_token_stride,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     shared = (head // group).to(tl.int64)
-    KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
+    head_key, head_value = key + shared * key_head_stride, value + shared * value_head_stride
     mass, gained = _sunk(
-        q, grad, shift, KEYS, VALUES, SINK_LOGITS, head, i, last, n, sink, scale, stride_kn, stride_vn,
-        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
+        q, grad, shift, head_key, head_value, sink_logits, head, i, last, n, sink, scale,
+        key_token_stride, value_token_stride,
+        SOFTCAP, HAS_SINK_LOGITS, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
     effects = tl.zeros([BLOCK_M, LANES], tl.float32)
-    place = PARTIAL + ((head * tiles + tile).to(tl.int64) * GROUPS + g) * COUNT * bands
+    place = partial + ((head * tiles + tile).to(tl.int64) * GROUPS + g) * COUNT * bands
     key_tiles = tl.maximum(tl.cdiv(i0 + BLOCK_M - sink, BLOCK_N), 0)
     sunk = (i0 + BLOCK_M - sink) // BLOCK_N
     nearest = (i0 + BLOCK_M - 1 - last) // BLOCK_N
     masked = nearest
     for t in tl.range(nearest, key_tiles):
         first = i0 + (BLOCK_M - BLOCK_N) - t * BLOCK_N
-        k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = scores_of(_product(q, k, UPCAST), scale, CAP)
+        k = _rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
         gain = _product(grad, v, UPCAST)
         attention = tl.math.exp2(score - shift[:, None])
         if t == masked:
-            masked = tl.maximum(t + 1, tl.minimum(tl.load(NEXT + t + 1), sunk))
+            masked = tl.maximum(t + 1, tl.minimum(tl.load(following + t + 1), sunk))
             seen = (first + column <= i[:, None]) & (first + column >= sink)
             attention = tl.where(seen, attention, 0.0)
             effect = _effect(attention, gain, row_gain, share)
@@ -248,10 +254,10 @@ def aligned_kernel(
             row_mass = tl.sum(mass, 1)
             delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass, TINY) - row_gain, 0.0)
             recall = tl.where(cut, row_mass * share, 0.0)
-            window = tl.load(PASSED + t + g)
-            passing = tl.load(PASSED + t + g + 1) > window
+            window = tl.load(passed + t + g)
+            passing = tl.load(passed + t + g + 1) > window
             _store(place + window, bands, passing, delta, tl.sum(effects, 1) * share, recall, GROUPS)
-            passing_row = tl.load(PASSED + t + r // BLOCK_N + 1) > tl.load(PASSED + t + r // BLOCK_N)
+            passing_row = tl.load(passed + t + r // BLOCK_N + 1) > tl.load(passed + t + r // BLOCK_N)
             mass += far_mass
             gained += far_gained
             effects = tl.where(passing_row[:, None], 0.0, effects) + far_effects
@@ -260,46 +266,49 @@ def aligned_kernel(
             gained += _lanes(attention * gain, LANES)
             effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
     beyond = _by_group(tl.sum(effects, 1) * share, GROUPS)
-    tl.store(place + 3 * bands + tl.load(PASSED + key_tiles + g), beyond)
+    tl.store(place + 3 * bands + tl.load(passed + key_tiles + g), beyond)
 
 
 @triton.jit
 def banded_kernel(
-    Q, K, V, GRAD, SINK_LOGITS, ROWS, WINDOWS, PARTIAL,
-    n, heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
-    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn,
-    CAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr, UPCAST: tl.constexpr,
+    query, key, value, grad_out, sink_logits, rows, windows, partial,
+    n, num_heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
+    query_head_stride, query_token_stride, key_head_stride, key_token_stride,
+    value_head_stride, value_token_stride, grad_head_stride, grad_token_stride,
+    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics for any windows, band of distances by band: tiles that windows end in are visited on both sides.
 
-    ``WINDOWS`` ends with one more, larger than any distance. ``PARTIAL[heads, tiles, 1, COUNT, bands]`` must hold
+    ``windows`` ends with one more, larger than any distance. ``partial[heads, tiles, 1, COUNT, bands]`` must hold
     zeros; its last band is what lies beyond the last window. Recall is as in `aligned_kernel`.
     """
-    tile, head, i0, stop = _own_rows(n, heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
+    tile, head, i0, stop = _own_rows(n, num_heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
     if i0 >= stop:
         return
     last = tl.minimum(i0 + BLOCK_M, stop) - 1
     i = i0 + tl.arange(0, BLOCK_M)
     q, grad, shift, share, row_gain = _row_tile(
-        Q, GRAD, ROWS, head, i0, stop, n, stride_qh, stride_qn, stride_gh, stride_gn,
+        query, grad_out, rows, head, i0, stop, n,
+        query_head_stride, query_token_stride, grad_head_stride, grad_token_stride,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     shared = (head // group).to(tl.int64)
-    KEYS, VALUES = K + shared * stride_kh, V + shared * stride_vh
+    head_key, head_value = key + shared * key_head_stride, value + shared * value_head_stride
     mass, gained = _sunk(
-        q, grad, shift, KEYS, VALUES, SINK_LOGITS, head, i, last, n, sink, scale, stride_kn, stride_vn,
-        CAP, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
+        q, grad, shift, head_key, head_value, sink_logits, head, i, last, n, sink, scale,
+        key_token_stride, value_token_stride,
+        SOFTCAP, HAS_SINK_LOGITS, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
-    place = PARTIAL + (head * tiles + tile).to(tl.int64) * COUNT * bands + tl.arange(0, 1)
+    place = partial + (head * tiles + tile).to(tl.int64) * COUNT * bands + tl.arange(0, 1)
     nearest = 0
     for band in range(bands):
-        window = tl.load(WINDOWS + band)
+        window = tl.load(windows + band)
         effects = tl.zeros([BLOCK_M, LANES], tl.float32)
         for first in tl.range(tl.maximum(i0 - window + 1, sink), last - nearest + 1, BLOCK_N):
-            k = _rows_of(KEYS, first, n, stride_kn, HEAD_DIM, BLOCK_D, BLOCK_N)
-            v = _rows_of(VALUES, first, n, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_N)
-            score = scores_of(_product(q, k, UPCAST), scale, CAP)
+            k = _rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+            v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+            score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
             gain = _product(grad, v, UPCAST)
             distance = i[:, None] - (first + tl.arange(0, BLOCK_N))[None, :]
             within = (distance >= nearest) & (distance < window)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST_COMPLEMENT", "STATISTICS", "influence_totals"]
+__all__ = ["SMALLEST_COMPLEMENT", "STATISTICS", "Influence", "influence_totals"]
 
 STATISTICS = ("squared", "signed", "absolute", "elementwise", "recall")
 
@@ -23,24 +23,28 @@ SMALLEST_COMPLEMENT = 1e-6
 """Lower bound of ``1 - A`` in the single-entry effect: the first row has A = 1, giving 0 / 0."""
 
 
-def influence_totals(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    *,
-    windows: Sequence[int],
-    row_buckets: int,
-    bucket_rows: int,
-    sink: int,
-    scale: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
-    """`STATISTICS` as one tensor ``[statistic, kv_heads, bucket, window]``; see `influence_statistics`.
+class Influence(NamedTuple):
+    """Checked arguments of `moa_kernels.influence.influence_statistics`, which describes them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    windows: Sequence[int]
+    row_buckets: int
+    bucket_rows: int
+    sink: int
+    scale: float
+    softcap: float | None
+    sink_logits: Tensor | None
+
+
+def influence_totals(call: Influence) -> Tensor:
+    """`STATISTICS` as one tensor ``[statistic, kv_heads, bucket, window]``, in float32 or wider.
 
     Fastest where the windows have a common divisor of some dozens.
     """
+    query, key, value, grad_out, windows, row_buckets, bucket_rows, sink, scale, softcap, sink_logits = call
     kv_heads, n, wide = key.shape[0], query.shape[1], torch.promote_types(query.dtype, torch.float32)
     group = query.shape[0] // kv_heads
     totals = query.new_zeros(len(STATISTICS), kv_heads, row_buckets, len(windows), dtype=wide)

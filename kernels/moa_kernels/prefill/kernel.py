@@ -11,9 +11,9 @@ __all__ = ["merge_kernel", "prefill_kernel"]
 
 
 @triton.jit
-def _load_tile(states, mask, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr):
+def _load_tile(states, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr):
     """Keys or values; ``mask`` says what to read where ``MASK``, else only which dimensions exist."""
-    tile = tl.load(states, mask=mask, other=0.0) if MASK or BLOCK_D != DIM else tl.load(states)
+    tile = tl.load(states, mask=mask, other=0.0) if MASK or BLOCK_D != HEAD_DIM else tl.load(states)
     return tile.to(tl.float32) if UPCAST else tile
 
 
@@ -29,88 +29,54 @@ def _accumulate(acc, total, top, scores, v, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, total, top, valid, Logits, head, HAS_LOGITS: tl.constexpr):
+def _finish(acc, total, top, valid, sink_logits, head, HAS_SINK_LOGITS: tl.constexpr):
     """Output rows and their log-sum-exp; rows that aren't ``valid`` attend nothing."""
-    logit = tl.load(Logits + head).to(tl.float32) * LOG2E if HAS_LOGITS else 0.0
+    logit = tl.load(sink_logits + head).to(tl.float32) * LOG2E if HAS_SINK_LOGITS else 0.0
     top, total = tl.where(valid, top, MASKED), tl.where(valid, total, 0.0)
-    factor, lse = close_softmax(top, total, logit, HAS_LOGITS)
+    factor, lse = close_softmax(top, total, logit, HAS_SINK_LOGITS)
     return tl.where(valid[:, None], acc * factor[:, None], 0.0), lse
 
 
 @triton.jit
-def _valid(offs_t, start, end, queries, keys):
+def _valid(offs_t, start, end, num_queries, num_keys):
     """Whether rows are tokens of their sample."""
-    row = keys - queries + offs_t
-    return (offs_t < queries) & (row >= start) & (row < end)
+    row = num_keys - num_queries + offs_t
+    return (offs_t < num_queries) & (row >= start) & (row < end)
 
 
 @triton.jit
 def prefill_kernel(
-    Query,
-    Key,
-    Value,
-    Out,
-    Lse,
-    PartialAcc,
-    PartialTotal,
-    PartialTop,
-    Work,
-    Spans,
-    Starts,
-    Ends,
-    Logits,
-    scale,
-    sliding_window,
-    queries,
-    keys,
-    heads,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAP: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    HAS_ENDS: tl.constexpr,
-    HAS_LOGITS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """``Work`` is ``[items, 5]``: sample * heads + head, row tile, share, shares, workspace slot (-1 if unshared)."""
-    item = Work + tl.program_id(0) * 5
+    query, key, value, output, lse, partial, totals, tops, work, spans, starts, ends, sink_logits,
+    scale, sliding_window, num_queries, num_keys, num_heads,
+    query_batch_stride, query_head_stride, query_token_stride,
+    key_batch_stride, key_head_stride, key_token_stride,
+    value_batch_stride, value_head_stride, value_token_stride,
+    output_batch_stride, output_head_stride, output_token_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_ENDS: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr,
+    SPLIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``work`` is ``[items, 5]``: sample * heads + head, row tile, share, shares, workspace slot (-1 if unshared)."""
+    item = work + tl.program_id(0) * 5
     sample_head = tl.load(item)
     block = tl.load(item + 1)
-    sample = sample_head // heads
-    head = sample_head % heads
+    sample = sample_head // num_heads
+    head = sample_head % num_heads
     kv_head = head // GROUP
-    sink = tl.load(Spans + kv_head * 4)
-    min_span = tl.load(Spans + kv_head * 4 + 1)
-    alpha = tl.load(Spans + kv_head * 4 + 2)
-    beta_256 = tl.load(Spans + kv_head * 4 + 3)
-    start = tl.load(Starts + sample).to(tl.int32) if HAS_STARTS else sample * 0
-    end = tl.minimum(tl.load(Ends + sample).to(tl.int32), keys) if HAS_ENDS else keys
+    sink = tl.load(spans + kv_head * 4)
+    min_span = tl.load(spans + kv_head * 4 + 1)
+    alpha = tl.load(spans + kv_head * 4 + 2)
+    beta_256 = tl.load(spans + kv_head * 4 + 3)
+    start = tl.load(starts + sample).to(tl.int32) if HAS_STARTS else sample * 0
+    end = tl.minimum(tl.load(ends + sample).to(tl.int32), num_keys) if HAS_ENDS else num_keys
 
     # Columns are indices of keys; a key's position is its column less start, which lies before the keys at hand
     # where earlier tokens are elsewhere.
     first = tl.maximum(start, 0)
     offs_t = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = _valid(offs_t, first, end, queries, keys)
-    row = keys - queries + offs_t
-    top_row = keys - queries + block * BLOCK_M
+    valid = _valid(offs_t, first, end, num_queries, num_keys)
+    row = num_keys - num_queries + offs_t
+    top_row = num_keys - num_queries + block * BLOCK_M
     row_first = tl.maximum(top_row, first)
     row_last = tl.minimum(top_row + BLOCK_M, end) - 1
     oldest = start + oldest_key(tl.maximum(row, first) - start, sink, min_span, alpha, beta_256, sliding_window)
@@ -153,20 +119,21 @@ def prefill_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     sample64 = sample.to(tl.int64)
     kv_head64 = kv_head.to(tl.int64)
-    Key += sample64 * stride_kb + kv_head64 * stride_kh
-    Value += sample64 * stride_vb + kv_head64 * stride_vh
-    key_tile = offs_d[:, None] + offs_n[None, :] * stride_kt
-    value_tile = offs_n[:, None] * stride_vt + offs_d[None, :]
-    Query += sample64 * stride_qb + head.to(tl.int64) * stride_qh
-    query_mask = valid[:, None] & (offs_d < DIM)[None, :]
-    query = tl.load(Query + offs_t.to(tl.int64)[:, None] * stride_qt + offs_d[None, :], mask=query_mask, other=0.0)
+    # Where this head's first tile of keys lies, transposed [BLOCK_D, BLOCK_N], and of values [BLOCK_N, BLOCK_D].
+    key += sample64 * key_batch_stride + kv_head64 * key_head_stride
+    value += sample64 * value_batch_stride + kv_head64 * value_head_stride
+    key_tile = key + offs_d[:, None] + offs_n[None, :] * key_token_stride
+    value_tile = value + offs_n[:, None] * value_token_stride + offs_d[None, :]
+    query += sample64 * query_batch_stride + head.to(tl.int64) * query_head_stride
+    q_mask = valid[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q = tl.load(query + offs_t.to(tl.int64)[:, None] * query_token_stride + offs_d[None, :], mask=q_mask, other=0.0)
     if UPCAST:
-        query = query.to(tl.float32)
+        q = q.to(tl.float32)
     top = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    offs_d_real = offs_d < DIM
+    real_d = offs_d < HEAD_DIM
     for index in tl.range(cut_begin, cut_end, num_stages=STAGES):
         key_block = tl.where(
             index < after_diagonal,
@@ -181,10 +148,10 @@ def prefill_kernel(
         at = (key_block * BLOCK_N).to(tl.int64)
         # A key that no row may read can hold NaN, and 0 * NaN would reach the output.
         real = (column >= first) & (column < reach)
-        key_mask, value_mask = offs_d_real[:, None] & real[None, :], real[:, None] & offs_d_real[None, :]
-        k = _load_tile(Key + at * stride_kt + key_tile, key_mask, DIM, BLOCK_D, True, UPCAST)
-        v = _load_tile(Value + at * stride_vt + value_tile, value_mask, DIM, BLOCK_D, True, UPCAST)
-        scores = scores_of(tl.dot(query, k, input_precision=PRECISION), scale, CAP)
+        key_mask, value_mask = real_d[:, None] & real[None, :], real[:, None] & real_d[None, :]
+        k = _load_tile(key_tile + at * key_token_stride, key_mask, HEAD_DIM, BLOCK_D, True, UPCAST)
+        v = _load_tile(value_tile + at * value_token_stride, value_mask, HEAD_DIM, BLOCK_D, True, UPCAST)
+        scores = scores_of(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
         seen = (column[None, :] >= oldest[:, None]) | (
             (column < sink_end)[None, :] & (column[None, :] > row[:, None] - sliding_window)
         )
@@ -195,16 +162,16 @@ def prefill_kernel(
     if whole_begin < whole_end:
         key_block = tl.where(whole_begin < sink_whole, sink_whole_from, whole_from - sink_whole) + whole_begin
         at = (key_block * BLOCK_N).to(tl.int64)
-        k = _load_tile(Key + at * stride_kt + key_tile, offs_d_real[:, None], DIM, BLOCK_D, False, UPCAST)
-        scores = tl.dot(query, k, input_precision=PRECISION)
+        k = _load_tile(key_tile + at * key_token_stride, real_d[:, None], HEAD_DIM, BLOCK_D, False, UPCAST)
+        scores = tl.dot(q, k, input_precision=PRECISION)
         for index in tl.range(whole_begin, whole_end, num_stages=STAGES):
             following = tl.minimum(index + 1, whole_end - 1)
             next_block = tl.where(following < sink_whole, sink_whole_from, whole_from - sink_whole) + following
             next_at = (next_block * BLOCK_N).to(tl.int64)
-            k = _load_tile(Key + next_at * stride_kt + key_tile, offs_d_real[:, None], DIM, BLOCK_D, False, UPCAST)
-            next_scores = tl.dot(query, k, input_precision=PRECISION)
-            v = _load_tile(Value + at * stride_vt + value_tile, offs_d_real[None, :], DIM, BLOCK_D, False, UPCAST)
-            acc, total, top = _accumulate(acc, total, top, scores_of(scores, scale, CAP), v, PRECISION)
+            k = _load_tile(key_tile + next_at * key_token_stride, real_d[:, None], HEAD_DIM, BLOCK_D, False, UPCAST)
+            next_scores = tl.dot(q, k, input_precision=PRECISION)
+            v = _load_tile(value_tile + at * value_token_stride, real_d[None, :], HEAD_DIM, BLOCK_D, False, UPCAST)
+            acc, total, top = _accumulate(acc, total, top, scores_of(scores, scale, SOFTCAP), v, PRECISION)
             scores = next_scores
             at = next_at
 
@@ -212,75 +179,55 @@ def prefill_kernel(
         slot = tl.load(item + 4)
         if slot >= 0:
             rows = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(PartialAcc + rows[:, None] * BLOCK_D + offs_d[None, :], acc)
-            tl.store(PartialTotal + rows, total)
-            tl.store(PartialTop + rows, top)
+            tl.store(partial + rows[:, None] * BLOCK_D + offs_d[None, :], acc)
+            tl.store(totals + rows, total)
+            tl.store(tops + rows, top)
             return
-    out, lse = _finish(acc, total, top, valid, Logits, head, HAS_LOGITS)
-    Out += sample64 * stride_ob + head.to(tl.int64) * stride_oh
-    stored = (offs_t < queries)[:, None] & (offs_d < DIM)[None, :]
-    tl.store(
-        Out + offs_t.to(tl.int64)[:, None] * stride_ot + offs_d[None, :], out.to(Out.dtype.element_ty), mask=stored
-    )
-    tl.store(Lse + sample_head.to(tl.int64) * queries + offs_t, lse, mask=offs_t < queries)
+    result, row_lse = _finish(acc, total, top, valid, sink_logits, head, HAS_SINK_LOGITS)
+    output += sample64 * output_batch_stride + head.to(tl.int64) * output_head_stride
+    stored = (offs_t < num_queries)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    target = output + offs_t.to(tl.int64)[:, None] * output_token_stride + offs_d[None, :]
+    tl.store(target, result.to(output.dtype.element_ty), mask=stored)
+    tl.store(lse + sample_head.to(tl.int64) * num_queries + offs_t, row_lse, mask=offs_t < num_queries)
 
 
 @triton.jit
 def merge_kernel(
-    PartialAcc,
-    PartialTotal,
-    PartialTop,
-    Out,
-    Lse,
-    Shared,
-    Starts,
-    Ends,
-    Logits,
-    queries,
-    keys,
-    heads,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    HAS_ENDS: tl.constexpr,
-    HAS_LOGITS: tl.constexpr,
-):
+    partial, totals, tops, output, lse, shared, starts, ends, sink_logits, num_queries, num_keys, num_heads,
+    output_batch_stride, output_head_stride, output_token_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_ENDS: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr,
+):  # fmt: skip
     """Shares of one row tile into its output, ``ROWS`` rows a program.
 
-    ``Shared`` is ``[tiles, 4]``: sample * heads + head, row tile, first workspace slot, shares.
+    ``shared`` is ``[tiles, 4]``: sample * heads + head, row tile, first workspace slot, shares.
     """
-    item = Shared + tl.program_id(0) * 4
+    item = shared + tl.program_id(0) * 4
     sample_head = tl.load(item)
     slot = tl.load(item + 2).to(tl.int64)
     shares = tl.load(item + 3)
-    sample = sample_head // heads
-    head = sample_head % heads
-    start = tl.maximum(tl.load(Starts + sample).to(tl.int32), 0) if HAS_STARTS else 0
-    end = tl.minimum(tl.load(Ends + sample).to(tl.int32), keys) if HAS_ENDS else keys
+    sample = sample_head // num_heads
+    head = sample_head % num_heads
+    start = tl.maximum(tl.load(starts + sample).to(tl.int32), 0) if HAS_STARTS else 0
+    end = tl.minimum(tl.load(ends + sample).to(tl.int32), num_keys) if HAS_ENDS else num_keys
     within = tl.program_id(1) * ROWS
     offs_t = tl.load(item + 1) * BLOCK_M + within + tl.arange(0, ROWS)
-    valid = _valid(offs_t, start, end, queries, keys)
+    valid = _valid(offs_t, start, end, num_queries, num_keys)
     offs_d = tl.arange(0, BLOCK_D)
     top = tl.full([ROWS], MASKED, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for share in range(0, shares):
         rows = (slot + share) * BLOCK_M + within + tl.arange(0, ROWS)
-        share_top = tl.load(PartialTop + rows)
+        share_top = tl.load(tops + rows)
         new_top = tl.maximum(top, share_top)
         old, new = tl.math.exp2(top - new_top), tl.math.exp2(share_top - new_top)
-        acc = acc * old[:, None] + tl.load(PartialAcc + rows[:, None] * BLOCK_D + offs_d[None, :]) * new[:, None]
-        total = total * old + tl.load(PartialTotal + rows) * new
+        acc = acc * old[:, None] + tl.load(partial + rows[:, None] * BLOCK_D + offs_d[None, :]) * new[:, None]
+        total = total * old + tl.load(totals + rows) * new
         top = new_top
-    out, lse = _finish(acc, total, top, valid, Logits, head, HAS_LOGITS)
-    Out += sample.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    stored = (offs_t < queries)[:, None] & (offs_d < DIM)[None, :]
-    tl.store(
-        Out + offs_t.to(tl.int64)[:, None] * stride_ot + offs_d[None, :], out.to(Out.dtype.element_ty), mask=stored
-    )
-    tl.store(Lse + sample_head.to(tl.int64) * queries + offs_t, lse, mask=offs_t < queries)
+    result, row_lse = _finish(acc, total, top, valid, sink_logits, head, HAS_SINK_LOGITS)
+    output += sample.to(tl.int64) * output_batch_stride + head.to(tl.int64) * output_head_stride
+    stored = (offs_t < num_queries)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    target = output + offs_t.to(tl.int64)[:, None] * output_token_stride + offs_d[None, :]
+    tl.store(target, result.to(output.dtype.element_ty), mask=stored)
+    tl.store(lse + sample_head.to(tl.int64) * num_queries + offs_t, row_lse, mask=offs_t < num_queries)

@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs one after the other."""
-    decode = pytest.importorskip("moa_kernels.decode.kernel")
+    decode = pytest.importorskip("moa_kernels.decode.launch")
     if not torch.cuda.is_available():
         monkeypatch.setattr(decode, "TILES_PER_MULTIPROCESSOR", 1)
 
@@ -177,8 +177,8 @@ def test_insisting_on_what_kernels_cannot_do_is_an_error():
         model(tokens(1, 5).to(DEVICE))
     states = torch.zeros(1, 2, 5, 16, device=DEVICE)
     with pytest.raises(BackendUnavailableError, match=r"\[8, 16\] wide"):
-        kernels.runs_kernels("triton", states, states, states[..., :8])
-    assert not kernels.runs_kernels("auto", states, states, states[..., :8])
+        kernels.chosen("triton", states, states, states[..., :8])
+    assert kernels.chosen("auto", states, states, states[..., :8]) == "torch"
 
 
 def test_without_a_gpu_or_the_interpreter_triton_is_refused_when_it_is_asked_for(monkeypatch):

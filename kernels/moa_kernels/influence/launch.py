@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from moa_kernels.backends import interpreting
 from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
-from moa_kernels.influence.reference import STATISTICS
+from moa_kernels.influence.reference import STATISTICS, Influence
 from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded, rows_contiguous
 from moa_kernels.spans import FOREVER
 
@@ -91,148 +91,91 @@ def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int, *, ca
     return Tiling(block_m, block_n, num_warps, config.num_stages, registers, aligned)
 
 
-def influence_totals(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    *,
-    windows: Sequence[int],
-    row_buckets: int,
-    bucket_rows: int,
-    sink: int,
-    scale: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> Tensor:
-    """`STATISTICS` as one float32 tensor ``[statistic, kv_heads, bucket, window]``; see `influence_statistics`."""
-    heads, n, head_dim = query.shape
-    kv_heads = key.shape[0]
+def influence_totals(call: Influence) -> Tensor:
+    """As `moa_kernels.influence.reference.influence_totals`; always float32."""
+    query, key, value, grad_out = (rows_contiguous(x) for x in call[:4])
+    logits = None if call.sink_logits is None else call.sink_logits.float().contiguous()
+    call = call._replace(query=query, key=key, value=value, grad_out=grad_out, sink_logits=logits)
+    windows, row_buckets, bucket_rows = call.windows, call.row_buckets, call.bucket_rows
+    (heads, n, head_dim), kv_heads = query.shape, key.shape[0]
     group = heads // kv_heads
-    query, key, value, grad_out = (rows_contiguous(x) for x in (query, key, value, grad_out))
-    logits = None if sink_logits is None else sink_logits.float().contiguous()
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    if out is None or lse is None:
-        rows = row_statistics(query, key, value, grad_out, sink_logits=logits, **options)
-    else:
-        rows = _given_rows(grad_out, out, lse)
+    rows = row_statistics(call)
     totals = query.new_zeros(len(STATISTICS), kv_heads, row_buckets, len(windows), dtype=torch.float32)
     shorter = tuple(window for window in windows if window < n)  # the others keep everything
     if shorter:
         config = launch_config("influence", query.device, head_dim, query.element_size())
-        cut = tiling(config, shorter, bucket_rows, capped=softcap is not None)
+        cut = tiling(config, shorter, bucket_rows, capped=call.softcap is not None)
         bucket_tiles = -(-bucket_rows // cut.block_m)
         tiles = -(-n // bucket_rows) * bucket_tiles
         shape = (tiles, cut.groups, len(STATISTICS), len(shorter) + 1)
         for shared in _slices(kv_heads, 4 * group * math.prod(shape)):
             own = slice(shared.start * group, shared.stop * group)
             partial = query.new_zeros(own.stop - own.start, *shape, dtype=torch.float32)
-            _launch(
-                query[own], key[shared], value[shared], grad_out[own], None if logits is None else logits[own],
-                rows[own], partial, cut, shorter, sink=sink, bucket_rows=bucket_rows, **options,
+            part = call._replace(
+                query=query[own], key=key[shared], value=value[shared], grad_out=grad_out[own], windows=shorter,
+                sink_logits=None if logits is None else logits[own],
             )  # fmt: skip
+            _launch(part, rows[own], partial, cut)
+            # [kv_heads, group, bucket, tile and group of rows, statistic, window or beyond]
             by_tile = partial.view(-1, group, tiles // bucket_tiles, bucket_tiles * cut.groups, *shape[2:])
-            summed = by_tile.sum((1, 3), dtype=torch.float64).permute(2, 0, 1, 3)
+            summed = by_tile.sum((1, 3), dtype=torch.float64).permute(2, 0, 1, 3)  # [statistic, kv_heads, bucket, ...]
             # A window masks the bands beyond it. Not by cumsum, which may change from run to run on a GPU.
             summed[3] = summed[3] @ summed.new_ones(summed.shape[-1], summed.shape[-1]).tril(-1)
             totals[:, shared, : summed.shape[2], : len(shorter)] = summed[..., :-1]
-    totals[4] += group * _whole_rows(tuple(windows), row_buckets, bucket_rows, n, sink, query.device)
+    # What rows with all their keys recall was left out; the sink logit's weight isn't recall.
+    totals[4] += group * _whole_rows(tuple(windows), row_buckets, bucket_rows, n, call.sink, query.device)
     if logits is not None:
         totals[4] -= _weight_of_logits(rows, logits, kv_heads, row_buckets, bucket_rows)
     return totals
 
 
-def row_statistics(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
-    """Shift, share and ``D_i`` of every row, ``[heads, 3, N]``; attention is ``share * 2 ** (score - shift)``.
-
-    Args:
-        query: ``[heads, N, head_dim]``, its last dimension contiguous, as in the other tensors.
-        key: ``[kv_heads, N, head_dim]``.
-        value: ``[kv_heads, N, head_dim]``.
-        grad_out: ``[heads, N, head_dim]``.
-        scale: Factor of the scores.
-        softcap: As for `influence_statistics`.
-        sink_logits: Float32 ``[heads]``.
-    """
-    heads, n, head_dim = query.shape
-    config = launch_config("influence", query.device, head_dim, query.element_size())
-    rows = query.new_empty(heads, 3, n, dtype=torch.float32)
+def row_statistics(call: Influence) -> Tensor:
+    """Shift, share and ``D_i`` of every row, ``[heads, 3, N]``; attention is ``share * 2 ** (score - shift)``."""
+    heads, n, head_dim = call.query.shape
+    config = launch_config("influence", call.query.device, head_dim, call.query.element_size())
+    rows = call.query.new_empty(heads, 3, n, dtype=torch.float32)
     row_statistics_kernel[(triton.cdiv(n, config.block_m) * heads,)](
-        query, key, value, grad_out, sink_logits, rows, n, heads, heads // key.shape[0], scale,
-        *_strides(query, key, value, grad_out),
-        **_constants(head_dim, softcap, query.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        *call[:4], call.sink_logits, rows, n, heads, heads // call.key.shape[0], call.scale,
+        *_strides(call), **_constants(call), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
         **COMPILER_OPTIONS,
     )  # fmt: skip
     return rows
 
 
-def _given_rows(grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """As `row_statistics`, from the attention's output and log-sum-exp."""
-    heads, n, head_dim = out.shape
-    rows = out.new_ones(heads, 3, n, dtype=torch.float32)
-    rows[:, 0] = lse * math.log2(math.e)
-    for some in _slices(heads, 4 * n * head_dim):
-        rows[some, 2] = (grad_out[some].float() * out[some]).sum(-1)
-    return rows
-
-
-def _launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    sink_logits: Tensor | None,
-    rows: Tensor,
-    partial: Tensor,
-    cut: Tiling,
-    windows: tuple[int, ...],
-    *,
-    sink: int,
-    scale: float,
-    softcap: float | None,
-    bucket_rows: int,
-) -> None:
-    """Fill ``partial[heads, tile, group of rows, statistic, window or beyond]``."""
-    heads, n, head_dim = query.shape
+def _launch(call: Influence, rows: Tensor, partial: Tensor, cut: Tiling) -> None:
+    """Fill ``partial[heads, tile, group of rows, statistic, window or beyond]``; all windows are shorter than N."""
+    heads, n, _ = call.query.shape
+    device, windows, bucket_rows = call.query.device, tuple(call.windows), call.bucket_rows
     tiles, bands = partial.shape[1], len(windows) + 1
     if cut.aligned:
-        kernel, tables = aligned_kernel, [*_crossings(windows, n, cut.block_m, cut.block_n, query.device)]
+        kernel, tables = aligned_kernel, [*_crossings(windows, n, cut.block_m, cut.block_n, device)]
     else:
-        kernel, tables = banded_kernel, [_ended(windows, query.device)]
+        kernel, tables = banded_kernel, [_ended(windows, device)]
     kernel[(tiles * heads,)](
-        query, key, value, grad_out, sink_logits, rows, *tables, partial,
-        n, heads, heads // key.shape[0], min(sink, n), scale, bucket_rows, -(-bucket_rows // cut.block_m), tiles, bands,
-        *_strides(query, key, value, grad_out),
-        **_constants(head_dim, softcap, query.dtype), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
-        LANES=cut.lanes(torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9),
+        *call[:4], call.sink_logits, rows, *tables, partial, n, heads, heads // call.key.shape[0], min(call.sink, n),
+        call.scale, bucket_rows, -(-bucket_rows // cut.block_m), tiles, bands,
+        *_strides(call), **_constants(call), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        LANES=cut.lanes(torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9),
         num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
         **COMPILER_OPTIONS,
     )  # fmt: skip
 
 
-def _constants(head_dim: int, softcap: float | None, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(call: Influence) -> dict[str, Any]:
+    head_dim = call.query.shape[-1]
     return {
-        "CAP": softcap or 0.0,
+        "SOFTCAP": call.softcap or 0.0,
+        "HAS_SINK_LOGITS": call.sink_logits is not None,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded(head_dim),
-        "UPCAST": interpreting() and dtype == torch.bfloat16,
+        "UPCAST": interpreting() and call.query.dtype == torch.bfloat16,
     }
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+def _strides(call: Influence) -> list[int]:
+    """Of heads and tokens, for query, key, value and gradient."""
+    return [stride for tensor in call[:4] for stride in tensor.stride()[:2]]
 
 
 def _slices(count: int, bytes_each: int) -> Iterator[slice]:
