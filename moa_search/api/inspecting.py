@@ -14,7 +14,7 @@ from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
     from moa_search.formats import ModelSignature, Plan, Profile
-    from moa_search.search.output import StoredPlan
+    from moa_search.search import Front
 
 __all__ = ["diff_plans", "inspect_front", "inspect_plan", "inspect_profile", "kind_of", "plan_titles"]
 
@@ -72,7 +72,7 @@ def inspect_plan(
         MoAError: A file isn't valid or of another model, a head isn't there, or the format can't express the plan.
     """
     from moa_search.inspection import plan_page, save_heat_map
-    from moa_search.search.output import read_front
+    from moa_search.search import Front
 
     require_lengths(lengths=lengths)
     shown = _heads(heads)
@@ -100,7 +100,7 @@ def inspect_plan(
             title=f"Plan {plan}" if isinstance(plan, str) else "Plan",
             lengths=lengths,
             heads=shown,
-            front=None if folder is None else read_front(folder),
+            front=None if folder is None else Front.load(folder),
             profile=None if profile is None else load_profile(profile),
         )
     if save is not None:
@@ -194,7 +194,7 @@ def diff_plans(
 
 def inspect_front(
     folder: str, *, lengths: Sequence[int] = (), output: str | None = None, html: str | None = None
-) -> tuple[list[StoredPlan], str | None]:
+) -> Front:
     """Show the plans that moa-search wrote to a folder, and which of them was chosen.
 
     Args:
@@ -205,23 +205,23 @@ def inspect_front(
         html: File for a page with all there is to see; it needs no network.
 
     Returns:
-        The plans with their files, and the fingerprint of the chosen one, None where there is no plan.json.
+        The plans, of which none is chosen where there is no plan.json.
 
     Raises:
         MoAError: The folder holds no front, or a plan is damaged.
     """
     from moa_search.inspection import front_page, save_front_plot
-    from moa_search.search.output import read_front
+    from moa_search.search import Front
 
     require_lengths(lengths=lengths)
-    plans, chosen = read_front(folder)
+    loaded = Front.load(folder)
     require_writable(output)
     require_writable(html, "html")
     if html is not None:
-        front_page(plans, chosen, title=f"Front {folder}", lengths=lengths).save(html)
+        front_page(loaded, title=f"Front {folder}", lengths=lengths).save(html)
     if output is not None:
-        save_front_plot(plans, chosen, output)
-    return plans, chosen
+        save_front_plot(loaded, output)
+    return loaded
 
 
 def kind_of(path: str) -> Literal["plan", "profile", "front"]:

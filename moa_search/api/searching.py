@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,7 @@ from moa_search.api.common import (
     require_writable_folder,
 )
 from moa_search.api.options import DEFAULT_DENSITY, load_profile, search_options
-from moa_search.api.validating import validate_front
+from moa_search.api.validating import try_front
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
@@ -90,17 +89,14 @@ def search_front(
         MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.errors import ConfigError
-    from moa_search.formats import ModelSignature, Plan
+    from moa_search.formats import ModelSignature
     from moa_search.search import search_densities, search_profile
-    from moa_search.search.output import write_front
 
     require_positive(time_limit_s=time_limit_s)
     if front_steps is not None and front_steps < 0:
         raise ConfigError(f"front_steps is {front_steps}; it must be at least 0")
     if densities and density:
         raise ConfigError("density asks for one plan, densities for one each: give one of them")
-    if validate is not None and output is None:
-        raise ConfigError("validate needs an output folder")
     require_writable_folder(output)
     statistics = load_profile(profile)
     network = None
@@ -131,20 +127,14 @@ def search_front(
     else:
         front = search_profile(statistics, options, progress)
     if output is not None:
-        write_front(front, output)
+        front.save(output)
         if densities:
             from moa_search.inspection import save_density_plot
 
             save_density_plot(front, Path(output) / "front" / "densities.png")
-    if network is not None and output is not None:
-        validate_front(output, model=network, progress=progress)
-        front = replace(front, chosen_index=_chosen(front, Plan.load(Path(output) / "plan.json")))
+    if network is not None:
+        front, _ = try_front(front, network, folder=None if output is None else Path(output), progress=progress)
     return front
-
-
-def _chosen(front: Front, plan: Plan) -> int:
-    """Which plan of the front ``plan`` is."""
-    return [other.fingerprint for other in front.plans].index(plan.fingerprint)
 
 
 def search_plan(profile: str | Profile, *, density: float = DEFAULT_DENSITY, **options: Any) -> Plan:

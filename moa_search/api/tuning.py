@@ -254,15 +254,14 @@ def _worker(index: int, device: str | None, tuning: Tuning, setup: _Setup) -> No
 
 def _front_weights(lengths: int) -> list[tuple[float, ...]]:
     """Weightings that the front would try, the extremes among them."""
-    from moa_search.search.front import lattice
+    from moa_search.search.trade_off import lattice
 
     return lattice(lengths, 2)[1 : 1 + FRONT_SEEDS] if lengths > 1 else []
 
 
 def _export(tuning: Tuning, summary: Summary, setup: _Setup) -> None:
     """Write the best plan as plan.json, and with two objectives the whole front."""
-    from moa_search.search.output import write_front
-    from moa_search.search.searching import Front
+    from moa_search.search import Front
     from moa_search.search.tuning import plan_of
     from moa_search.search.tuning.decoding import Decoder
 
@@ -270,5 +269,4 @@ def _export(tuning: Tuning, summary: Summary, setup: _Setup) -> None:
         return
     decode = Decoder(setup.profile, setup.options)
     plans = [plan_of(tuning, result, decode) for result in summary.best]
-    budgets = plans[0].provenance.budgets if plans[0].provenance else ()
-    write_front(Front(plans, list(budgets)), tuning.folder)
+    Front(plans).save(tuning.folder)

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from moa_search.evaluation.true_loss import TrueLoss
     from moa_search.formats import Plan
     from moa_search.formats.plan import Budget, Validation
-    from moa_search.search.output import StoredPlan
+    from moa_search.search import Front
 
-__all__ = ["held_out_loss", "validate_front"]
+__all__ = ["held_out_loss", "try_front", "validate_front"]
+
+TABLE = "validation.csv"
 
 
 def validate_front(
@@ -68,37 +70,71 @@ def validate_front(
         MoAError: The folder holds no front, a plan is damaged or of another model, or an option can't be used; see
             `moa_search.errors`.
     """
-    from moa_search.formats import ModelSignature
-    from moa_search.formats.files import write_csv
-    from moa_search.search.output import read_front
+    from moa_search.search import Front
 
     require_positive(samples=samples)
     if lengths is not None:
         require_positive(lengths=min(lengths, default=0))
-    candidates, chosen = read_front(folder)
-    table = Path(folder) / "validation.csv"
-    require_writable(str(table))
-    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
+    front = Front.load(folder)
+    require_writable(str(Path(folder) / TABLE))
+    network = model_and_tokenizer(model, dtype=dtype, device=device)
+    drawn: dict[str, Any] = {"sources": sources, "samples": samples, "seed": seed, "answers": answers, "chat": chat}
+    return try_front(front, network, lengths=lengths, folder=Path(folder), progress=progress, **drawn)[1]
+
+
+def try_front(
+    front: Front,
+    model: tuple[Any, Any],
+    *,
+    lengths: Sequence[int] | None = None,
+    folder: Path | None = None,
+    sources: Sequence[str] = ("passkey", "copy"),
+    samples: int = 16,
+    progress: Progress | None = None,
+    **drawn: Any,
+) -> tuple[Front, pd.DataFrame]:
+    """Run every plan of a front on held-out samples; the one that loses least is chosen.
+
+    Args:
+        front: The front.
+        model: Model and tokenizer.
+        lengths: As for `validate_front`.
+        folder: That the front lies in, where there is one: results are kept in it.
+        sources: As for `held_out_loss`.
+        samples: Samples per length.
+        progress: Told the tokens done and in all.
+        drawn: Further arguments of `held_out_loss`.
+
+    Returns:
+        The front with what its plans lost, and a table as `validate_front` returns it.
+
+    Raises:
+        MoAError: As `validate_front`.
+    """
+    from moa_search.formats import ModelSignature
+    from moa_search.formats.files import write_csv
+
+    network, tokenizer = model
     signature = ModelSignature.of(network.config)
-    for candidate in candidates:
-        candidate.plan.model.require(signature, f"{candidate.path}")
+    for file, plan in zip(front.files, front.plans, strict=True):
+        plan.model.require(signature, file if folder is None else f"{folder / file}")
     truth = held_out_loss(
         network,
         tokenizer,
         sources=sources,
-        lengths=_default_lengths(candidates, network.config) if lengths is None else lengths,
+        lengths=_default_lengths(front.plans, network.config) if lengths is None else lengths,
         samples=samples,
-        seed=seed,
-        cache_folder=Path(folder) / "validation",
-        answers=answers,
-        chat=chat,
+        cache_folder=None if folder is None else folder / "validation",
+        **drawn,
     )
-    _measure(truth, candidates, chosen, progress)
-    best = min(_rivals(candidates, chosen), key=lambda candidate: truth.evaluate(candidate.plan))
-    rows = _rows(truth, candidates, chosen, best)
-    write_csv(rows, table)
-    _validated(truth, best.plan).save(Path(folder) / "plan.json")
-    return rows
+    tried = front.replaced(_measure(truth, front, folder, progress), front.chosen_index)
+    best = min(_rivals(front), key=lambda index: truth.evaluate(front.plans[index]))
+    rows = _rows(truth, front, best)
+    tried = tried.replaced(tried.plans, best)
+    if folder is not None:
+        write_csv(rows, folder / TABLE)
+        tried.chosen.save(folder / "plan.json")
+    return tried, rows
 
 
 def held_out_loss(
@@ -153,13 +189,11 @@ def held_out_loss(
     return TrueLoss(model, drawn.samples, cache)
 
 
-def _default_lengths(candidates: Sequence[StoredPlan], config: Any) -> list[int]:
+def _default_lengths(plans: Sequence[Plan], config: Any) -> list[int]:
     """Twice the longest length that losses were profiled at, if the model's context is as long."""
     from moa_search.modeling.text import context_length
 
-    predicted = [
-        metrics for candidate in candidates for metrics in candidate.plan.predicted if not metrics.extrapolated
-    ]
+    predicted = [metrics for plan in plans for metrics in plan.predicted if not metrics.extrapolated]
     known = [metrics.length for metrics in predicted if metrics.loss is not None]
     longest = max(known or [metrics.length for metrics in predicted], default=None)
     if longest is None:
@@ -168,28 +202,35 @@ def _default_lengths(candidates: Sequence[StoredPlan], config: Any) -> list[int]
     return [2 * longest if context is None else min(2 * longest, context)]
 
 
-def _measure(truth: TrueLoss, candidates: Sequence[StoredPlan], chosen: str | None, progress: Progress | None) -> None:
-    """Measure dense attention and every distinct plan, and write each plan's result at once, the chosen one's first."""
-    by_fingerprint: dict[str, list[StoredPlan]] = {}
-    for candidate in sorted(candidates, key=lambda candidate: candidate.plan.fingerprint != chosen):
-        by_fingerprint.setdefault(candidate.plan.fingerprint, []).append(candidate)
-    runs = 1 + len(by_fingerprint)
+def _measure(truth: TrueLoss, front: Front, folder: Path | None, progress: Progress | None) -> list[Plan]:
+    """The plans with what they lost. Dense attention is measured first, then the chosen plan, each distinct plan once.
+
+    Each result is written at once where there is a folder.
+    """
+    alike: dict[str, list[int]] = {}
+    for index in sorted(range(len(front.plans)), key=lambda index: not front.is_chosen(index)):
+        alike.setdefault(front.plans[index].fingerprint, []).append(index)
+    runs, plans = 1 + len(alike), list(front.plans)
     truth.loss(None, _part_of(progress, 0, runs))
-    for run, alike in enumerate(by_fingerprint.values(), 1):
-        truth.loss(alike[0].plan, _part_of(progress, run, runs))
-        for candidate in alike:
-            _validated(truth, candidate.plan).save(candidate.path)
+    for run, places in enumerate(alike.values(), 1):
+        truth.loss(plans[places[0]], _part_of(progress, run, runs))
+        for index in places:
+            plans[index] = _validated(truth, plans[index])
+            if folder is not None:
+                plans[index].save(folder / front.files[index])
+    return plans
 
 
-def _rivals(candidates: Sequence[StoredPlan], chosen: str | None) -> list[StoredPlan]:
+def _rivals(front: Front) -> list[int]:
     """The plans that plan.json may become: those made for its budgets, or all where there was none."""
 
-    def budgets(candidate: StoredPlan) -> tuple[Budget, ...]:
-        provenance = candidate.plan.provenance
+    def budgets(index: int) -> tuple[Budget, ...]:
+        provenance = front.plans[index].provenance
         return provenance.budgets if provenance else ()
 
-    allowed = {budgets(candidate) for candidate in candidates if chosen in (None, candidate.plan.fingerprint)}
-    return [candidate for candidate in candidates if budgets(candidate) in allowed]
+    places = range(len(front.plans))
+    allowed = {budgets(index) for index in places if front.chosen_index is None or front.is_chosen(index)}
+    return [index for index in places if budgets(index) in allowed]
 
 
 def _part_of(progress: Progress | None, run: int, runs: int) -> Callable[[int, int], None] | None:
@@ -206,20 +247,20 @@ def _validated(truth: TrueLoss, plan: Plan) -> Plan:
     return plan.model_copy(update={"validated": tuple(entries[key] for key in sorted(entries))})
 
 
-def _rows(truth: TrueLoss, candidates: Sequence[StoredPlan], chosen: str | None, best: StoredPlan) -> pd.DataFrame:
+def _rows(truth: TrueLoss, front: Front, best: int) -> pd.DataFrame:
     import pandas as pd
 
     dense = truth.loss(None)
     rows = []
-    for candidate in candidates:
-        plan, losses = candidate.plan, truth.loss(candidate.plan)
+    for index, (file, plan) in enumerate(zip(front.files, front.plans, strict=True)):
+        losses = truth.loss(plan)
         for length in truth.lengths:
             loss, difference = truth.mean(losses, length), truth.mean(losses - dense, length)
             row = {
-                "plan": candidate.path.name,
+                "plan": Path(file).name,
                 "length": length,
-                "chosen_before": plan.fingerprint == chosen,
-                "chosen": candidate is best,
+                "chosen_before": front.is_chosen(index),
+                "chosen": index == best,
                 "density": plan.density(length),
                 "attention_density": plan.attention_density(length),
                 "samples": truth.samples_at(length),

@@ -16,7 +16,7 @@ __all__ = ["COMMANDS", "command_for", "main", "show", "show_diff", "show_front",
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
-    from moa_search.search.output import StoredPlan
+    from moa_search.search import Front
 
 
 def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, **options: Any) -> None:
@@ -64,13 +64,12 @@ def show_diff(loaded: list[Plan], /, *, plans: Sequence[str], lengths: Sequence[
     _say_written("heat map", **options)
 
 
-def show_front(found: tuple[list[StoredPlan], str | None], /, *, folder: str, **options: Any) -> None:
+def show_front(front: Front, /, *, folder: str, **options: Any) -> None:
     """Print the plans of a front."""
     from moa_search.inspection import stored_front_table
 
-    plans, chosen = found
-    open_console().print(stored_front_table(plans, chosen))
-    if chosen is None:
+    open_console().print(stored_front_table(front))
+    if front.chosen_index is None:
         print(f"{folder} holds no plan.json, so no plan is chosen")
     _say_written("chart", **options)
 

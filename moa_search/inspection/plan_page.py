@@ -16,8 +16,8 @@ from moa_search.inspection.grids import HOW_TO_READ
 from moa_search.inspection.pages import Page, figure_block, paragraph, table_block
 from moa_search.inspection.sections import front_blocks, new_page, origin_facts, share, span_blocks
 from moa_search.inspection.tables import predicted_loss
+from moa_search.search import Front
 from moa_search.search.losses import plan_losses
-from moa_search.search.output import StoredPlan
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,7 +37,7 @@ def plan_page(
     title: str = "Plan",
     lengths: Sequence[int] = (),
     heads: Sequence[tuple[int, int]] = (),
-    front: tuple[Sequence[StoredPlan], str | None] | None = None,
+    front: Front | None = None,
     profile: Profile | None = None,
 ) -> Page:
     """The page of a plan.
@@ -47,7 +47,7 @@ def plan_page(
         title: Of the page.
         lengths: Context lengths in tokens; by default those that the plan was made for.
         heads: Layers and KV heads to show masks of; by default some from the longest to the shortest span.
-        front: The plans it was chosen from, and the fingerprint of the chosen one.
+        front: The plans it was chosen from.
         profile: That predicts what each layer loses.
 
     Raises:
@@ -74,7 +74,7 @@ def plan_page(
         f'<div class="masks">{"".join(_mask(plan, layer, head, longest) for layer, head in shown)}</div>',
     )
     if front is not None:
-        page.add("Front", *front_blocks(*front))
+        page.add("Front", *front_blocks(front))
     page.add("Provenance", origin_facts(plan), *_validated(plan))
     return page
 

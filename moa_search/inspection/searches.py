@@ -56,11 +56,11 @@ def front_table(front: Front) -> Table:
 
 def budget_lines(front: Front) -> list[str]:
     """For each budget of the chosen plan what was asked and what it uses, densities in the front's table aside."""
-    shown = {f"@{metrics.length}" for metrics in front.chosen.predicted}
+    shown = {metrics.length for metrics in front.chosen.predicted}
     return [
-        f"{escape(asked)}: uses {used}"
-        for asked, used in front.spent
-        if not (asked.startswith("density=") and any(asked.endswith(length) for length in shown))
+        f"{escape(use.asked.text)}: uses {use.used}"
+        for use in front.usage
+        if use.asked.kind != "density" or use.asked.length not in shown
     ]
 
 
@@ -87,7 +87,7 @@ def plot_densities(front: Front) -> Figure:
         )
     if front.has_knee:
         at = 100 * front.chosen.predicted[-1].density
-        axes.axvline(at, color="grey", linestyle=":", label=f"knee, {front.densities[front.chosen_index]:.4g}")
+        axes.axvline(at, color="grey", linestyle=":", label=f"knee, {front.densities[front.chosen_index or 0]:.4g}")
     criterion = front.chosen.provenance.criterion if front.chosen.provenance else None
     axes.set_xlabel("KV cache kept (%)")
     axes.set_ylabel("predicted loss" + (f" ({criterion})" if criterion else ""))

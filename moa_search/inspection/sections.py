@@ -14,7 +14,7 @@ from moa_search.inspection.grids import GRID_SCRIPT, GRID_STYLE, grid_block
 from moa_search.inspection.pages import Page, facts, figure_block, paragraph, table_block
 from moa_search.inspection.tables import origin_lines, predicted_loss
 from moa_search.pictures import hex_colours
-from moa_search.search.output import StoredPlan
+from moa_search.search import Front
 
 __all__ = [
     "front_blocks",
@@ -22,7 +22,6 @@ __all__ = [
     "heading",
     "new_page",
     "origin_facts",
-    "plan_names",
     "share",
     "span_blocks",
 ]
@@ -83,44 +82,35 @@ def origin_facts(plan: Plan) -> str:
     return listed + "".join(paragraph(f"Note: {note}") for note in (origin.notes if origin else ()))
 
 
-def plan_names(plans: Sequence[StoredPlan]) -> list[str]:
-    """What the plans of a front are called: their numbers."""
-    return [stored.path.stem.removeprefix("plan-") for stored in plans]
-
-
-def front_rows(plans: Sequence[StoredPlan], chosen: str | None) -> list[dict[str, str]]:
+def front_rows(front: Front) -> list[dict[str, str]]:
     """One row per plan: density, predicted and held-out loss at each length, and gap; the chosen one marked."""
     rows = []
-    for name, stored in zip(plan_names(plans), plans, strict=True):
-        row = {"plan": f"{name} (plan.json)" if stored.plan.fingerprint == chosen else name}
-        for metrics in stored.plan.predicted:
+    for index, (name, plan) in enumerate(zip(front.names, front.plans, strict=True)):
+        row = {"plan": f"{name} (plan.json)" if front.is_chosen(index) else name}
+        for metrics in plan.predicted:
             row[f"kept @{metrics.length}"] = share(metrics.density)
             row[f"predicted loss @{metrics.length}"] = predicted_loss(metrics)
-        for entry in stored.plan.validated:
+        for entry in plan.validated:
             above = "" if entry.dense_loss is None else f" (dense {entry.dense_loss:.3f})"
             row[f"held-out loss @{entry.length}"] = f"{entry.loss:.3f}{above}"
-        gap = stored.plan.provenance.gap if stored.plan.provenance else None
+        gap = plan.provenance.gap if plan.provenance else None
         rows.append(row | ({} if gap is None else {"gap": f"{gap:.2%}"}))
     return rows
 
 
-def front_blocks(plans: Sequence[StoredPlan], chosen: str | None) -> list[str]:
+def front_blocks(front: Front) -> list[str]:
     """The plans of a front as chart and table, the chosen one marked."""
-    guessed = any(metrics.extrapolated for stored in plans for metrics in stored.plan.predicted)
+    guessed = any(metrics.extrapolated for plan in front.plans for metrics in plan.predicted)
     caption = "Plans of the front" + ("; ≈ is extrapolated" if guessed else "")
-    table = table_block(pd.DataFrame(front_rows(plans, chosen)), caption)
-    names = plan_names(plans)
-    drawn = [
-        (stored.plan, name)
-        for stored, name in zip(plans, names, strict=True)
-        if stored.plan.predicted and stored.plan.predicted[-1].loss is not None
-    ]
+    table = table_block(pd.DataFrame(front_rows(front)), caption)
+    drawn = [i for i, plan in enumerate(front.plans) if plan.predicted and plan.predicted[-1].loss is not None]
     if len(drawn) < 2:
         return [table]
-    marked = next((index for index, (plan, _) in enumerate(drawn) if plan.fingerprint == chosen), None)
-    figure = chart(lambda ax: draw_front(ax, [p for p, _ in drawn], [name for _, name in drawn], marked), height=3.8)
+    plans, names = [front.plans[index] for index in drawn], [front.names[index] for index in drawn]
+    marked = drawn.index(front.chosen_index) if front.chosen_index in drawn else None
+    figure = chart(lambda ax: draw_front(ax, plans, names, marked), height=3.8)
     alt = f"Predicted losses of {len(drawn)} plans" + ("" if marked is None else ", a ring around the chosen one")
-    beaten = "Plans that look beaten here lose less at another length." if len(drawn[0][0].predicted) > 2 else ""
+    beaten = "Plans that look beaten here lose less at another length." if len(plans[0].predicted) > 2 else ""
     return [figure_block(figure, alt, caption=beaten), table]
 
 

@@ -1,258 +1,166 @@
-"""Plans that trade the losses at several lengths against each other, under one set of budgets."""
+"""Plans that trade losses against each other, and their folder: the chosen plan, every plan, and a table of them."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Sequence
+import io
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from moa_search.errors import ConfigError
+from moa_search.formats import Plan
+from moa_search.formats.files import atomic_write
+from moa_search.formats.plan import Budget
+from moa_search.search.budgets import BudgetSpec
 
-from moa_search.errors import ConfigError, SolverError
-from moa_search.search.solver import Problem, Solution
+__all__ = ["BudgetUse", "Front"]
 
-__all__ = ["FrontPoint", "default_steps", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
-
-Doubles = npt.NDArray[np.float64]
-
-EXTREME = 1e-3
-"""Share that an extreme plan leaves to the other lengths, so that it isn't needlessly bad there."""
-
-MOST_WEIGHTINGS = 10_000
-"""Of a lattice; every one is a solve."""
-
-MOST_STEPS, ENOUGH_WEIGHTINGS = 6, 15
-"""Of a lattice by default, over two to five lengths 7, 15, 10 and 15 weightings: every plan may be validated."""
-
-LOSS_STEPS = 10**6
-"""Whole steps that a bound on a length's loss is counted in."""
+PLAN_FILE = re.compile(r"plan-(\d+)\.json")
 
 
 @dataclass(frozen=True)
-class FrontPoint:
-    """One plan of a front.
+class BudgetUse:
+    """One budget of a search.
 
     Attributes:
-        weights: Weight of each length's loss in the objective; they add up to 1.
-        losses: Loss at each length.
-        solution: The choice with its bound; the objective is the weighted sum of ``losses``.
+        asked: What must not be exceeded.
+        used: What the chosen plan uses of it, in the user's unit.
     """
 
-    weights: tuple[float, ...]
-    losses: tuple[float, ...]
-    solution: Solution
+    asked: BudgetSpec
+    used: str
 
 
-def lattice(lengths: int, steps: int) -> list[tuple[float, ...]]:
-    """Distinct weight vectors over ``lengths`` losses in ``steps`` steps; equal weights first, extremes always in.
+@dataclass(frozen=True)
+class Front:
+    """Plans of which none beats another: under one set of budgets, or one for each of several densities.
 
-    Raises:
-        ConfigError: There are too many of them to be solved for.
+    Attributes:
+        plans: Under one set of budgets the first has the weights asked for, or equal ones on every profiled length.
+        chosen_index: Which plan to use unless there is a reason to prefer another; None where none was chosen.
+        usage: The budgets with what the chosen plan uses of them. Plans don't say it, so a front that was loaded
+            doesn't know it, nor the two that follow.
+        densities: The density that each plan was asked to keep, increasing; empty under one set of budgets.
+        has_knee: Whether the chosen one is the knee of the losses over ``densities``.
+        numbers: Of the plans' files; by default from 0 on.
     """
-    if _count(lengths, steps) > MOST_WEIGHTINGS:
-        raise ConfigError(
-            f"front_steps: {steps} steps over {lengths} lengths are over {MOST_WEIGHTINGS} solves; take fewer steps"
-        )
-    points = []
-    for bars in itertools.combinations(range(steps + lengths - 1), lengths - 1):  # between the parts of a sum
-        ends = (-1, *bars, steps + lengths - 1)
-        points.append(tuple((end - start - 1) / steps for start, end in itertools.pairwise(ends)))
-    return list(dict.fromkeys([tuple([1 / lengths] * lengths), *points]))
 
+    plans: Sequence[Plan]
+    chosen_index: int | None = 0
+    usage: Sequence[BudgetUse] = ()
+    densities: tuple[float, ...] = ()
+    has_knee: bool = False
+    numbers: Sequence[int] = ()
 
-def default_steps(lengths: int) -> int:
-    """Steps of a lattice over ``lengths`` losses that are fine enough to choose from and soon solved for."""
-    return max(steps for steps in range(1, MOST_STEPS + 1) if steps == 1 or _count(lengths, steps) <= ENOUGH_WEIGHTINGS)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numbers", tuple(self.numbers) or tuple(range(len(self.plans))))
 
+    @property
+    def chosen(self) -> Plan:
+        """The plan to use.
 
-def _count(lengths: int, steps: int) -> int:
-    """Weight vectors of a lattice."""
-    return math.comb(steps + lengths - 1, lengths - 1)
+        Raises:
+            ConfigError: None was chosen.
+        """
+        if self.chosen_index is None:
+            raise ConfigError("no plan of the front is chosen; choose one with moa-search validate")
+        return self.plans[self.chosen_index]
 
+    @property
+    def budgets(self) -> list[Budget]:
+        """The upper bounds that the chosen plan keeps."""
+        return list(self.chosen.provenance.budgets) if self.chosen.provenance else []
 
-def trade_off(
-    losses: Sequence[Doubles],
-    problem: Problem,
-    solve: Callable[[Problem], Solution],
-    *,
-    steps: int | None = None,
-    weights: Sequence[float] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[FrontPoint]:
-    """The front over lengths by weighted sums; the first point has the weights asked for.
+    @property
+    def names(self) -> list[str]:
+        """What the plans are called, ``00`` and so on."""
+        return [f"{number:02d}" for number in self.numbers]
 
-    The weights apply to losses in units of what the worst choice loses at their length, so that they mean the
-    same at every length. A plan found for one weighting serves another where it does better there (solutions
-    have a tolerance, and a time limit). Plans found twice and plans that another beats are dropped.
+    @property
+    def files(self) -> list[str]:
+        """Where a folder holds the plans, ``front/plan-00.json`` and so on."""
+        return [f"front/plan-{name}.json" for name in self.names]
 
-    Args:
-        losses: One ``[head, rule]`` per length.
-        problem: Costs and limits; its losses are replaced by weighted sums.
-        solve: Exact solver.
-        steps: Steps of the weight lattice; 0 for the first point alone, None for `default_steps`.
-        weights: Of the first point, one per length; equal ones if None.
-        progress: Told the solves done and in all.
-    """
-    worst = _worst(losses, problem)
-    solved: list[FrontPoint] = []
-    asked = [1.0] * len(losses) if weights is None else weights
-    first = tuple(weight / sum(asked) for weight in asked)
-    steps = default_steps(len(losses)) if steps is None else steps
-    vectors = list(dict.fromkeys([first, *(lattice(len(losses), steps) if steps else ())]))
-    for done, vector in enumerate(vectors, 1):
-        point_weights = _weights(vector, worst)
-        weighted = sum(w * loss for w, loss in zip(point_weights, losses, strict=True))
-        solution = solve(dataclasses.replace(problem, losses=np.asarray(weighted)))
-        solved.append(FrontPoint(point_weights, _values(losses, solution.choice), solution))
-        if progress is not None:
-            progress(done, len(vectors))
-    best = [_best_for(point, solved) for point in solved]
-    return [best[0], *(point for point in _undominated(best) if point.losses != best[0].losses)]
+    def is_chosen(self, index: int) -> bool:
+        """Whether the plan at ``index`` acts as the chosen one does."""
+        return self.chosen_index is not None and self.plans[index].fingerprint == self.chosen.fingerprint
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per plan: its file, and density, attention density and predicted loss at each length."""
+        rows = []
+        for file, plan in zip(self.files, self.plans, strict=True):
+            row: dict[str, Any] = {"plan": Path(file).name}
+            for metrics in plan.predicted:
+                row[f"density@{metrics.length}"] = metrics.density
+                row[f"attention_density@{metrics.length}"] = metrics.attention_density
+                row[f"loss@{metrics.length}"] = metrics.loss
+                row[f"loss_error@{metrics.length}"] = metrics.loss_error
+            rows.append(row | {"gap": plan.provenance.gap if plan.provenance else None})
+        return rows
 
-def epsilon_cells(
-    losses: Sequence[Doubles],
-    problem: Problem,
-    solve: Callable[[Problem], Solution],
-    *,
-    cells: int,
-    weights: Sequence[float] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[FrontPoint]:
-    """The front by ε-constraints, as MoA makes it: one length's loss is minimised, the others' are bounded.
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``plan.json``, ``front/plan-00.json`` ..., ``front/front.csv``; what belonged to an older front goes.
 
-    Each length in turn is minimised while every other may lose at most one of ``cells`` - 1 values between its
-    best and what it loses where the first is best. The first point is the one with the smallest weighted sum of
-    losses in units of the worst. Every point's bound is that of its own subproblem.
+        Raises:
+            ConfigError: The folder can't be written; older files stay as they were.
+        """
+        root = Path(folder)
+        contents = {root / file: plan.dumps() for file, plan in zip(self.files, self.plans, strict=True)}
+        contents |= {root / "front" / "front.csv": self._csv(), root / "plan.json": self.chosen.dumps()}
+        with contextlib.ExitStack() as all_or_none:
+            for path, content in contents.items():
+                file = all_or_none.enter_context(atomic_write(path))
+                file.write(content.encode())
+                file.flush()  # a full disk shows before the first file is replaced
+        try:
+            stale = [*(root / "front").glob("plan-*.json"), root / "front" / "densities.png", root / "validation.csv"]
+            for path in stale:
+                if path not in contents:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder}: its older plans can't be removed ({error.strerror or error})") from None
 
-    Args:
-        losses: One ``[head, rule]`` per length.
-        problem: Costs and limits.
-        solve: Exact solver; a cell that it raises SolverError for, since it has no choice, is left out.
-        cells: Parts that a length's range of losses is cut into.
-        weights: That the first point is chosen by, one per length; equal ones if None.
-        progress: Told the solves done and in all.
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Front:
+        """The front in a folder that `save` wrote.
 
-    Raises:
-        SolverError: No choice was found even without a bound on the other lengths.
-    """
-    lengths = range(len(losses))
-    worst = _worst(losses, problem)
-    scaled = [loss / unit for loss, unit in zip(losses, worst, strict=True)]
-    shares = list(itertools.product(range(1, cells), repeat=len(losses) - 1)) if len(losses) > 1 else []
-    total = len(losses) * (1 + len(shares))
-    solved: list[FrontPoint] = []
+        Where plan.json is none of its plans it comes last, with the number that it would have; where there is no
+        plan.json, none is chosen.
 
-    def add(primary: int, bounded: Problem) -> tuple[float, ...]:
-        solution = solve(dataclasses.replace(bounded, losses=losses[primary]))
-        alone_counts = tuple(float(length == primary) for length in lengths)
-        solved.append(FrontPoint(alone_counts, _values(losses, solution.choice), solution))
-        return _values(scaled, solution.choice)
+        Raises:
+            ConfigError: The folder holds no front.
+            PlanFormatError: A plan is damaged.
+        """
+        root = Path(folder)
+        found = (root / "front").glob("plan-*.json")
+        numbered = {int(match[1]): path for path in found if (match := PLAN_FILE.fullmatch(path.name))}
+        if not numbered:
+            raise ConfigError(f"{folder}: it holds no front/plan-*.json; give the folder that moa-search wrote to")
+        numbers = sorted(numbered)
+        plans = [Plan.load(numbered[number]) for number in numbers]
+        if not (root / "plan.json").exists():
+            return cls(plans, None, numbers=numbers)
+        chosen = Plan.load(root / "plan.json")
+        fingerprints = [plan.fingerprint for plan in plans]
+        if chosen.fingerprint not in fingerprints:
+            return cls([*plans, chosen], len(plans), numbers=[*numbers, numbers[-1] + 1])
+        return cls(plans, fingerprints.index(chosen.fingerprint), numbers=numbers)
 
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
+    def replaced(self, plans: Sequence[Plan], chosen_index: int | None) -> Front:
+        """The same front with its plans as they are now, and another choice."""
+        usage = self.usage if chosen_index == self.chosen_index else ()
+        return dataclasses.replace(self, plans=plans, chosen_index=chosen_index, usage=usage)
 
-    alone = []
-    for primary in lengths:
-        alone.append(add(primary, problem))
-        report(len(alone))
-    for done, (primary, share) in enumerate(itertools.product(lengths, shares), len(alone) + 1):
-        others = [length for length in lengths if length != primary]
-        limits = []
-        for other, part in zip(others, share, strict=True):
-            best, here = alone[other][other], alone[primary][other]
-            limits.append(best + (here - best) * part / cells)
-        with contextlib.suppress(SolverError):
-            add(primary, _bounded(problem, [scaled[other] for other in others], limits))
-        report(done)
-
-    asked = [1.0] * len(losses) if weights is None else weights
-
-    def total_loss(point: FrontPoint) -> float:
-        return sum(w * value / unit for w, value, unit in zip(asked, point.losses, worst, strict=True))
-
-    solved.sort(key=total_loss)
-    return _undominated(solved)
-
-
-def unweighted(losses: Sequence[Doubles], choice: npt.NDArray[np.int64]) -> FrontPoint:
-    """The point of a choice that no weighted sum led to, without a proof."""
-    return FrontPoint(tuple([1 / len(losses)] * len(losses)), _values(losses, choice), Solution(choice, 0.0, 0.0))
-
-
-def knee(costs: Sequence[float], losses: Sequence[float]) -> int | None:
-    """Where spending more stops paying: the point farthest below the line between the ends (Satopaa et al. 2011).
-
-    Args:
-        costs: Increasing.
-        losses: One for each.
-
-    Returns:
-        The index of an inner point, or None if none lies below the line.
-    """
-    if len(costs) < 3 or losses[0] <= losses[-1]:
-        return None
-    x = (np.asarray(costs) - costs[0]) / (costs[-1] - costs[0])
-    y = (np.asarray(losses) - losses[-1]) / (losses[0] - losses[-1])
-    below = 1 - x - y
-    best = int(below.argmax())
-    return best if below[best] > 1e-9 else None
-
-
-def _bounded(problem: Problem, losses: Sequence[Doubles], limits: Sequence[float]) -> Problem:
-    """``problem`` with bounds on further losses, rounded so that a choice within them is within them exactly."""
-    units = [max(limit, 1e-300) / LOSS_STEPS for limit in limits]
-    costs = [np.ceil(np.minimum(loss / unit, 2.0**40)) for loss, unit in zip(losses, units, strict=True)]
-    return dataclasses.replace(
-        problem,
-        head_costs=np.stack(costs).astype(np.int64),
-        head_limits=np.full(len(limits), LOSS_STEPS, dtype=np.int64),
-    )
-
-
-def _worst(losses: Sequence[Doubles], problem: Problem) -> list[float]:
-    """What the worst choice loses at each length; a length where nothing is lost has no unit of its own."""
-    totals = [float(np.where(problem.choices, loss, 0).max(1).sum()) for loss in losses]
-    return [total or max(totals) or 1.0 for total in totals]
-
-
-def _values(losses: Sequence[Doubles], choice: npt.NDArray[np.int64]) -> tuple[float, ...]:
-    return tuple(float(loss[np.arange(len(choice)), choice].sum()) for loss in losses)
-
-
-def _weights(vector: tuple[float, ...], worst: list[float]) -> tuple[float, ...]:
-    """Weights of losses, from weights of losses in units of the worst; every length keeps a little."""
-    smallest = min(worst)
-    weights = [(w * (1 - EXTREME) + EXTREME / len(vector)) * (smallest / x) for w, x in zip(vector, worst, strict=True)]
-    return tuple(w / sum(weights) for w in weights)
-
-
-def _best_for(point: FrontPoint, solved: list[FrontPoint]) -> FrontPoint:
-    """The point with the best choice found for its weights."""
-
-    def objective(other: FrontPoint) -> float:
-        return sum(w * loss for w, loss in zip(point.weights, other.losses, strict=True))
-
-    best = min([point, *solved], key=lambda other: (objective(other), other.losses))
-    value = objective(best)
-    solution = Solution(best.solution.choice, value, min(point.solution.bound, value))
-    return FrontPoint(point.weights, best.losses, solution)
-
-
-def _undominated(points: list[FrontPoint]) -> list[FrontPoint]:
-    kept: list[FrontPoint] = []
-    for index, point in enumerate(points):
-        twin = any(other.losses == point.losses for other in points[:index])
-        beaten = any(_dominates(other.losses, point.losses) for other in points)
-        if not twin and not beaten:
-            kept.append(point)
-    return kept
-
-
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+    def _csv(self) -> str:
+        rows = self.rows()
+        text = io.StringIO()
+        table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        return text.getvalue()

@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 
 from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
-from moa_search.formats.plan import Budget, LengthMetrics, Plan, Provenance
+from moa_search.formats.plan import LengthMetrics, Plan, Provenance
 from moa_search.formats.profile import Profile
 from moa_search.search.budgets import BudgetSpec, used
-from moa_search.search.front import FrontPoint, knee
+from moa_search.search.front import BudgetUse, Front
 from moa_search.search.searchers import Searcher, find_searcher
 from moa_search.search.searchers.base import Progress
 from moa_search.search.space import SearchOptions, SearchSpace, density_specs
+from moa_search.search.trade_off import FrontPoint, knee
 from moa_search.spans import DENSE
 from moa_search.version import __version__
 
-__all__ = ["Front", "make_space", "plan_of", "search_densities", "search_profile"]
+__all__ = ["make_space", "plan_of", "search_densities", "search_profile"]
 
 AHEAD = 2
 """Furthest length that counts by default, in multiples of the longest profiled one."""
-
-
-@dataclass(frozen=True)
-class Front:
-    """Plans of which none beats another: under one set of budgets, or one for each of several densities.
-
-    Attributes:
-        plans: Under one set of budgets the first has the weights asked for, or equal ones on every profiled length.
-        budgets: The upper bounds that the chosen plan keeps.
-        spent: For each of them what was asked and what the chosen plan uses of it, in the user's unit.
-        chosen_index: Which plan to use unless there is a reason to prefer another.
-        densities: The density that each plan was asked to keep, increasing; empty under one set of budgets.
-        has_knee: Whether the chosen one is the knee of the losses over ``densities``.
-    """
-
-    plans: list[Plan]
-    budgets: list[Budget]
-    spent: list[tuple[str, str]] = field(default_factory=list)
-    chosen_index: int = 0
-    densities: tuple[float, ...] = ()
-    has_knee: bool = False
-
-    @property
-    def chosen(self) -> Plan:
-        """The plan to use."""
-        return self.plans[self.chosen_index]
 
 
 def search_profile(profile: Profile, options: SearchOptions, progress: Progress | None = None) -> Front:
@@ -67,11 +42,8 @@ def search_profile(profile: Profile, options: SearchOptions, progress: Progress 
     space = make_space(profile, options, searcher)
     points = searcher.choose(space, progress)
     chosen = points[0].solution.choice
-    return Front(
-        [plan_of(space, searcher, point) for point in points],
-        [row.budget for row in space.rows],
-        [(row.spec.text, used(row, chosen)) for row in space.rows],
-    )
+    plans = [plan_of(space, searcher, point) for point in points]
+    return Front(plans, usage=[BudgetUse(row.spec, used(row, chosen)) for row in space.rows])
 
 
 def search_densities(
@@ -97,7 +69,7 @@ def search_densities(
     plans = [front.chosen for front in fronts]
     found = knee(asked, [_weighted_loss(plan) for plan in plans])
     chosen = asked.index(densities[0]) if found is None else found
-    return Front(plans, fronts[chosen].budgets, fronts[chosen].spent, chosen, tuple(asked), found is not None)
+    return Front(plans, chosen, fronts[chosen].usage, tuple(asked), found is not None)
 
 
 def _weighted_loss(plan: Plan) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moa_search import calibration
+from moa_search import calibration, profile_model, search_front
 from moa_search.api.validating import held_out_loss, validate_front
 from moa_search.calibration import hash_samples
 from moa_search.cli.command import build_parser, parse
@@ -17,6 +17,7 @@ from moa_search.formats import ModelSignature, Plan
 from moa_search.formats.plan import Budget, LengthMetrics, Provenance
 from moa_search.modeling.loading import load_model
 from moa_search.runtime import applied
+from moa_search.search import Front
 from moa_search.spans import DENSE, SpanRule
 
 OPTIONS = {"lengths": [400, 300], "samples": 4}
@@ -142,6 +143,26 @@ def test_the_best_is_chosen_and_plans_say_what_they_lost(tiny_model, folder, pla
             assert entry.loss == mine.loc[length, "true_loss"]
             assert entry.loss_error == mine.loc[length, "true_error"]
             assert entry.dense_loss == mine.loc[length, "dense_loss"]
+
+
+def test_a_search_validates_without_a_folder(tiny_model_dir, tmp_path, monkeypatch):
+    """The same front comes out as with one, whose files say the same."""
+    profile = profile_model(str(tiny_model_dir), lengths=[300], samples=2, answers="dataset", dtype="float32")
+    options = {"density": [0.5], "front_steps": 2, "predict_lengths": [600], "validate": str(tiny_model_dir)}
+    front = search_front(profile, **options, output=str(tmp_path))
+    monkeypatch.chdir(tmp_path / "validation")
+    before = contents(tmp_path)
+    alone = search_front(profile, **options)
+    assert contents(tmp_path) == before
+    assert len(alone.plans) > 1
+    assert alone == front
+    assert all(plan.validated[0].length == 600 for plan in alone.plans)
+    losses = [plan.validated[0].loss for plan in alone.plans]
+    assert losses[alone.chosen_index] == min(losses)
+    read = Front.load(tmp_path)
+    assert (read.plans, read.chosen_index) == (list(alone.plans), alone.chosen_index)
+    table = pd.read_csv(tmp_path / "validation.csv")
+    assert table["true_loss"].tolist() == losses
 
 
 def test_of_equals_the_first_is_chosen(tiny_model, tmp_path, signature):

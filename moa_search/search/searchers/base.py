@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from moa_search.search.front import FrontPoint
 from moa_search.search.rules import rule_grid
 from moa_search.search.space import SearchSpace
+from moa_search.search.trade_off import FrontPoint
 from moa_search.spans import SpanRule
 
 __all__ = ["Progress", "Searcher"]

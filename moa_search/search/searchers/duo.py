@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from moa_search.errors import BudgetInfeasibleError
-from moa_search.search.front import FrontPoint, unweighted
 from moa_search.search.searchers.base import Progress, Searcher
 from moa_search.search.space import SearchSpace
+from moa_search.search.trade_off import FrontPoint, unweighted
 
 __all__ = ["DuoSearcher"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from moa_search.search.front import FrontPoint, trade_off
 from moa_search.search.searchers.base import Progress, Searcher
 from moa_search.search.solver import solve_exact
 from moa_search.search.space import SearchSpace
+from moa_search.search.trade_off import FrontPoint, trade_off
 
 __all__ = ["ExactSearcher", "PerLayerSearcher", "RecallSearcher"]
 

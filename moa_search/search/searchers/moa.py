@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from moa_search.search.front import FrontPoint, epsilon_cells
 from moa_search.search.searchers.base import Progress, Searcher
 from moa_search.search.solver import solve_exact
 from moa_search.search.space import SearchSpace
+from moa_search.search.trade_off import FrontPoint, epsilon_cells
 from moa_search.spans import DENSE, SpanRule, span
 
 __all__ = ["MoASearcher"]

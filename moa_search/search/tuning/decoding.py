@@ -8,11 +8,11 @@ import numpy as np
 
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
-from moa_search.search.front import FrontPoint
 from moa_search.search.searchers import SEARCHERS
 from moa_search.search.searching import make_space, plan_of
 from moa_search.search.solver.exact import solve_exact
 from moa_search.search.space import SearchOptions, SearchSpace
+from moa_search.search.trade_off import FrontPoint
 from moa_search.search.tuning.knobs import Knobs, weigh
 
 __all__ = ["Decoder"]

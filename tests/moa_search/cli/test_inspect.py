@@ -9,7 +9,6 @@ from moa_search.cli import inspect
 from moa_search.formats import Plan
 from moa_search.formats.plan import LengthMetrics, Provenance
 from moa_search.search import Front
-from moa_search.search.output import write_front
 from moa_search.spans import SpanRule
 
 
@@ -32,7 +31,7 @@ def folder(tiny_profile, tmp_path):
             for n in (512, 1024)
         ]
         plans.append(plan.model_copy(update={"predicted": tuple(predicted)}))
-    write_front(Front(plans, []), tmp_path / "out")
+    Front(plans).save(tmp_path / "out")
     Plan.uniform(SpanRule(300, 0), model, sink=4, block=64).save(tmp_path / "uniform.json")
     return tmp_path
 

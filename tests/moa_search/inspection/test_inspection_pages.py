@@ -1,5 +1,6 @@
 """The pages of plans, profiles, differences and fronts: what they say, and that they stand on their own."""
 
+import dataclasses
 import itertools
 import re
 from html.parser import HTMLParser
@@ -13,8 +14,7 @@ from moa_search.formats.plan import Validation
 from moa_search.inspection import diff_page, front_page, plan_page, profile_page
 from moa_search.inspection.plan_page import layer_losses, telling_heads
 from moa_search.inspection.profiles import heaviest_heads
-from moa_search.search import SearchOptions, search_profile
-from moa_search.search.output import read_front, write_front
+from moa_search.search import Front, SearchOptions, search_profile
 from moa_search.spans import DENSE, SpanRule
 
 
@@ -46,8 +46,8 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def front(tiny_profile, tmp_path):
-    write_front(search_profile(tiny_profile, SearchOptions(density=[0.4], front_steps=2)), tmp_path)
-    return read_front(tmp_path)
+    search_profile(tiny_profile, SearchOptions(density=[0.4], front_steps=2)).save(tmp_path)
+    return Front.load(tmp_path)
 
 
 @pytest.fixture
@@ -60,15 +60,15 @@ def make(request, tiny_plan, native_plan, tiny_profile, native_profile):
     return {
         "plan": lambda: plan_page(tiny_plan),
         "all of a plan": lambda: plan_page(
-            front()[0][0].plan, lengths=[512, 1024], heads=[(0, 0)], front=front(), profile=tiny_profile
+            front().plans[0], lengths=[512, 1024], heads=[(0, 0)], front=front(), profile=tiny_profile
         ),
         "native plan": lambda: plan_page(native_plan),
         "profile": lambda: profile_page(tiny_profile),
         "native profile": lambda: profile_page(native_profile, lengths=[512], heads=[(0, 1)], criterion="recall"),
         "diff": lambda: diff_page([tiny_plan, other], ["a & b", "<c>"]),
         "the same": lambda: diff_page([tiny_plan, tiny_plan], ["a", "b"]),
-        "front": lambda: front_page(*front()),
-        "front without choice": lambda: front_page(front()[0], None),
+        "front": lambda: front_page(front()),
+        "front without choice": lambda: front_page(dataclasses.replace(front(), chosen_index=None)),
     }
 
 
@@ -127,7 +127,7 @@ def test_sections_of_a_plan(make, front):
     titles = [text for _, _, text in full.all("h2")]
     assert titles == ["Spans", "Density against length", "Cost per layer", "Masks", "Front", "Provenance"]
     assert [text for _, _, text in Elements(make["plan"]()).all("h2")].count("Front") == 0
-    plan = front[0][0].plan
+    plan = front.plans[0]
     assert plan.checksum in full.text
     assert "00 (plan.json)" in full.text
     assert "predicted loss @512" in full.text
@@ -142,7 +142,7 @@ def test_validated_losses_are_told(tiny_plan):
 
 
 def test_layers_lose_what_the_search_predicted(front, tiny_profile):
-    plan = front[0][0].plan
+    plan = front.plans[0]
     for metrics in (m for m in plan.predicted if not m.extrapolated):
         per_layer = layer_losses(plan, tiny_profile)[metrics.length]
         assert per_layer.shape == (3,)
@@ -221,8 +221,8 @@ def test_names_are_escaped(make):
 
 
 def test_a_front_says_what_is_extrapolated(front):
-    assert front[0][0].plan.predicted[-1].extrapolated
-    text = front_page(*front).render()
+    assert front.plans[0].predicted[-1].extrapolated
+    text = front_page(front).render()
     assert "≈ is extrapolated" in text
     assert "predicted loss at 1024 tokens" in text
     assert "predicted loss at 2048 tokens" not in text, "the chart keeps to what was profiled"

@@ -1,198 +1,137 @@
-"""Trading the losses at several lengths against each other."""
+"""Writing a front, and reading it back."""
 
-import itertools
+import contextlib
+import csv
 
-import numpy as np
 import pytest
 
-from moa_search.errors import ConfigError, SolverError
-from moa_search.search.front import EXTREME, default_steps, epsilon_cells, knee, lattice, trade_off
-from moa_search.search.solver.exact import solve_exact
-from moa_search.search.solver.problem import Problem, Solution
-
-
-class TestLattice:
-    def test_equal_weights_first_and_once(self):
-        assert lattice(2, 2) == [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0)]
-        assert lattice(3, 3)[0] == (1 / 3, 1 / 3, 1 / 3)
-        assert len(set(lattice(3, 3))) == len(lattice(3, 3)) == 10
-
-    @pytest.mark.parametrize(("lengths", "steps"), [(1, 6), (2, 1), (2, 6), (3, 4), (4, 6)])
-    def test_extremes_are_in_and_weights_add_up(self, lengths, steps):
-        points = lattice(lengths, steps)
-        for extreme in np.eye(lengths):
-            assert tuple(extreme) in points
-        assert all(sum(point) == pytest.approx(1) for point in points)
-
-    def test_default_steps_are_no_more_solves_than_anyone_would_validate(self):
-        counts = [len(lattice(lengths, default_steps(lengths))) for lengths in range(1, 9)]
-        assert counts[1:5] == [7, 16, 11, 16], "and equal weights, where the lattice hasn't got them"
-        assert max(counts) <= 16
-
-    def test_one_length_has_one_point(self):
-        assert lattice(1, 6) == [(1.0,)]
-
-    def test_more_points_than_anyone_would_solve_for_are_refused(self):
-        assert len(lattice(8, 5)) == 793
-        for lengths, steps in ((2, 10_000), (8, 20)):
-            with pytest.raises(ConfigError, match=f"{steps} steps over {lengths} lengths"):
-                lattice(lengths, steps)
+from moa_search.errors import ConfigError
+from moa_search.formats import Plan
+from moa_search.formats.files import atomic_write
+from moa_search.search import Front, SearchOptions, search_profile
 
 
 @pytest.fixture
-def conflict():
-    """Losses at two lengths that want different rules, and a budget that can't please both."""
-    rng = np.random.default_rng(0)
-    share = np.linspace(0.1, 1, 12)
-    short, long = (rng.lognormal(size=(20, 1)) * (1 - share) ** rng.uniform(0.5, 4, (20, 1)) for _ in range(2))
-    costs = np.array([(100 * share).astype(int)])
-    return [short, 1e-6 * long], Problem(short, costs, np.array([700]))
+def front(tiny_profile):
+    return search_profile(tiny_profile, SearchOptions(density=[0.4], criterion="squared", front_steps=3))
 
 
-def dominated(points):
-    return [
-        (a, b)
-        for a, b in itertools.permutations(points, 2)
-        if all(x <= y for x, y in zip(a.losses, b.losses, strict=True))
-    ]
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_first_weighs_lengths_equally_and_last_ones_are_extreme(conflict):
-    losses, problem = conflict
-    points = trade_off(losses, problem, solve_exact, steps=6)
-    assert len(points) > 3
-    units = [loss.max(1).sum() for loss in losses]
-    equal = [w * unit for w, unit in zip(points[0].weights, units, strict=True)]
-    assert equal[0] == pytest.approx(equal[1])
-    for index, loss in enumerate(losses):
-        best = solve_exact(Problem(loss, problem.costs, problem.limits)).objective
-        assert min(point.losses[index] for point in points) == pytest.approx(best, rel=20 * EXTREME)
-        assert points[0].losses[index] > best
+def test_every_plan_can_be_read_back(front, tmp_path):
+    front.save(tmp_path / "new" / "folder")
+    written = tmp_path / "new" / "folder"
+    assert Plan.load(written / "plan.json") == front.chosen
+    assert len(front.plans) > 1
+    for index, plan in enumerate(front.plans):
+        assert Plan.load(written / "front" / f"plan-{index:02d}.json") == plan
+    assert len(files(written)) == len(front.plans) + 2
 
 
-def test_every_plan_keeps_the_budget_and_none_is_needless(conflict):
-    losses, problem = conflict
-    points = trade_off(losses, problem, solve_exact, steps=8)
-    assert all(problem.is_feasible(point.solution.choice) for point in points)
-    assert dominated(points) == []
+class TestLoad:
+    def test_what_was_saved(self, front, tmp_path):
+        for chosen in range(len(front.plans)):
+            saved = Front(front.plans, chosen)
+            saved.save(tmp_path)
+            before = files(tmp_path)
+            assert Front.load(tmp_path) == saved
+            Front.load(tmp_path).save(tmp_path)
+            assert files(tmp_path) == before
+
+    def test_numbers_are_kept_where_one_is_missing(self, front, tmp_path):
+        front.save(tmp_path)
+        (tmp_path / "front" / "plan-01.json").unlink()
+        (tmp_path / "front" / "plan-1-old.json").write_text("no plan of it")
+        loaded = Front.load(tmp_path)
+        assert loaded.names == [name for name in front.names if name != "01"]
+        assert [Plan.load(tmp_path / file) for file in loaded.files] == list(loaded.plans)
+
+    def test_a_choice_from_elsewhere_comes_last(self, front, tiny_plan, tmp_path):
+        front.save(tmp_path)
+        tiny_plan.save(tmp_path / "plan.json")
+        loaded = Front.load(tmp_path)
+        assert loaded.chosen == loaded.plans[-1] == tiny_plan
+        assert loaded.names[-1] == f"{len(front.plans):02d}"
+
+    def test_a_front_without_a_choice(self, front, tmp_path):
+        front.save(tmp_path)
+        (tmp_path / "plan.json").unlink()
+        loaded = Front.load(tmp_path)
+        assert loaded.chosen_index is None
+        assert not any(loaded.is_chosen(index) for index in range(len(front.plans)))
+        with pytest.raises(ConfigError, match="moa-search validate"):
+            loaded.chosen  # noqa: B018
 
 
-def test_objective_is_the_weighted_sum_of_the_losses(conflict):
-    losses, problem = conflict
-    heads = np.arange(20)
-    for point in trade_off(losses, problem, solve_exact, steps=4):
-        assert sum(point.weights) == pytest.approx(1)
-        values = [loss[heads, point.solution.choice].sum() for loss in losses]
-        assert point.losses == pytest.approx(values)
-        assert point.solution.objective == pytest.approx(np.dot(point.weights, values))
-        assert point.solution.bound <= point.solution.objective
-        assert point.solution.gap < 1e-5
+def test_table_has_the_numbers_of_every_plan(front, tmp_path):
+    front.save(tmp_path)
+    with open(tmp_path / "front" / "front.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["plan"] for row in rows] == [f"plan-{i:02d}.json" for i in range(len(front.plans))]
+    for row, plan in zip(rows, front.plans, strict=True):
+        for metrics in plan.predicted:
+            assert float(row[f"density@{metrics.length}"]) == metrics.density
+            assert float(row[f"attention_density@{metrics.length}"]) == metrics.attention_density
+            assert float(row[f"loss@{metrics.length}"]) == metrics.loss
+            assert float(row[f"loss_error@{metrics.length}"]) == metrics.loss_error
+        assert float(row["gap"]) == plan.provenance.gap
 
 
-def test_a_better_plan_of_another_weighting_is_used(conflict):
-    """A solver that stops early for equal weights must not leave the chosen plan beaten by its neighbours."""
-    losses, problem = conflict
-    calls = itertools.count()
-
-    def lazy_at_first(asked):
-        if next(calls) == 0:
-            return Solution(np.zeros(20, dtype=np.int64), asked.loss(np.zeros(20, dtype=np.int64)), 0.0)
-        return solve_exact(asked)
-
-    points = trade_off(losses, problem, lazy_at_first, steps=3)
-    equal = trade_off(losses, problem, solve_exact, steps=3)[0]
-    assert points[0].weights == equal.weights
-    assert points[0].solution.bound == 0  # what was proven for these weights, no more
-    assert np.dot(equal.weights, points[0].losses) < 1.1 * equal.solution.objective
-    assert dominated(points) == []
+def test_a_plan_without_origin_has_an_empty_gap(tiny_plan):
+    bare = tiny_plan.model_copy(update={"provenance": None})
+    (row,) = Front([bare]).rows()
+    assert row["gap"] is None
+    assert row["loss@1024"] == 0.125
 
 
-def test_one_length_gives_one_plan_in_the_losses_own_unit(conflict):
-    losses, problem = conflict
-    (point,) = trade_off(losses[:1], problem, solve_exact, steps=6)
-    assert point.weights == (1.0,)
-    assert point.solution.objective == pytest.approx(solve_exact(problem).objective)
+def test_a_smaller_front_takes_the_place_of_a_larger_one(front, tmp_path):
+    front.save(tmp_path)
+    (tmp_path / "front" / "notes.txt").write_text("mine")
+    smaller = Front(front.plans[1:2])
+    smaller.save(tmp_path)
+    assert set(files(tmp_path)) == {"plan.json", "front/plan-00.json", "front/front.csv", "front/notes.txt"}
+    assert Plan.load(tmp_path / "plan.json") == Plan.load(tmp_path / "front" / "plan-00.json") == smaller.chosen
 
 
-def test_a_length_without_any_loss_leaves_the_others_alone(conflict):
-    losses, problem = conflict
-    alone = solve_exact(problem).objective
-    for order in ([losses[0], 0 * losses[0]], [0 * losses[0], losses[0]]):
-        points = trade_off(order, problem, solve_exact, steps=3)
-        assert max(points[0].losses) == pytest.approx(alone)
-        assert len(points) == 1
+class FullDisk:
+    def write(self, data):
+        raise OSError(28, "No space left on device")
 
 
-def test_nothing_lost_anywhere(conflict):
-    losses, problem = conflict
-    (point,) = trade_off([0 * loss for loss in losses], problem, solve_exact, steps=3)
-    assert point.losses == (0, 0)
-    assert point.solution.gap == 0
+@pytest.mark.parametrize("blocked", ["plan.json", "front.csv", "plan-01.json"])
+def test_an_error_leaves_the_old_files_alone(front, tmp_path, monkeypatch, blocked):
+    @contextlib.contextmanager
+    def until_full(path):
+        with atomic_write(path) as file:
+            yield FullDisk() if path.name == blocked else file
+
+    Front(front.plans[::-1]).save(tmp_path)
+    before = files(tmp_path)
+    monkeypatch.setattr("moa_search.search.front.atomic_write", until_full)
+    with pytest.raises(ConfigError, match=rf"{blocked}: can't be written \(No space left"):
+        front.save(tmp_path)
+    assert files(tmp_path) == before
 
 
-def test_progress_counts_every_solve(conflict):
-    losses, problem = conflict
-    seen = []
-    trade_off(losses, problem, solve_exact, steps=3, progress=lambda *done: seen.append(done))
-    assert seen == [(i + 1, 5) for i in range(5)]
+def test_a_folder_that_cannot_be_written(front, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can't be written"):
+        front.save(tmp_path / "file" / "folder")
 
 
-class TestKnee:
-    def test_farthest_below_the_line_between_the_ends(self):
-        assert knee([0.1, 0.2, 0.5, 1.0], [10.0, 3.0, 2.0, 0.0]) == 1
-
-    @pytest.mark.parametrize(
-        ("costs", "losses"),
-        [([1, 2], [3, 1]), ([1, 2, 3], [3, 2, 1]), ([1, 2, 3], [1, 1, 1]), ([1, 2, 3], [3, 2.9, 0])],
-    )
-    def test_there_may_be_none(self, costs, losses):
-        assert knee(costs, losses) is None
+def test_a_folder_in_the_place_of_the_plan(front, tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "plan-99.json").write_text("older")
+    with pytest.raises(ConfigError, match=r"plan\.json: can't be written"):
+        front.save(tmp_path)
+    assert files(tmp_path) == {"front/plan-99.json": b"older"}
 
 
-def solve_roughly(problem):
-    return solve_exact(problem, gap=1e-4)
-
-
-class TestEpsilonCells:
-    def test_finds_trade_offs_that_keep_their_bounds(self, conflict):
-        losses, problem = conflict
-        points = epsilon_cells(losses, problem, solve_roughly, cells=4)
-        assert len(points) > 3
-        assert dominated(points) == []
-        assert all(problem.is_feasible(point.solution.choice) for point in points)
-        for index, loss in enumerate(losses):
-            best = solve_exact(Problem(loss, problem.costs, problem.limits)).objective
-            assert min(point.losses[index] for point in points) == pytest.approx(best, rel=1e-3)
-
-    def test_first_has_the_smallest_sum_in_units_of_the_worst(self, conflict):
-        losses, problem = conflict
-        units = [loss.max(1).sum() for loss in losses]
-        points = epsilon_cells(losses, problem, solve_roughly, cells=4)
-        totals = [sum(value / unit for value, unit in zip(point.losses, units, strict=True)) for point in points]
-        assert totals[0] == min(totals)
-        weighted = epsilon_cells(losses, problem, solve_roughly, cells=4, weights=(1.0, 0.0))
-        assert weighted[0].losses[0] == min(point.losses[0] for point in points)
-
-    def test_says_when_nothing_is_found_at_all(self, conflict):
-        def out_of_time(problem):
-            raise SolverError("no time")
-
-        losses, problem = conflict
-        with pytest.raises(SolverError, match="no time"):
-            epsilon_cells(losses, problem, out_of_time, cells=4)
-
-    def test_reports_every_cell_also_those_without_a_choice(self, conflict):
-        def unbounded_only(problem):
-            if problem.head_costs is not None:
-                raise SolverError("none")
-            return solve_roughly(problem)
-
-        losses, problem = conflict
-        seen = []
-        epsilon_cells(losses, problem, unbounded_only, cells=4, progress=lambda done, total: seen.append((done, total)))
-        assert seen == [(done, 8) for done in range(1, 9)]
-
-    def test_one_length_has_one_point(self, conflict):
-        losses, problem = conflict
-        (point,) = epsilon_cells(losses[:1], problem, solve_exact, cells=4)
-        assert point.solution.objective == pytest.approx(solve_exact(problem).objective)
+def test_a_folder_in_the_place_of_one_of_the_front(front, tmp_path):
+    (tmp_path / "front" / "plan-00.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"plan-00\.json: can't be written"):
+        front.save(tmp_path)
+    assert files(tmp_path) == {}

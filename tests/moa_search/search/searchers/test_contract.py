@@ -34,7 +34,7 @@ def test_keeps_every_budget_to_the_token_and_says_which(name, tiny_profile):
         assert kept(plan, 1024) <= Fraction("0.31") * 1024 * 6
         assert kept(plan, 700) <= 200 * 6
         assert plan.provenance.budgets == tuple(front.budgets)
-    assert [asked for asked, _ in front.spent] == ["density=0.5@512", "density=0.31@1024", "tokens=200@700"]
+    assert [use.asked.text for use in front.usage] == ["density=0.5@512", "density=0.31@1024", "tokens=200@700"]
 
 
 def test_says_who_chose_and_by_what(name, tiny_profile):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moa_search.errors import ConfigError
-from moa_search.search.front import lattice
+from moa_search.search.trade_off import lattice
 from moa_search.search.tuning.knobs import RANGES, Knobs, KnobSpace, unit_losses, weigh
 
 LENGTHS = (512, 1024, 2048)
