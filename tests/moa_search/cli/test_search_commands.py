@@ -197,10 +197,6 @@ def test_a_misspelt_command(call):
     assert "did you mean 'validate'" in one_line(call("validat", "out"))
 
 
-def test_serve_refuses_files(call):
-    assert "sqlite" in one_line(call("serve", "sqlite:///x.db")).lower()
-
-
 def test_help_names_the_other_commands(call):
     status, out, _ = call("--help")
     assert status == 0
