@@ -67,7 +67,7 @@ def search_front(
             short as DuoAttention does, per-layer has one rule a layer, recall keeps most attention mass, uniform
             has one rule for all, as StreamingLLM does.
         anchor: Where a rule is evaluated; position at every query's own, prompt once at the total length.
-        rules_per_layer: Most different rules in one layer, 1 to 3; any number by default.
+        rules_per_layer: Most different rules in one layer, 1 or 2; any number by default.
         length_weights: Weights of the losses in the chosen plan, such as 1024=1 2048=3; equal by default.
         predict_lengths: Lengths never profiled to predict losses at, by extrapolation; they count like profiled ones.
             By default exact looks ahead to twice the longest profiled length, where a budget holds there.

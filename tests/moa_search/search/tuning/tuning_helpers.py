@@ -81,6 +81,7 @@ def tuning(folder: Path, trials: int, **fields) -> Tuning:
 
 def worker(index: int, device: str | None, shared: Tuning, seconds: float) -> None:
     """Target of worker processes."""
+    shared.folder.mkdir(parents=True, exist_ok=True)
     (shared.folder / f"worker-{index}").touch()
     work(shared, decode, partial(true_loss, seconds=seconds), worker=index)
 
