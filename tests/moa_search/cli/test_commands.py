@@ -135,7 +135,7 @@ class TestOptions:
             "criterion": "signed", "searcher": "uniform",
             "time_limit_s": 1.5, "front_steps": 2, "plan": ["a", "b"], "baselines": ["dense"],
             "profile": "p", "answers": "dataset", "max_answer_tokens": 9, "chat": "never", "save_samples": "s",
-            "resume": False, "device_map": "auto", "profiles": ["a", "b"], "under_plan": "u", "folder": "f",
+            "resume": False, "device_map": "auto", "profiles": ["a", "b"], "folder": "f",
             "densities": [0.1, 0.2], "budget": ["kv=2GiB@32k"], "hardware": "h200", "weights_bytes": 12,
             "anchor": "prompt", "rules_per_layer": 2, "length_weights": ["512=1"], "predict_lengths": [4096],
             "robust": 0.5, "min_span": 64, "layer_floor": ["0=1.0"], "validate": "demo", "searchers": ["moa", "duo"],
