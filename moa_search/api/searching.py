@@ -12,6 +12,7 @@ from moa_search.api.common import (
     Searcher,
     model_and_tokenizer,
     require_positive,
+    require_profile_fits,
     require_writable_folder,
 )
 from moa_search.api.options import DEFAULT_DENSITY, load_profile, search_options
@@ -89,7 +90,6 @@ def search_front(
         MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.errors import ConfigError
-    from moa_search.formats import ModelSignature
     from moa_search.search import search_densities, search_profile
 
     require_positive(time_limit_s=time_limit_s)
@@ -102,7 +102,7 @@ def search_front(
     network = None
     if validate is not None:  # before the search: a wrong model is told at once, and nothing is written
         network = model_and_tokenizer(validate, dtype="auto", device="auto")
-        statistics.header.model.require(ModelSignature.of(network[0].config), "the profile")
+        require_profile_fits(statistics, network[0])
     options = search_options(
         statistics,
         density=density,

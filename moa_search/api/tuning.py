@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Criterion, Dtype, Progress, require_positive, require_writable_folder
+from moa_search.api.common import (
+    Criterion,
+    Dtype,
+    Progress,
+    require_positive,
+    require_profile_fits,
+    require_writable_folder,
+)
 from moa_search.api.options import load_profile, search_options
 from moa_search.api.validating import held_out_loss
 
@@ -182,12 +189,11 @@ class _Setup:
 
     def start(self, device: str | None) -> _Run:
         """Load the model and draw the samples."""
-        from moa_search.formats import ModelSignature
         from moa_search.modeling.loading import load_model
         from moa_search.search.tuning.decoding import Decoder
 
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=device or "auto")
-        self.profile.header.model.require(ModelSignature.of(model.config), "the profile")
+        require_profile_fits(self.profile, model)
         truth = held_out_loss(
             model,
             tokenizer,
