@@ -29,6 +29,20 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-impls", action="store_true", help="run the runtime's matrix by every implementation, whole")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only `--all-impls` runs."""
+    if config.getoption("--all-impls"):
+        return
+    left = [item for item in items if item.get_closest_marker("all_impls") is None]
+    if len(left) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("all_impls")])
+        items[:] = left
+
+
 @pytest.fixture
 def tiny_signature() -> ModelSignature:
     """Three layers of four query heads, two to a KV head."""

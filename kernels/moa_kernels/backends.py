@@ -1,8 +1,8 @@
-"""Which implementation runs: Triton kernels or their plain torch references.
+"""Which implementation runs: Triton kernels, the CPU library, or their plain torch references.
 
-``impl`` is ``"triton"``, ``"torch"`` or ``"auto"``. What an implementation can't do is an error, never another
-result in silence. ``"auto"`` takes the implementation that `PREFERRED` names for the tensors' device, and torch for
-everything that it can't do, saying why once in the log.
+``impl`` is ``"triton"``, ``"cpu"``, ``"torch"`` or ``"auto"``. What an implementation can't do is an error, never
+another result in silence. ``"auto"`` takes the implementation that `PREFERRED` names for the tensors' device, and torch
+for everything that it can't do, saying why once in the log.
 
 A further implementation is a member of `Backend`, a function in `OBSTACLES` that says what it can't do, a place in
 `PREFERRED`, and a branch in the ``run`` of each operation's ``op.py``.
@@ -36,12 +36,12 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-Impl = Literal["auto", "triton", "torch"]
+Impl = Literal["auto", "triton", "cpu", "torch"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 HEAD_DIMS = range(1, 257)
-"""Head dimensions that kernels take; they are padded to the next power of two, at least 16."""
+"""Head dimensions that kernels take; Triton's are padded to the next power of two, at least 16."""
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -56,6 +56,7 @@ class Backend(enum.StrEnum):
     """An implementation that was found to run on some tensors; given as ``impl``, it isn't questioned again."""
 
     TRITON = "triton"
+    CPU = "cpu"
     TORCH = "torch"
 
 
@@ -93,7 +94,7 @@ def choose(impl: str, *tensors: Tensor, head_dim: int | None, dtypes: Sequence[t
     if isinstance(impl, Backend):
         return impl
     if impl not in get_args(Impl):
-        raise ValueError(f'impl is {impl!r}; it must be "auto", "triton" or "torch"')
+        raise ValueError(f'impl is {impl!r}; it must be "auto", "triton", "cpu" or "torch"')
     asked = PREFERRED.get(tensors[0].device.type) if impl == "auto" else Backend(impl)
     if asked is None or asked is Backend.TORCH:
         return Backend.TORCH
@@ -160,29 +161,47 @@ _obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _triton_obstacle(inputs: Inputs) -> str | None:
     """Why Triton kernels can't run on these inputs, or None."""
-    device, dtype = inputs.devices[0], inputs.dtypes[0]
+    device = inputs.devices[0]
     if device.type != "cuda" and not interpreting():
         return f"Triton kernels need a CUDA device, not {device.type!r}, or TRITON_INTERPRET=1 to be tried without one"
     if not _triton_installed():
         return "Triton isn't installed (pip install triton, on Linux)"
     if device.type == "cuda" and _too_old(device):
         return f"{_too_old(device)} is older than compute capability 8.0, which the kernels need"
+    return _common_obstacle(inputs, "Triton kernels")
+
+
+def _cpu_obstacle(inputs: Inputs) -> str | None:
+    """Why the CPU library can't run on these inputs, or None; finds or compiles it where all else fits."""
+    from moa_kernels.cpu.library import unavailable
+
+    if inputs.devices[0].type != "cpu":
+        return f"the CPU kernels need tensors on a CPU, not {inputs.devices[0].type!r}"
+    return _common_obstacle(inputs, "the CPU kernels") or unavailable()
+
+
+def _common_obstacle(inputs: Inputs, who: str) -> str | None:
+    """What no kernel can do."""
+    device, dtype = inputs.devices[0], inputs.dtypes[0]
     if any(other != device for other in inputs.devices):
         return "tensors lie on several devices"
     if dtype not in inputs.takes:
         names = [str(dtype).removeprefix("torch.") for dtype in (*inputs.takes, dtype)]
-        return f"this Triton kernel takes {', '.join(names[:-1])}, not {names[-1]}"
+        return f"{who} take {', '.join(names[:-1])} here, not {names[-1]}"
     if any(other != dtype for other in inputs.dtypes):
         return "tensors differ in type"
     if inputs.head_dim is not None and inputs.head_dim not in HEAD_DIMS:
-        return f"head_dim is {inputs.head_dim}; Triton kernels take 1 to {HEAD_DIMS[-1]}"
+        return f"head_dim is {inputs.head_dim}; {who} take 1 to {HEAD_DIMS[-1]}"
     if inputs.gradient:
-        return "Triton kernels have no gradient here; use torch.no_grad()"
+        return f"{who} have no gradient here; use torch.no_grad()"
     return None
 
 
-OBSTACLES: dict[Backend, Callable[[Inputs], str | None]] = {Backend.TRITON: _triton_obstacle}
+OBSTACLES: dict[Backend, Callable[[Inputs], str | None]] = {
+    Backend.TRITON: _triton_obstacle,
+    Backend.CPU: _cpu_obstacle,
+}
 """For each implementation but torch, why it can't run on some inputs, or None."""
 
-PREFERRED = {"cuda": Backend.TRITON}
+PREFERRED = {"cuda": Backend.TRITON, "cpu": Backend.CPU}
 """What ``"auto"`` takes by type of device; torch elsewhere."""

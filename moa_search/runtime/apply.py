@@ -46,8 +46,9 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
     Args:
         model: A transformers decoder.
         plan: The plan, made for this model.
-        impl: What attends: ``"triton"`` kernels, plain ``"torch"``, or ``"auto"``, which is Triton on CUDA devices for
-            whatever the kernels can do and no gradient is asked of, and torch otherwise.
+        impl: What attends: ``"triton"`` kernels, the ``"cpu"`` library, plain ``"torch"``, or ``"auto"``, which is
+            Triton on CUDA devices and the library on CPUs for whatever they can do and no gradient is asked of, and
+            torch otherwise. The library is compiled at first use where the package doesn't carry it.
 
     Returns:
         ``model``.
@@ -56,7 +57,7 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
         ConfigError: The plan's rules aren't anchored at positions, or ``impl`` is unknown.
         ModelMismatchError: The plan was made for another model.
         ModelUnsupportedError: The model's attention can't be replaced.
-        BackendUnavailableError: Triton was asked for and can't run on the model's device or type.
+        BackendUnavailableError: What ``impl`` names can't run on the model's device or type.
     """
     text = text_config(model.config)
     rules = layer_rules(plan, model.config)

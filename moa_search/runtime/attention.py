@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from moa_kernels.backends import Backend
 from transformers.masking_utils import causal_mask_function
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.modeling import attention as modeling
 from moa_search.modeling.private import is_causal_mask
-from moa_search.runtime import blockwise, decoding, kernels
+from moa_search.runtime import blockwise, decoding, kernels, native
 from moa_search.runtime.rules import LayerRules
 from moa_search.runtime.staged import Staged
 
@@ -27,7 +27,7 @@ RULES_ATTRIBUTE = "_moa_rules"
 """Attribute of attention modules that holds their `LayerRules`."""
 
 IMPL_ATTRIBUTE = "_moa_impl"
-"""Attribute of attention modules that says what runs them: ``"triton"``, ``"torch"`` or ``"auto"``."""
+"""Attribute of attention modules that says what runs them: ``"triton"``, ``"cpu"``, ``"torch"`` or ``"auto"``."""
 
 
 def register() -> None:
@@ -111,7 +111,7 @@ def moa_attention(
 
     Raises:
         UnsupportedInputError: An argument can't be honoured.
-        BackendUnavailableError: Triton kernels were asked for and can't run.
+        BackendUnavailableError: What was asked for can't run.
     """
     rules = getattr(module, RULES_ATTRIBUTE, None)
     if not isinstance(rules, LayerRules):
@@ -145,21 +145,27 @@ def moa_attention(
         "softcap": softcap,
         "sink_logits": s_aux,
     }
-    rings = past if past is not None and past.decodes(query.shape[2], valid) else None
-    # A cache of fixed size decodes by operators whatever runs them: nothing here may depend on what they find.
-    fixed = rings is not None and rings.is_compileable
-    backend = impl if fixed else kernels.chosen(impl, query, key, value)
-    with_kernels = fixed or backend != "torch"
-    if rings is not None and with_kernels:
-        rings.commit(key, value, valid, backend)
-        out = rings.decode(query, backend, **options)
-    elif past is not None and not with_kernels and decoding.applies(past, valid, query, key, value):
+    decodes = past is not None and past.decodes(query.shape[2], valid)
+    if past is not None and decodes and past.is_compileable:
+        # Operators decode whatever runs them: in a compiled step, nothing may depend on what they find.
+        past.commit(key, value, valid, impl)
+        return past.decode(query, impl, **options).transpose(1, 2).contiguous(), None
+    backend = kernels.chosen(impl, query, key, value)
+    fixed = past is not None and past.is_compileable
+    if backend == Backend.CPU and not fixed and not torch.compiler.is_compiling():
+        return native.attend(query, key, value, valid, rules, past, **options), None
+    if past is not None and decodes and backend != Backend.TORCH:
+        past.commit(key, value, valid, backend)
+        out = past.decode(query, backend, **options)
+    elif past is not None and backend == Backend.TORCH and decoding.applies(past, valid, query, key, value):
         return decoding.decode_one(past, query, key, value, **options), None
     else:
-        attend = partial(kernels.prefill, impl=backend) if with_kernels else blockwise.attend
-        out = attend(query, key, value, valid, rules, past, **options)
+        if backend == Backend.TORCH:
+            out = blockwise.attend(query, key, value, valid, rules, past, **options)
+        else:
+            out = kernels.prefill(query, key, value, valid, rules, past, impl=backend, **options)
         if past is not None:
-            past.commit(key, value, valid, backend if with_kernels else impl)
+            past.commit(key, value, valid, backend)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -134,12 +134,14 @@ def decode_one(
     Returns:
         ``[batch, 1, heads, value_dim]``.
     """
-    table = past.make_room(1)
+    past.make_room(1)
+    table = past.table()
     masks = None
     if past.is_even:
         slots = torch.tensor(table.slots(past.longest))
         past.keys.index_copy_(1, slots, key[:, :, 0])
         past.values.index_copy_(1, slots, value[:, :, 0])
+        past.lens = past.lens + 1
         past.advance(1)
     else:
         past.commit(key, value, None)

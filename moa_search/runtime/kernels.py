@@ -1,4 +1,4 @@
-"""A layer's attention by the Triton kernels of `moa_kernels`."""
+"""A layer's attention by the operations of `moa_kernels`, whatever runs them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def chosen(impl: Impl, *states: torch.Tensor) -> Backend:
 
     Raises:
         ConfigError: ``impl`` is unknown.
-        BackendUnavailableError: ``impl`` is ``"triton"`` and they can't; says why.
+        BackendUnavailableError: ``impl`` names kernels that can't; says why.
     """
     widths = {tensor.shape[-1] for tensor in states}
     if impl != "torch" and len(widths) > 1:
-        if impl == "triton":
+        if impl != "auto":
             raise BackendUnavailableError(
-                f'queries, keys and values are {sorted(widths)} wide, Triton kernels take one width; use impl="torch" '
-                'or "auto"'
+                f"queries, keys and values are {sorted(widths)} wide, kernels take one width; "
+                'use impl="torch" or "auto"'
             )
         return Backend.TORCH
     try:

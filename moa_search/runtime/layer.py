@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from moa_kernels.rings import RingLayout
 
+    from moa_search.runtime.native import Step
     from moa_search.runtime.rules import LayerRules
 
 __all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACacheLayer"]
@@ -52,6 +53,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         layout: Where every head's keys are.
         cumulative_length: Tokens seen including padding.
         record_past: Whether room for a rollback of `ROLLBACK_TOKENS` is kept.
+        step: The call of the CPU library that decodes, as it was last filled in.
     """
 
     is_croppable = True
@@ -68,6 +70,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     _reserved: int
     _slack: int
     _table: DecodingTable | None
+    step: Step | None
 
     def __init__(self, rules: LayerRules) -> None:
         super().__init__()
@@ -172,16 +175,18 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._unpadded = self._unpadded + tokens if trailing == tokens else trailing
         self._staged = False
 
-    def make_room(self, tokens: int) -> DecodingTable:
-        """Lay the rings out for so many more tokens; a table of the layout that results."""
+    def make_room(self, tokens: int) -> None:
+        """Lay the rings out for so many more tokens."""
         self._reserve(self._longest + tokens)
+
+    def table(self) -> DecodingTable:
+        """The layout as the torch path decodes by it; made once per layout."""
         if self._table is None or self._table.layout is not self.layout:
             self._table = DecodingTable(self.rules, self.layout, self._floor[0].tolist())
         return self._table
 
     def advance(self, tokens: int) -> None:
-        """Count new tokens, none of them padding, that were stored where `layout` says, after `make_room`."""
-        self.lens = self.lens + tokens
+        """Count new tokens, none of them padding, that were stored where `layout` says, and in ``lens``."""
         self._longest += tokens
         self.cumulative_length += tokens
         self._unpadded += tokens
@@ -289,7 +294,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._staged = False
         self._reserved = self._slack = 0
         self._longest = 0
-        self._table = None
+        self._table = self.step = None
         self._even = True  # whether all samples have the same length
         self._unpadded = 0  # newest tokens since the last padding in any sample
 

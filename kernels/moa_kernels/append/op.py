@@ -51,11 +51,11 @@ def append_tokens(
         lens: int64 ``[batch]``, tokens stored before.
         layout: Where each head's keys are.
         counts: int64 ``[batch]``, real tokens per sample; all ``new`` by default.
-        impl: ``"triton"``, ``"torch"`` or ``"auto"``.
+        impl: ``"triton"``, ``"cpu"``, ``"torch"`` or ``"auto"``.
 
     Raises:
         ValueError: Shapes or types don't fit.
-        BackendUnavailableError: ``impl="triton"`` can't run here.
+        BackendUnavailableError: What ``impl`` names can't run here.
     """
     call = Append(keys, values, new_keys.detach(), new_values.detach(), lens, layout, counts)
     _check(call)
@@ -73,6 +73,10 @@ def run(backend: str, call: Append) -> None:
         from moa_kernels.append import launch
 
         implementation = launch.append_tokens
+    elif backend == Backend.CPU:
+        from moa_kernels.cpu import ops
+
+        implementation = ops.append_tokens
     with on_device_of(call.keys):
         implementation(call)
 

@@ -50,7 +50,7 @@ def span_decode(
         scale: Factor on the logits; ``head_dim ** -0.5`` by default.
         softcap: Bounds logits smoothly: ``softcap * tanh(logits / softcap)`` (Gemma 2).
         sink_logits: ``[heads]``, one more logit per head that takes weight but has no value (GPT-OSS).
-        impl: ``"triton"``, ``"torch"`` or ``"auto"``.
+        impl: ``"triton"``, ``"cpu"``, ``"torch"`` or ``"auto"``.
 
     Returns:
         Output ``[batch, heads, new, head_dim]`` in the dtype of ``query``, and float32 ``[batch, heads, new]``, the
@@ -59,7 +59,7 @@ def span_decode(
 
     Raises:
         ValueError: Shapes, types or numbers don't fit.
-        BackendUnavailableError: ``impl="triton"`` can't run here.
+        BackendUnavailableError: What ``impl`` names can't run here.
     """
     call = Decode(
         query, keys, values, lens, layout, spans, query.shape[-1] ** -0.5 if scale is None else scale, softcap,
@@ -80,6 +80,10 @@ def run(backend: str, call: Decode) -> tuple[Tensor, Tensor]:
         from moa_kernels.decode import launch
 
         implementation = launch.span_decode
+    elif backend == Backend.CPU:
+        from moa_kernels.cpu import ops
+
+        implementation = ops.span_decode
     with on_device_of(call.query):
         return implementation(call)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import Backend, choose, on_device_of
+from moa_kernels.backends import Backend, BackendUnavailableError, choose, on_device_of
 from moa_kernels.influence import reference
 from moa_kernels.influence.reference import STATISTICS, Influence
 
@@ -63,6 +63,8 @@ def influence_statistics(
         query, key, value, grad_out, tuple(windows), row_buckets, bucket_rows, sink, scale, softcap, sink_logits
     )
     _check(call)
+    if impl == "auto" and query.device.type == "cpu":
+        impl = "torch"  # the CPU library doesn't compute these
     backend = choose(impl, *call[:4], head_dim=key.shape[-1])
     totals: Tensor = _operator(*call, backend.value) if torch.compiler.is_compiling() else run(backend, call)
     return dict(zip(STATISTICS, totals.unbind(), strict=True))
@@ -70,6 +72,8 @@ def influence_statistics(
 
 def run(backend: str, call: Influence) -> Tensor:
     """Run an implementation that can."""
+    if backend == Backend.CPU:
+        raise BackendUnavailableError('the CPU kernels compute no influence; use impl="torch" or "auto"')
     implementation = reference.influence_totals
     if backend == Backend.TRITON:
         from moa_kernels.influence import launch

@@ -44,7 +44,7 @@ def span_prefill(
         scale: Factor of the scores; ``head_dim ** -0.5`` by default.
         softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         sink_logits: ``[heads]``, one more logit per head that takes weight but has no value (GPT-OSS).
-        impl: ``"triton"``, ``"torch"`` or ``"auto"``, as in `moa_kernels.backends`.
+        impl: ``"triton"``, ``"cpu"``, ``"torch"`` or ``"auto"``, as in `moa_kernels.backends`.
 
     Returns:
         Output ``[batch, heads, queries, head_dim]`` in the type of ``query``, and the natural log-sum-exp of the
@@ -53,7 +53,7 @@ def span_prefill(
 
     Raises:
         ValueError: Shapes don't fit each other or the rules.
-        BackendUnavailableError: Triton was asked for and can't run.
+        BackendUnavailableError: What ``impl`` names can't run here.
     """
     call = Prefill(
         query, key, value, spans, starts, ends, key.shape[-1] ** -0.5 if scale is None else scale, softcap, sink_logits
@@ -73,6 +73,10 @@ def run(backend: str, call: Prefill) -> tuple[Tensor, Tensor]:
         from moa_kernels.prefill import launch
 
         implementation = launch.span_prefill
+    elif backend == Backend.CPU:
+        from moa_kernels.cpu import ops
+
+        implementation = ops.span_prefill
     with on_device_of(call.query):
         return implementation(call)
 

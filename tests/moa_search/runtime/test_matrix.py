@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from functools import cache
 
@@ -26,6 +27,20 @@ SINGLE_PRECISION_INSIDE = {"minimax_m2"}
 NEW = 14
 
 
+SAMPLE = ("llama", "gemma2", "gpt_oss", "qwen2 with sliding layers", "gpt_neox", "falcon_h1")
+"""What the CPU library runs, too, where not all is asked for (``--all-impls``): groups of one and more, soft caps, sink
+logits, sliding windows, a hybrid."""
+
+
+def each(architectures):
+    """Each architecture on the torch path in double precision, then by the CPU library in single precision."""
+    cases = list(architectures)
+    for name in architectures:
+        marks = () if name in SAMPLE else pytest.mark.all_impls
+        cases.append(pytest.param(f"{name} by cpu", marks=marks))
+    return pytest.mark.parametrize("architecture", cases)
+
+
 def random_plan(model, seed):
     """Other rules for every head; in each layer at least one that is not dense."""
     signature = ModelSignature.of(model.config)
@@ -44,12 +59,15 @@ def random_plan(model, seed):
 
 @cache
 def prepared(architecture):
-    """A model under a plan, the plan, and the reference."""
-    model = make_model(architecture)
+    """A model under a plan, the plan, and the reference, in double precision."""
+    name, by_cpu = architecture.removesuffix(" by cpu"), architecture.endswith(" by cpu")
+    model = make_model(name)
     model.generation_config.eos_token_id = None
-    plan = random_plan(model, architecture)
+    plan = random_plan(model, name)
     reference = explicit(model, plan)
-    return apply_plan(model, plan), plan, reference
+    if by_cpu:
+        model.float()
+    return apply_plan(model, plan, impl="cpu" if by_cpu else "torch"), plan, reference
 
 
 def prompts(batch, length, seed=0):
@@ -69,7 +87,19 @@ def forward(model, part, **options):
 def assert_close(architecture, found, expected):
     """Equal but for rounding."""
     loose = {"rtol": 1.3e-6, "atol": 1e-5} if architecture in SINGLE_PRECISION_INSIDE else {}
+    if architecture.endswith(" by cpu"):
+        found, expected = found.double(), expected.double()
+        loose = {"rtol": 1e-6, "atol": 4 * error_of_single_precision(architecture)}
     torch.testing.assert_close(found, expected, **loose)
+
+
+@cache
+def error_of_single_precision(architecture):
+    """Largest error of a logit that plain attention makes where the whole model computes in single precision."""
+    _, _, reference = prepared(architecture)
+    sequence = prompts(2, 70)
+    single = copy.deepcopy(reference).float()
+    return (logits(single, sequence).double() - logits(reference, sequence)).abs().max().item()
 
 
 def assert_follows(reference, sequence, start):
@@ -77,12 +107,14 @@ def assert_follows(reference, sequence, start):
     assert torch.equal(sequence[:, start:], logits(reference, sequence)[:, start - 1 : -1].argmax(-1))
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@each(ALL)
 def test_a_forward_pass(architecture):
     model, _, reference = prepared(architecture)
     prompt = prompts(2, 61)
     expected = logits(reference, prompt)
-    torch.testing.assert_close(logits(model, prompt), expected)
+    assert_close(architecture, logits(model, prompt), expected)
+    if architecture.endswith(" by cpu"):
+        return
     own = make_model(architecture)
     own.set_attn_implementation("eager")
     dense = logits(own, prompt)
@@ -92,7 +124,7 @@ def test_a_forward_pass(architecture):
     torch.testing.assert_close(logits(without, prompt), dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@each(ALL)
 def test_greedy_decoding_of_a_left_padded_batch(architecture):
     model, _, reference = prepared(architecture)
     prompt, real = prompts(2, 47), torch.ones(2, 47, dtype=torch.int64)
@@ -100,18 +132,18 @@ def test_greedy_decoding_of_a_left_padded_batch(architecture):
     prompt[1, :13] = 0
     found = model.generate(prompt, attention_mask=real, max_new_tokens=NEW, do_sample=False)
     assert_follows(reference, found[:1], 47)
-    if architecture not in OWN_STATE:
+    if architecture.removesuffix(" by cpu") not in OWN_STATE:
         assert_follows(reference, found[1:, 13:], 47 - 13)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ALL if name != "falcon_h1"])
+@each([name for name in ALL if name != "falcon_h1"])
 def test_a_cache_of_fixed_size(architecture):
     model, _, reference = prepared(architecture)
     found = model.generate(prompts(2, 40), max_new_tokens=NEW, do_sample=False, cache_implementation="static")
     assert_follows(reference, found, 40)
 
 
-@pytest.mark.parametrize("architecture", ATTENTION_ONLY)
+@each(ATTENTION_ONLY)
 def test_right_and_inner_padding(architecture):
     model, plan, reference = prepared(architecture)
     sequence, real = prompts(2, 60), torch.ones(2, 60, dtype=torch.int64)
@@ -126,7 +158,7 @@ def test_right_and_inner_padding(architecture):
         assert_close(architecture, mine[mask], logits(reference, sample[mask][None])[0])
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@each(ALL)
 def test_sampling_with_a_seed(architecture):
     model, _, reference = prepared(architecture)
     options = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 2, "temperature": 2.0, "top_k": 20}
@@ -137,7 +169,7 @@ def test_sampling_with_a_seed(architecture):
     assert not torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("architecture", [name for name in ALL if name not in OWN_STATE])
+@each([name for name in ALL if name not in OWN_STATE])
 def test_beam_search(architecture):
     model, _, reference = prepared(architecture)
     options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
@@ -145,7 +177,7 @@ def test_beam_search(architecture):
     assert torch.equal(model.generate(prompts(2, 40), **options), expected)
 
 
-@pytest.mark.parametrize("architecture", ATTENTION_ONLY)
+@each(ATTENTION_ONLY)
 def test_prefill_in_chunks(architecture):
     model, plan, reference = prepared(architecture)
     sequence = prompts(2, 70)
@@ -153,17 +185,17 @@ def test_prefill_in_chunks(architecture):
     assert_close(architecture, found, logits(reference, sequence))
 
 
-@pytest.mark.parametrize("architecture", [name for name in HYBRIDS if name not in OWN_STATE])
+@each([name for name in HYBRIDS if name not in OWN_STATE])
 def test_prefill_of_hybrids_in_chunks(architecture):
     """Equals that with transformers' own cache: some linear attention depends on the chunks, without a plan, too."""
     model, plan, _ = prepared(architecture)
     sequence = prompts(2, 70)
     held, stock = MoACache(model.config, plan), DynamicCache(config=model.config)
-    torch.testing.assert_close(in_chunks(model, sequence, held), in_chunks(model, sequence, stock))
+    assert_close(architecture, in_chunks(model, sequence, held), in_chunks(model, sequence, stock))
     assert 0 < held.nbytes < sum(layer.keys.nbytes * 2 for layer in stock.layers if isinstance(layer, DynamicLayer))
 
 
-@pytest.mark.parametrize("architecture", [name for name in ALL if name not in OWN_STATE])
+@each([name for name in ALL if name not in OWN_STATE])
 def test_turns_on_a_kept_cache(architecture):
     model, plan, reference = prepared(architecture)
     sequence, held = prompts(1, 30), MoACache(model.config, plan)

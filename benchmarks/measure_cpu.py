@@ -1,6 +1,6 @@
 """Prefill and decoding on a CPU, under plans and dense: the tables of docs/throughput.md.
 
-    OMP_NUM_THREADS=1 python scripts/measure_cpu.py decode --lengths 1024 4096 --dtypes bfloat16 --output cpu.jsonl
+    OMP_NUM_THREADS=1 python benchmarks/measure_cpu.py decode --lengths 1024 4096 --dtypes bfloat16 --output cpu.jsonl
 
 Dense is transformers' SDPA with a DynamicCache. The cells of a row take turns in one process, so that a busy machine
 slows all of them; with one thread, that thread's CPU time counts, with several the clock on the wall. Times are minima.

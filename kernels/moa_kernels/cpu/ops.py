@@ -1,0 +1,67 @@
+"""The operations of `moa_kernels` by the library: same arguments, same results as their torch references."""
+
+from __future__ import annotations
+
+from ctypes import byref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moa_kernels.cpu.calls import LayerCall, place_rings, rows_contiguous, strided
+from moa_kernels.cpu.library import Call, library
+
+if TYPE_CHECKING:
+    from moa_kernels.append.reference import Append
+    from moa_kernels.decode.reference import Decode
+    from moa_kernels.prefill.reference import Prefill
+
+__all__ = ["append_tokens", "span_decode", "span_prefill"]
+
+
+def span_prefill(call: Prefill) -> tuple[Tensor, Tensor]:
+    """As `moa_kernels.prefill.span_prefill`."""
+    query, key = call.query, call.key
+    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+    run = LayerCall(
+        query, call.spans, scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits, out=out
+    )  # fmt: skip
+    run.new_tokens(key, call.value)
+    run.log_sum_exp(lse)
+    if call.starts is not None or call.ends is not None:
+        batch, keys = len(query), key.shape[2]
+        starts = query.new_zeros(batch, dtype=torch.int64) if call.starts is None else call.starts.long()
+        ends = torch.full_like(starts, keys) if call.ends is None else call.ends.long().clamp(max=keys)
+        first = starts.clamp(min=0)
+        run.real((ends - first).clamp(min=0), first[:, None] + torch.arange(keys))
+        run.before((-starts).clamp(min=0))  # tokens that positions count, and whose keys aren't here
+    run.run("prefill")
+    return out, lse
+
+
+def span_decode(call: Decode) -> tuple[Tensor, Tensor]:
+    """As `moa_kernels.decode.span_decode`."""
+    query = call.query
+    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+    run = LayerCall(
+        query, call.spans, scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits, out=out
+    )  # fmt: skip
+    run.rings(call.keys, call.values, call.layout)
+    run.before(call.lens.contiguous())
+    run.log_sum_exp(lse)
+    run.run("decode")
+    return out, lse
+
+
+def append_tokens(call: Append) -> None:
+    """As `moa_kernels.append.append_tokens`, for types of any size."""
+    new_keys, new_values = (rows_contiguous(states) for states in (call.new_keys, call.new_values))
+    struct = Call(key=strided(new_keys), value=strided(new_values))
+    struct.batch, struct.kv_heads, struct.new_keys, struct.dim = new_keys.shape
+    struct.value_dim, struct.item_bytes = new_values.shape[3], new_keys.itemsize
+    place_rings(struct, call.keys, call.values)
+    lens, rings = call.lens.contiguous(), call.layout.tensor(call.keys.device)
+    counts = None if call.counts is None else call.counts.contiguous()
+    struct.lens, struct.rings = lens.data_ptr(), rings.data_ptr()
+    struct.counts = None if counts is None else counts.data_ptr()
+    library().moa_append(byref(struct))

@@ -1,0 +1,65 @@
+// Attention under per-head spans over a ragged ring cache, on CPUs: a plain C interface, nothing of torch or Python.
+#include "append.h"
+#include "decode.h"
+#include "prefill.h"
+
+namespace moa {
+namespace {
+
+template <template <class> class Run>
+void by_type(const Call& a) {
+  switch (a.dtype) {
+    case 0: return Run<float>::run(a);
+    case 1: return Run<bf16>::run(a);
+    default: return Run<fp16>::run(a);
+  }
+}
+template <class T>
+struct Prefill {
+  static void run(const Call& a) { prefill<T>(a); }
+};
+template <class T>
+struct Decode {
+  static void run(const Call& a) { decode<T>(a); }
+};
+
+void advance(const Call& a) {
+  for (int64_t b = 0; b < a.batch; b++) a.lens[b] += a.counts ? a.counts[b] : a.new_keys;
+}
+
+}  // namespace
+}  // namespace moa
+
+extern "C" {
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT int moa_call_bytes() { return sizeof(moa::Call); }
+EXPORT int moa_lanes() { return moa::L; }
+EXPORT int moa_multiplies_bf16() { return moa::Pairs::PER == 2; }
+
+// Asks the system for AMX tiles, once per process, before the first use: 1 if it may use them, -1 if not, 0 if the
+// library doesn't want any.
+EXPORT int moa_tiles() {
+#if defined(MOA_TILES)
+  return moa::tiles_allowed() ? 1 : -1;
+#else
+  return 0;
+#endif
+}
+
+// Attention of the new tokens to the rings and to each other.
+EXPORT void moa_prefill(const moa::Call* a) { moa::by_type<moa::Prefill>(*a); }
+
+// Stores the new tokens.
+EXPORT void moa_append(const moa::Call* a) { moa::append(*a); }
+
+// Attention of the newest tokens, which are stored and counted in `lens` already.
+EXPORT void moa_decode(const moa::Call* a) { moa::by_type<moa::Decode>(*a); }
+
+// A decoding step: stores the new tokens, counts them in `lens`, and lets them attend.
+EXPORT void moa_step(const moa::Call* a) {
+  moa::append(*a);
+  moa::advance(*a);
+  moa::by_type<moa::Decode>(*a);
+}
+}
