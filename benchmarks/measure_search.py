@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, and nothing else")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="LxHxR", help="layers x heads x rules")
-    parser.add_argument("--limits", nargs="+", default=LIMITS, metavar="M", help="rules per layer: none, 1, 2 or 3")
+    parser.add_argument("--limits", nargs="+", default=LIMITS, metavar="M", help="rules per layer: none, 1 or 2")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="wall seconds for one method")
     parser.add_argument("--gap", type=float, help="relative gap at which both methods stop")

@@ -14,7 +14,7 @@ from moa_search.api.measuring import WayKind, measure_throughput
 from moa_search.api.profiling import merge_profiles, profile_model
 from moa_search.api.reporting import report_model
 from moa_search.api.searching import search_front, search_plan
-from moa_search.api.tuning import serve_study, tune_plan
+from moa_search.api.tuning import tune_plan
 from moa_search.api.validating import validate_front
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "run_harness",
     "search_front",
     "search_plan",
-    "serve_study",
     "tune_plan",
     "validate_front",
 ]

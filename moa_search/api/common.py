@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moa_search.formats import Plan
+    from moa_search.formats import Plan, Profile
 
 __all__ = [
     "Criterion",
@@ -22,9 +23,12 @@ __all__ = [
     "require_lengths",
     "require_plans_fit",
     "require_positive",
+    "require_profile_fits",
     "require_writable",
     "require_writable_folder",
 ]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with the work done and the work in all."""
@@ -73,6 +77,25 @@ def require_plans_fit(plans: Mapping[str, Plan], network: Any) -> None:
     signature = ModelSignature.of(network.config)
     for name, plan in plans.items():
         plan.model.require(signature, f"plan {name}")
+
+
+def require_profile_fits(profile: Profile, network: Any) -> None:
+    """Refuse another model's profile, and say where it is the same model with other weights (fine-tuned, say).
+
+    Weights are compared only where the model is of the type that it was profiled in.
+    """
+    from moa_search.formats import ModelSignature
+    from moa_search.modeling.loading import weights_hash
+    from moa_search.modeling.text import dtype_name
+
+    header = profile.header
+    header.model.require(ModelSignature.of(network.config), "the profile")
+    profiled = header.weights_hash if header.dtype == dtype_name(network) else None
+    if profiled is not None and profiled != weights_hash(network):
+        logger.warning(
+            "the profile was measured on other weights of this model (fine-tuned?): its plans fit, those from a "
+            "profile of these weights may be better"
+        )
 
 
 def require_writable(output: str | None, name: str = "output") -> None:

@@ -12,6 +12,7 @@ from moa_search.api.common import (
     Searcher,
     model_and_tokenizer,
     require_positive,
+    require_profile_fits,
     require_writable_folder,
 )
 from moa_search.api.options import load_profile, search_options
@@ -71,7 +72,6 @@ def compare_searchers(
     """
     import pandas as pd
 
-    from moa_search.formats import ModelSignature
     from moa_search.formats.files import write_csv
     from moa_search.search.comparing import compare_searchers as compare
 
@@ -94,7 +94,7 @@ def compare_searchers(
     truth = None
     if validate is not None:
         network, tokenizer = model_and_tokenizer(validate, dtype="auto", device="auto")
-        statistics.header.model.require(ModelSignature.of(network.config), "the profile")
+        require_profile_fits(statistics, network)
         truth = held_out_loss(
             network,
             tokenizer,

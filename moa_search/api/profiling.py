@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +9,7 @@ from moa_search.api.common import Dtype, Progress, model_and_tokenizer, require_
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 
 if TYPE_CHECKING:
-    from moa_search.formats import Plan, Profile
+    from moa_search.formats import Profile
 
 __all__ = ["merge_profiles", "profile_model"]
 
@@ -35,7 +34,6 @@ def profile_model(
     row_buckets: int = 32,
     checkpointing: bool = True,
     seed: int = 0,
-    under_plan: str | Plan | None = None,
     impl: Literal["auto", "triton", "torch"] = "auto",
     progress: Progress | None = None,
 ) -> Profile:
@@ -65,8 +63,6 @@ def profile_model(
         row_buckets: Equal slices of a sample's rows that are told apart.
         checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         seed: Of the calibration samples.
-        under_plan: Experimental: plan file; losses and gradients become those of the model under this plan, while
-            answers stay the dense model's.
         impl: What computes the statistics: triton kernels, torch, or auto, which is Triton on GPUs.
         progress: Told the work done and in all.
 
@@ -79,7 +75,6 @@ def profile_model(
     from moa_search.calibration import calibrate, require_samples_folder
     from moa_search.calibration import save_samples as save
     from moa_search.errors import ConfigError
-    from moa_search.formats import Plan
     from moa_search.modeling.support import require_context
     from moa_search.parallel import joined
     from moa_search.profiling import discard_results, profile_samples, require_profilable, results_folder
@@ -94,13 +89,9 @@ def profile_model(
         workers.by_first(lambda: require_writable(output))
         if save_samples is not None:
             workers.by_first(lambda: require_samples_folder(save_samples))
-        loaded = workers.by_first(
-            lambda: Plan.load(under_plan) if isinstance(under_plan, str | os.PathLike) else under_plan
-        )
-        plan = workers.from_first(loaded)
         placed = {"device": device, "device_map": device_map, "local_rank": workers.local_rank}
         network, tokenizer = workers.together(lambda: model_and_tokenizer(model, dtype=dtype, **placed))
-        require_profilable(network, plan, impl)
+        require_profilable(network, impl)
         require_context(network.config, max(lengths))
         calibration_progress, profiling_progress = _split_progress(progress if workers.is_first else None)
         calibration = calibrate(
@@ -135,7 +126,6 @@ def profile_model(
             workers=workers,
             partial=partial,
             resume=resume,
-            under_plan=plan,
             impl=impl,
             progress=profiling_progress,
         )

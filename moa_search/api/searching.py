@@ -12,6 +12,7 @@ from moa_search.api.common import (
     Searcher,
     model_and_tokenizer,
     require_positive,
+    require_profile_fits,
     require_writable_folder,
 )
 from moa_search.api.options import DEFAULT_DENSITY, load_profile, search_options
@@ -67,7 +68,7 @@ def search_front(
             short as DuoAttention does, per-layer has one rule a layer, recall keeps most attention mass, uniform
             has one rule for all, as StreamingLLM does.
         anchor: Where a rule is evaluated; position at every query's own, prompt once at the total length.
-        rules_per_layer: Most different rules in one layer, 1 to 3; any number by default.
+        rules_per_layer: Most different rules in one layer, 1 or 2; any number by default.
         length_weights: Weights of the losses in the chosen plan, such as 1024=1 2048=3; equal by default.
         predict_lengths: Lengths never profiled to predict losses at, by extrapolation; they count like profiled ones.
             By default exact looks ahead to twice the longest profiled length, where a budget holds there.
@@ -89,7 +90,6 @@ def search_front(
         MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.errors import ConfigError
-    from moa_search.formats import ModelSignature
     from moa_search.search import search_densities, search_profile
 
     require_positive(time_limit_s=time_limit_s)
@@ -102,7 +102,7 @@ def search_front(
     network = None
     if validate is not None:  # before the search: a wrong model is told at once, and nothing is written
         network = model_and_tokenizer(validate, dtype="auto", device="auto")
-        statistics.header.model.require(ModelSignature.of(network[0].config), "the profile")
+        require_profile_fits(statistics, network[0])
     options = search_options(
         statistics,
         density=density,

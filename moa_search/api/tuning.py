@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Criterion, Dtype, Progress, require_positive, require_writable_folder
+from moa_search.api.common import (
+    Criterion,
+    Dtype,
+    Progress,
+    require_positive,
+    require_profile_fits,
+    require_writable_folder,
+)
 from moa_search.api.options import load_profile, search_options
 from moa_search.api.validating import held_out_loss
 
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
     from moa_search.search import SearchOptions
     from moa_search.search.tuning import Summary, Tuning
 
-__all__ = ["serve_study", "tune_plan"]
+__all__ = ["tune_plan"]
 
 FRONT_SEEDS = 4
 """Weightings of the lengths besides equal ones that a study begins with."""
@@ -41,8 +48,6 @@ def tune_plan(
     study: str = "tune",
     workers: int = 1,
     devices: Sequence[str] = (),
-    join: bool = False,
-    take_over: bool = False,
     sources: Sequence[str] = ("passkey", "copy"),
     lengths: Sequence[int] | None = None,
     samples: int = 16,
@@ -55,7 +60,7 @@ def tune_plan(
 
     Each trial takes a few knobs (multipliers by depth, weights of the lengths, exponents of the influence, caution,
     criterion), solves exactly for a plan, runs the model under it on held-out samples, and Optuna learns which knobs
-    pay. A stopped study goes on with the same command.
+    pay. The same command resumes a stopped study.
 
     Args:
         profile: Profile file.
@@ -71,13 +76,11 @@ def tune_plan(
         criteria: Criteria to choose from, the default first.
         trials: Plans to try, by all workers together.
         sampler: tpe, gp (needs scipy) or random.
-        storage: Where the study is kept; a journal file in the output folder by default, or sqlite:///FILE,
-            postgresql://USER@HOST/NAME, grpc://HOST:PORT.
+        storage: Where the study is kept; a journal file in the output folder by default, or sqlite:///FILE
+            for one worker; postgresql://USER@HOST/NAME for many machines, each of which runs this command.
         study: Name of the study in its storage.
         workers: Processes on this machine, each with its own copy of the model.
         devices: Given to the workers in turn, such as cuda:0 cuda:1.
-        join: Work at a study that another machine has begun.
-        take_over: Also take back trials that other machines left running, once all their workers have ended.
         sources: What held-out samples are drawn from, as for moa-search validate.
         lengths: Tokens per held-out sample; by default the profiled lengths.
         samples: Held-out samples per length.
@@ -136,7 +139,6 @@ def tune_plan(
         seed=seed,
         workers=workers,
         with_cost=densities is not None,
-        join=join,
     )
     weights = _front_weights(len(space.lengths))
     seeds = [space.default, *(space.of_weights(vector) for vector in weights)]
@@ -144,29 +146,11 @@ def tune_plan(
     if workers == 1:
         run = setup.start(devices[0] if devices else "auto")
         cost = run.cost if tuning.with_cost else None
-        summary = tune(tuning, run.decode, run.evaluate, seeds, cost, take_over=take_over, progress=progress)
+        summary = tune(tuning, run.decode, run.evaluate, seeds, cost, progress=progress)
     else:
-        summary = tune_in_parallel(
-            tuning, _worker, [setup], seeds, devices=devices, take_over=take_over, progress=progress
-        )
-    if not join:
-        _export(tuning, summary, setup)
+        summary = tune_in_parallel(tuning, _worker, [setup], seeds, devices=devices, progress=progress)
+    _export(tuning, summary, setup)
     return summary
-
-
-def serve_study(storage: str, *, port: int = 13000) -> None:
-    """Let many machines share one database through one gRPC server; they give --storage grpc://HOST:PORT.
-
-    Args:
-        storage: PostgreSQL or MySQL, such as postgresql://USER@HOST/NAME; files can't be shared safely this way.
-        port: Port to listen on.
-
-    Raises:
-        MoAError: The storage can't be served; the message says why.
-    """
-    from moa_search.search.tuning import serve_study as serve
-
-    serve(storage, port)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +189,11 @@ class _Setup:
 
     def start(self, device: str | None) -> _Run:
         """Load the model and draw the samples."""
-        from moa_search.formats import ModelSignature
         from moa_search.modeling.loading import load_model
         from moa_search.search.tuning.decoding import Decoder
 
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=device or "auto")
-        self.profile.header.model.require(ModelSignature.of(model.config), "the profile")
+        require_profile_fits(self.profile, model)
         truth = held_out_loss(
             model,
             tokenizer,

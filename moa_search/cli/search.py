@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import compare_searchers, measure_hardware, search_front, serve_study, tune_plan, validate_front
+from moa_search.api import compare_searchers, measure_hardware, search_front, tune_plan, validate_front
 from moa_search.cli.command import open_console, run
 from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
@@ -104,9 +104,6 @@ COMMANDS = {
         show_hardware,
         first="output",
         required=("output",),
-    ),
-    "serve": Subcommand(
-        "shares a study's database with many machines", serve_study, lambda *_, **__: None, first="storage"
     ),
 }
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -40,6 +40,7 @@ __all__ = [
     "LengthMetrics",
     "NativePattern",
     "Plan",
+    "PlanLike",
     "Provenance",
     "SpanPattern",
     "Validation",
@@ -361,6 +362,31 @@ class Plan(_Strict, PlanViews):
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}") from None
 
+    @classmethod
+    def of(cls, plan: PlanLike, name: str = "plan") -> Plan:
+        """The plan that an argument stands for, wherever a function asks for one.
+
+        Args:
+            plan: A Plan, a plan file, or a plan's content as ``json.load`` gives it (``config.moa_plan``).
+            name: Of the argument, for errors.
+
+        Raises:
+            ConfigError: There is no such file, or it is something else.
+            PlanVersionError: The schema is of another version.
+            PlanFormatError: The file or content is no valid plan.
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if isinstance(plan, str | os.PathLike):
+            return cls.load(plan)
+        if isinstance(plan, Mapping):
+            try:
+                text = json.dumps(dict(plan))
+            except (TypeError, ValueError) as error:
+                raise PlanFormatError(f"{name}: {error}") from None
+            return cls.loads(text, source=name)
+        raise ConfigError(f"{name}: a {type(plan).__name__} is no plan; give a Plan, a plan file or its content")
+
     def _searchable_rules(self) -> list[SpanRule]:
         native = self.native_layers
         return [rule for layer, heads in enumerate(self.rules) if layer not in native for rule in heads]
@@ -373,6 +399,10 @@ class Plan(_Strict, PlanViews):
             if not metrics["extrapolated"]:
                 del metrics["extrapolated"]  # likewise
         return content
+
+
+PlanLike: TypeAlias = Plan | str | os.PathLike[str] | Mapping[str, Any]
+"""What `Plan.of` takes."""
 
 
 def plan_json_schema() -> dict[str, Any]:

@@ -8,30 +8,19 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
+from moa_search.formats.attention_settings import NESTED_KEYS, RECORDED, ROPE_KEYS, attention_settings
 
 __all__ = ["ModelSignature"]
-
-ROPE_KEYS = ("rope_parameters", "partial_rotary_factor")
-"""``rope_scaling`` and ``rope_theta`` are older names for parts of ``rope_parameters``, not in every version."""
-
-OTHER_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "sliding_window",
-    "layer_types",
-    "attn_logit_softcapping",
-    "num_local_experts",
-    "num_experts",
-)
 
 UNKNOWN_CONTEXT = 4096
 """Tokens assumed where a configuration names no context."""
 
 
 class ModelSignature(BaseModel):
-    """The configuration fields that decide whether a plan fits a model.
+    """What of a model's configuration decides its attention, and so whether a plan fits it.
+
+    Vocabulary, feed-forward layers, types and names don't: a plan stays good when tokens are added. Weights don't
+    either: what was fine-tuned on keeps its plan, though a profile of its own may give a better one.
 
     Attributes:
         architecture: ``model_type`` of the transformers configuration.
@@ -40,7 +29,8 @@ class ModelSignature(BaseModel):
         num_key_value_heads: KV heads per layer; consecutive query heads share one.
         head_dim: Width of one head.
         rope: Rotary embedding settings, as in the configuration.
-        config: Further fields that change the network (widths, context, native sliding windows).
+        config: Further fields that attention depends on, as in the configuration, None where that says so; files of
+            earlier versions hold others and less, and what they don't hold isn't compared.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -108,7 +98,7 @@ class ModelSignature(BaseModel):
             num_key_value_heads=kv_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             rope={key: _plain(getattr(text, key, None)) for key in ROPE_KEYS if getattr(text, key, None)},
-            config={key: _plain(getattr(text, key)) for key in OTHER_KEYS if getattr(text, key, None) is not None},
+            config={key: _plain(getattr(text, key)) for key in RECORDED if hasattr(text, key)},
         )
 
     def require_head(self, layer: int, kv_head: int) -> None:
@@ -123,13 +113,9 @@ class ModelSignature(BaseModel):
                 raise ConfigError(f"{name} {value} is out of range; the model has 0 to {count - 1}")
 
     def differences(self, other: ModelSignature) -> list[str]:
-        """The fields in which ``other`` differs, each as ``name: mine != theirs``."""
-        mine, theirs = self._flat(), other._flat()
-        return [
-            f"{key}: {mine.get(key)} != {theirs.get(key)}"
-            for key in [*mine, *(k for k in theirs if k not in mine)]
-            if mine.get(key) != theirs.get(key)
-        ]
+        """What decides attention and isn't the same in ``other``, each as ``name: mine != theirs``."""
+        mine, theirs = self._settings(), other._settings()
+        return [f"{key}: {mine[key]} != {theirs[key]}" for key in mine if key in theirs and mine[key] != theirs[key]]
 
     def require(self, model: ModelSignature, what: str) -> None:
         """Check that ``what``, which carries this signature, fits ``model``.
@@ -141,13 +127,14 @@ class ModelSignature(BaseModel):
         if differing:
             raise ModelMismatchError(f"{what} was made for another model: {'; '.join(differing)}")
 
-    def _flat(self) -> dict[str, JsonValue]:
-        fields = self.model_dump(mode="json")
-        nested = {f"{part}.{key}": value for part in ("rope", "config") for key, value in fields.pop(part).items()}
-        return fields | nested
+    def _settings(self) -> dict[str, Any]:
+        shape = self.model_dump(mode="json", exclude={"rope", "config"})
+        return shape | attention_settings(self.rope, self.config, self.num_hidden_layers)
 
 
 def _plain(value: Any) -> JsonValue:
+    if hasattr(value, "to_dict"):  # a configuration within a configuration, full of what every one has
+        value = {key: getattr(value, key) for key in NESTED_KEYS if hasattr(value, key)}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in sorted(value.items(), key=lambda item: str(item[0]))}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The attention function that profiling puts into a model: dense or under a plan, observed in the backward pass."""
+"""The attention function that profiling puts into a model: dense, observed in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moa_search.errors import ModelUnsupportedError
-from moa_search.formats import Plan
 from moa_search.modeling.attention import swapped
-from moa_search.profiling.under_plan import planned_attention
 
 __all__ = ["Recorder", "observed", "record_into"]
 
@@ -39,7 +37,6 @@ class Recorder:
         sink: First tokens always kept.
         native: The layers that have a sliding window of their own, in tokens; they aren't measured.
         impl: Which implementation computes the statistics, as in `moa_kernels.backends`.
-        plan: What the other layers attend, anchored at positions; None for everything.
         layers: By layer index, each statistic as ``[kv_heads, bucket, window]`` on the CPU.
     """
 
@@ -49,7 +46,6 @@ class Recorder:
     sink: int
     native: dict[int, int]
     impl: Impl = "auto"
-    plan: Plan | None = None
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -146,12 +142,7 @@ def profile_attention(
             f"{kind}: layer {module.layer_idx} attends {sliding_window} tokens, its configuration says "
             f"{window or 'all'}"
         )
-    plan = recorder.plan
-    if plan is None or window is not None:
-        out = dense_attention(query[0], key[0], value[0], window=window, **options)
-    else:
-        rules = plan.rules[module.layer_idx]
-        out = planned_attention(query[0], key[0], value[0], rules, sink=plan.sink, min_span=plan.min_span, **options)
+    out = dense_attention(query[0], key[0], value[0], window=window, **options)
     if window is None:
         out = _Observed.apply(out, query[0], key[0], value[0], module, options)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None].contiguous(), None

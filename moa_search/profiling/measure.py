@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from moa_search.calibration import Sample
 from moa_search.errors import ModelUnsupportedError, ProfilingError
-from moa_search.formats import ModelSignature, Plan
+from moa_search.formats import ModelSignature
 from moa_search.profiling.attention import Recorder, record_into
 from moa_search.profiling.grid import window_grid
 from moa_search.profiling.results import SampleResult
@@ -53,7 +53,6 @@ class SampleMeter:
         block: Smallest window in tokens.
         row_buckets: Equal slices of the rows.
         native: Layers with a sliding window of their own, in tokens; they aren't measured.
-        plan: What the model runs under; None for dense attention.
         impl: Which implementation computes the statistics, as in `moa_kernels.backends`.
     """
 
@@ -63,7 +62,6 @@ class SampleMeter:
     block: int
     row_buckets: int
     native: dict[int, int]
-    plan: Plan | None = None
     impl: Impl = "auto"
 
     def measure(self, modules: list[Any], sample: Sample, number: int) -> SampleResult:
@@ -104,9 +102,7 @@ class SampleMeter:
         return SampleResult(loss, statistics, time.perf_counter() - began)
 
     def _recorder(self, sample: Sample) -> Recorder:
-        length, plan = sample.target_length, self.plan
-        if plan is not None:
-            plan = plan.resolve(sample.length)
+        length = sample.target_length
         return Recorder(
             windows=window_grid(length, self.block),
             row_buckets=self.row_buckets,
@@ -114,7 +110,6 @@ class SampleMeter:
             sink=self.sink,
             native=self.native,
             impl=self.impl,
-            plan=plan,
         )
 
     def _backward(self, sample: Sample, scale: float) -> float:

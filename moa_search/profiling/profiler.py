@@ -14,7 +14,7 @@ from moa_kernels.backends import Impl, choose
 
 from moa_search.calibration import Sample, hash_samples
 from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
-from moa_search.formats import ModelSignature, Plan
+from moa_search.formats import ModelSignature
 from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.support import (
@@ -33,7 +33,6 @@ from moa_search.profiling.grid import ROW_BUCKETS, window_grid
 from moa_search.profiling.measure import SampleMeter
 from moa_search.profiling.memory import on_gpu, peak_memory_bytes, reset_peak_memory
 from moa_search.profiling.results import Results
-from moa_search.profiling.under_plan import require_plan_fits
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 from moa_search.version import __version__
 
@@ -60,7 +59,6 @@ def profile_samples(
     workers: Workers = ALONE,
     partial: Path | None = None,
     resume: bool = True,
-    under_plan: Plan | None = None,
     impl: Impl = "auto",
     progress: Progress | None = None,
 ) -> Profile:
@@ -83,8 +81,6 @@ def profile_samples(
         partial: Folder for the results of each sample, from which a killed run goes on; None keeps them in
             memory. It stays until `discard_results`.
         resume: Go on from what ``partial`` holds; False starts anew.
-        under_plan: Experimental: losses and gradients are those of the model under this plan. Windows are still
-            measured against full attention over that model's own queries, keys and values.
         impl: What computes the statistics: ``"triton"`` kernels, ``"torch"``, or ``"auto"``, Triton on GPUs.
         progress: Told after each sample.
 
@@ -93,15 +89,14 @@ def profile_samples(
 
     Raises:
         ModelUnsupportedError: The model's attention can't be observed.
-        ModelMismatchError: ``under_plan`` was made for another model.
         ConfigError: A sample is longer than the model's context, or ``partial`` holds another run's results.
         ProfilingError: A loss isn't finite.
         BackendUnavailableError: Triton was asked for and can't run.
     """
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
-    native = require_profilable(model, under_plan, impl)
-    meter = SampleMeter(model, ModelSignature.of(model.config), sink, block, row_buckets, native, under_plan, impl)
+    native = require_profilable(model, impl)
+    meter = SampleMeter(model, ModelSignature.of(model.config), sink, block, row_buckets, native, impl)
     require_context(model.config, max(sample.length for sample in samples))
     settings = {
         "library_version": __version__,
@@ -117,7 +112,6 @@ def profile_samples(
             "samples": len(samples),
             "hash": hash_samples(samples),
             "sample_hashes": [hash_samples([sample]).removeprefix("sha256:")[:16] for sample in samples],
-            **({} if under_plan is None else {"under_plan": under_plan.checksum}),
         },
     }
     # Only the first process keeps results, so the others needn't reach its disk.
@@ -130,16 +124,15 @@ def profile_samples(
     return profile
 
 
-def require_profilable(model: Any, under_plan: Plan | None = None, impl: Impl = "auto") -> dict[int, int]:
-    """Check that a model's heads can be observed and given spans, that a plan to profile it under is its own, and that
-    what is to compute the statistics runs on its device and type.
+def require_profilable(model: Any, impl: Impl = "auto") -> dict[int, int]:
+    """Check that a model's heads can be observed and given spans, and that what is to compute the statistics runs on
+    its device and type.
 
     Returns:
         The layers that have a sliding window of their own, in tokens: they aren't measured.
 
     Raises:
         ModelUnsupportedError: They can't, or every layer has such a window; the message says why.
-        ModelMismatchError: The plan was made for another model.
         BackendUnavailableError: Triton was asked for and can't run.
     """
     require_causal(model.config)
@@ -152,8 +145,6 @@ def require_profilable(model: Any, under_plan: Plan | None = None, impl: Impl = 
         )
     require_attention_interface(model)
     native = {layer: window for layer, window in enumerate(windows) if window is not None}
-    if under_plan is not None:
-        require_plan_fits(under_plan, model, native)
     states = torch.empty(0, dtype=model.dtype, device=model.device)
     try:
         choose(impl, states, head_dim=ModelSignature.of(model.config).head_dim)

@@ -159,7 +159,9 @@ def losses_from(
 
     def by_rule(statistic: npt.NDArray[np.float32]) -> Doubles:
         """``[..., layer, kv_head, bucket, window] -> [..., searchable head, rule]``."""
+        # [..., layer, kv_head, bucket, window] x [bucket, window, distinct] -> [..., layer, kv_head, distinct]
         values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
+        # Searchable layers, their heads in one axis, and for every rule the set of windows that it asks for
         return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, lookup.shape[-1]).take(rule_of, axis=-1)
 
     return RuleLosses(length, *head_losses(entry, criterion, by_rule))

@@ -86,8 +86,8 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
     """
     require_criterion(options.criterion)
     header = profile.header
-    if options.rules_per_layer not in (None, 1, 2, 3):
-        raise ConfigError(f"rules_per_layer is {options.rules_per_layer}; it must be 1, 2 or 3, or left out")
+    if options.rules_per_layer not in (None, 1, 2):
+        raise ConfigError(f"rules_per_layer is {options.rules_per_layer}; it must be 1 or 2, or left out")
     if options.predict_lengths is None:
         options = replace(options, predict_lengths=_ahead(profile, options) if searcher.looks_ahead else ())
     density_specs(profile, options)  # rules are fitted to its lengths, so an absurd one has to be refused before

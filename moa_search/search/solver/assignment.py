@@ -70,12 +70,14 @@ def assign(problem: Problem, losses: Doubles, *, gap: float, deadline: float, st
         deadline: ``time.monotonic()`` at which to stop with what is known.
         start: Prices to begin with.
     """
+    # A bound and prices, a first choice at those prices, and how much dearer each pair is than its head's best
     relaxation = relax(problem, losses, deadline, start)
     found = _better(problem, losses, None, feasible_choice(problem, losses, relaxation.prices), relaxation)
     reduced = reduced_costs(problem, losses, relaxation.prices)
     possible = np.isfinite(losses)
     count = int(possible.sum())
     mixed = _mixed(problem, relaxation)
+    # Cores of growing size, until one proves enough
     for core_number, extra in enumerate((*CORE_ITEMS, count)):
         # What one core's search tree can't prove beyond this, larger ones hardly do.
         enough = max(gap, GOOD_ENOUGH) if core_number else gap
@@ -87,6 +89,7 @@ def assign(problem: Problem, losses: Doubles, *, gap: float, deadline: float, st
         threshold = _threshold(reduced, possible, extra)
         core = possible & ((reduced <= threshold) | mixed)
         choice, bound = _solve_core(problem, losses, core, gap * max(abs(found.bound), 1e-9), deadline)
+        # A choice with a pair from outside loses at least this much.
         left_out = reduced[possible & ~core]
         if left_out.size:
             bound = min(bound, relaxation.bound + float(left_out.min()))
@@ -139,6 +142,7 @@ def _solve_core(
     problem: Problem, losses: Doubles, core: Booleans, absolute_gap: float, deadline: float
 ) -> tuple[Integers | None, float]:
     """The best choice among the pairs of ``core``, and a bound for those."""
+    # The second try only where HiGHS's tolerance broke a budget; what it proves is of another problem.
     bound = -np.inf
     for margin in (0.0, MARGIN):
         choice, proven = _solve_pairs(problem, losses, core, absolute_gap, deadline, margin)
@@ -152,15 +156,18 @@ def _solve_core(
 def _solve_pairs(
     problem: Problem, losses: Doubles, core: Booleans, absolute_gap: float, deadline: float, margin: float
 ) -> tuple[Integers | None, float]:
+    """One integer program over the pairs of ``core``, with limits lowered by ``margin``."""
+    # Heads with one pair left need no variable: their costs come off the limits.
     fixed = core.sum(1) == 1
     choice = core.argmax(1)
     lost = float(losses[fixed, choice[fixed]].sum())
     used = problem.cost(np.nonzero(fixed)[0], choice[fixed]).sum(0)
-    head, rule = np.nonzero(core & ~fixed[:, None])
+    head, rule = np.nonzero(core & ~fixed[:, None])  # [pair] each
     if not head.size:
         return choice, lost
+    # One binary per pair. Rows: budgets, in shares of their largest cost, then "exactly one" per open head.
     budgets, pairs = len(used), len(head)
-    costs = problem.cost(head, rule)
+    costs = problem.cost(head, rule)  # [pair, budget]
     unit = np.maximum(np.abs(costs).max(0), 1)
     limits = (problem.all_limits - used) / unit
     slot = (~fixed).cumsum() - 1  # row of a head that isn't fixed

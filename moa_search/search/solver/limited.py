@@ -1,4 +1,4 @@
-"""The exact choice where a layer may use at most one, two or three different rules."""
+"""The exact choice where a layer may use at most one or two different rules."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def assign_limited(problem: Problem, losses: Doubles, *, gap: float, deadline: f
     """The best choice with at most ``problem.rule_limit`` different rules in each layer.
 
     The relaxation's bound already knows the limit: its columns are whole layers. The sets of rules of its
-    heaviest columns, then those of the best combination of all columns, are filled exactly; for pairs of rules
-    a compact integer program over what reduced costs can't exclude has the last word.
+    heaviest columns, then those of the best combination of all columns, are filled exactly; a compact integer
+    program over what reduced costs can't exclude has the last word.
 
     Args:
         problem: Costs, limits and the limit of rules.
@@ -55,20 +55,24 @@ def assign_limited(problem: Problem, losses: Doubles, *, gap: float, deadline: f
     relaxation = relax(problem, losses, deadline, unlimited.prices)
     if not np.isfinite(relaxation.bound):  # no set of so few rules serves all heads of some layer
         return Found(None, np.inf, -np.inf, relaxation.prices)
+    # Stage 1: each layer keeps the rules of its heaviest column, and heads choose freely among those.
     found = Found(None, np.inf, relaxation.bound, relaxation.prices)
     found = _fill(problem, losses, _heaviest(problem, relaxation), found, gap, deadline)
+    # Stage 2: the same with the rules of the best combination of columns, of which there are more at nearby prices.
     if not found.good(gap) and time.monotonic() < deadline:
         columns = _more_columns(problem, losses, relaxation, deadline)
         combined = _combine(problem, losses, relaxation, columns, deadline)
         if combined is not None:
             found = _fill(problem, losses, combined, found, gap, deadline)
+    # At high prices every layer takes what costs least: feasible if anything is.
     if found.choice is None:
         cheap = best_assignment(_by_layer(problem, problem.priced(losses, 1e3 * relaxation.prices)), problem.rule_limit)
         found = _fill(problem, losses, cheap, found, gap, deadline)
+    # Stage 3: an integer program that chooses rules and heads together, over all pairs or over those still possible.
     if not found.good(gap) and time.monotonic() < deadline:
         if int(np.isfinite(losses).sum()) <= WHOLE:
             found = _whole(problem, losses, found, gap, deadline)
-        elif problem.rule_limit == 2 and found.choice is not None:
+        elif found.choice is not None:
             found = _compact(problem, losses, found, gap, deadline)
     return found
 
@@ -93,8 +97,10 @@ def _whole(problem: Problem, losses: Doubles, found: Found, gap: float, deadline
 def _one_each(problem: Problem, losses: Doubles, gap: float, deadline: float) -> Found:
     """One rule for all heads of a layer: layers take the place of heads."""
     size = problem.heads_per_layer
+    # [layer, rule]: what a layer loses, and takes of each budget, with one rule for all its heads
     whole = Problem(_by_layer(problem, losses).sum(1), size * problem.costs, problem.limits)
     if problem.head_costs is not None:
+        # [budget, head, rule] -> [budget, layer, rule]
         by_layer = problem.head_costs.reshape(-1, problem.layers, size, losses.shape[1]).sum(2)
         whole = dataclasses.replace(whole, head_costs=by_layer, head_limits=problem.head_limits)
     if not np.isfinite(whole.losses).any(1).all():  # a layer whose heads share no possible rule
@@ -105,6 +111,7 @@ def _one_each(problem: Problem, losses: Doubles, gap: float, deadline: float) ->
 
 
 def _by_layer(problem: Problem, values: Doubles) -> Doubles:
+    """``[layers * heads, rule] -> [layer, head, rule]``."""
     return values.reshape(problem.layers, problem.heads_per_layer, -1)
 
 
@@ -119,9 +126,10 @@ def _heaviest(problem: Problem, relaxation: Relaxation) -> Integers:
 
 def _fill(problem: Problem, losses: Doubles, assignment: Integers, found: Found, gap: float, deadline: float) -> Found:
     """The best choice within each layer's rules in ``assignment``, if that beats ``found``."""
-    within = np.zeros((problem.layers, losses.shape[1]), dtype=bool)
+    within = np.zeros((problem.layers, losses.shape[1]), dtype=bool)  # [layer, rule]
     for layer, rules in enumerate(assignment):
         within[layer, rules] = True
+    # With losses of inf outside of each layer's rules, a problem without a limit of rules is left.
     masked = np.where(np.repeat(within, problem.heads_per_layer, axis=0), losses, np.inf)
     free = dataclasses.replace(problem, rules_per_layer=None)
     filled = assign(free, masked, gap=SETS_GAP * gap, deadline=deadline, start=found.prices)
@@ -132,7 +140,7 @@ def _fill(problem: Problem, losses: Doubles, assignment: Integers, found: Found,
 
 def _more_columns(problem: Problem, losses: Doubles, relaxation: Relaxation, deadline: float) -> list[Column]:
     """The relaxation's columns, and the best assignments at prices near its own."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # the same perturbations on every machine
     columns = list(relaxation.columns)
     known = {(column.layer, column.choice.tobytes()) for column in columns}
     for size in PERTURBATIONS * 3:
@@ -151,15 +159,18 @@ def _combine(
     problem: Problem, losses: Doubles, relaxation: Relaxation, columns: list[Column], deadline: float
 ) -> Integers | None:
     """One column per layer, the best feasible combination; None if there is none."""
+    # What each column loses, [column], and takes of each budget, [column, budget]
     layer = np.array([column.layer for column in columns])
     heads = layer[:, None] * problem.heads_per_layer + np.arange(problem.heads_per_layer)
     choice = np.stack([column.choice for column in columns])
     lost = losses[heads, choice].sum(1)
     used = problem.cost(heads.ravel(), choice.ravel()).reshape(*choice.shape, -1).sum(1)
+    # Reduced costs at the relaxation's prices: the columns nearest to their layer's best are worth combining.
     reduced = lost + used @ relaxation.prices
     lowest = np.full(problem.layers, np.inf)
     np.minimum.at(lowest, layer, reduced)
     kept = np.sort(np.argsort(reduced - lowest[layer], kind="stable")[: max(MOST_COLUMNS, 6 * problem.layers)])
+    # One binary per column. Rows: budgets, in shares of their largest entry, then "exactly one" per layer.
     budgets, count = used.shape[1], len(kept)
     unit = np.maximum(used.max(0), 1)
     entries = Entries(
@@ -177,6 +188,7 @@ def _combine(
     )
     if outcome.values is None:
         return None
+    # Ascending values, so that each layer ends with its largest one; rounding is HiGHS's, not ours.
     combined = np.zeros((problem.layers, problem.heads_per_layer), dtype=np.int64)
     for index in np.argsort(outcome.values, kind="stable"):
         combined[layer[kept[index]]] = choice[kept[index]]
@@ -191,15 +203,17 @@ def _compact(problem: Problem, losses: Doubles, found: Found, gap: float, deadli
     is out.
     """
     heads_per_layer, layers = problem.heads_per_layer, problem.layers
+    # What a better choice may lose above the bound, all layers together, hence also each layer alone
     room = (found.objective - found.bound) * (1 + 1e-9)
     priced = _by_layer(problem, problem.priced(losses, found.prices))
-    rule_in = np.zeros((layers, losses.shape[1]), dtype=bool)
-    pair_in = np.zeros((layers, heads_per_layer, losses.shape[1]), dtype=bool)
+    rule_in = np.zeros((layers, losses.shape[1]), dtype=bool)  # [layer, rule]
+    pair_in = np.zeros((layers, heads_per_layer, losses.shape[1]), dtype=bool)  # [layer, head, rule]
     for layer in range(layers):
-        values = pair_values(priced[layer])
-        slack = values.min() + room - values
+        values = pair_values(priced[layer])  # [rule, rule]
+        slack = values.min() + room - values  # what is left of the room when the layer has rules a and b
         for a, b in zip(*np.nonzero(np.triu(slack >= 0)), strict=True):
-            base = np.minimum(priced[layer][:, a], priced[layer][:, b])
+            base = np.minimum(priced[layer][:, a], priced[layer][:, b])  # [head]
+            # A head may take the dearer of the two as long as that fits into the slack.
             for rule in (a, b):
                 pair_in[layer, :, rule] |= priced[layer][:, rule] - base <= slack[a, b]
             rule_in[layer, [a, b]] = True
@@ -229,12 +243,14 @@ def _solve_compact(
     margin: float = 0.0,
 ) -> tuple[Integers, float] | None:
     """Rows: budgets, one rule per head, (head, rule) only with its (layer, rule), and the limit per layer."""
+    # Columns: one binary x per (head, rule), [count]; then one binary y per (layer, rule).
     (head, rule), (layer_of, rule_of) = pairs, uses
     count, heads, layers = len(head), len(losses), problem.layers
-    use = np.full((layers, losses.shape[1]), -1)
+    use = np.full((layers, losses.shape[1]), -1)  # [layer, rule] -> column of y
     use[layer_of, rule_of] = count + np.arange(len(layer_of))
-    costs = problem.cost(head, rule)
+    costs = problem.cost(head, rule)  # [count, budget]
     budgets, unit = costs.shape[1], np.maximum(costs.max(0), 1)
+    # Rows: budgets; sum of x = 1 per head; x - y <= 0 per (head, rule); sum of y <= limit per layer.
     first_link, first_layer = budgets + heads, budgets + heads + count
     every = np.arange(count)
     entries = (
@@ -253,6 +269,7 @@ def _solve_compact(
             np.full(layers, float(problem.rule_limit or 0)),
         ]
     )
+    # The choice known is a start that HiGHS can only improve on.
     start = None
     if found.choice is not None and margin == 0:
         start = np.zeros(count + len(layer_of))
@@ -271,6 +288,7 @@ def _solve_compact(
     )
     if outcome.values is None:
         return None
+    # Ascending values, so that each head ends with the rule of its largest one
     choice = np.zeros(heads, dtype=np.int64)
     order = np.argsort(outcome.values[:count], kind="stable")
     choice[head[order]] = rule[order]

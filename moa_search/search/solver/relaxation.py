@@ -94,18 +94,21 @@ class _Decomposition:
         self._first_prices(start)
         done = 0
         for _ in range(MOST_ROUNDS):
+            # Mix the known assignments; the budgets' duals are the next prices.
             self._master.run()
             value = self._master.getInfo().objective_function_value
             duals = np.asarray(self._master.getSolution().row_dual, dtype=np.float64)
             prices = np.maximum(-duals[: len(self._limits)], 0) / self._unit
             if value - self._best_bound <= TOLERANCE * abs(value) or time.monotonic() > deadline:
                 break
+            # Smoothed prices first, then the duals themselves; where neither gives a new column, this is the optimum.
             done = len(self._layer)
             self._price(SMOOTHING * self._best_prices + (1 - SMOOTHING) * prices)
             if len(self._layer) == done:
                 self._price(prices)
             if len(self._layer) == done:
                 break
+        # Columns that the last pricing added are in no solution yet.
         shares = np.asarray(self._master.getSolution().col_value)[len(self._limits) :]
         shares = np.append(shares, np.zeros(len(self._layer) - len(shares)))
         columns = [Column(*column) for column in zip(self._layer, self._choice, shares.tolist(), strict=True)]
@@ -114,6 +117,7 @@ class _Decomposition:
     def _open_master(self) -> None:
         """Rows: budgets, in shares of their limits, then one per layer; one slack per budget at a high price."""
         budgets, layers = len(self._limits), self._problem.layers
+        # The slacks, one column each, keep the master feasible until its columns are.
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = budgets, budgets + layers
         lp.col_cost_ = np.full(budgets, 100 * self._spread)
@@ -140,23 +144,28 @@ class _Decomposition:
     def _price(self, prices: Doubles) -> None:
         """The best assignments at ``prices`` become columns; their value proves a bound."""
         problem = self._problem
+        # [layer, head, rule]: losses plus what the rules take of the budgets at these prices
         priced = problem.priced(self._losses, prices).reshape(problem.layers, problem.heads_per_layer, -1)
-        choice = best_assignment(priced, problem.rule_limit)
+        choice = best_assignment(priced, problem.rule_limit)  # [layer, head]
         value = float(np.take_along_axis(priced, choice[:, :, None], axis=2).sum())
+        # Lagrange: no choice within the limits loses less, whatever the prices.
         bound = value - float(prices @ self._limits)
         if bound > self._best_bound:
             self._best_bound, self._best_prices = bound, prices
         self._add(choice)
 
     def _add(self, choice: Integers) -> None:
+        """Make columns of the master from each layer's assignment in ``[layer, head]`` that it doesn't have yet."""
         problem, budgets = self._problem, len(self._limits)
         new = [layer for layer in range(problem.layers) if self._is_new(layer, choice[layer])]
         if not new:
             return
+        # Of the new layers: budgets taken, in shares of their limits, [new, budget], and losses, [new]
         heads, rules = np.arange(choice.size), choice.ravel()
         by_layer = (problem.layers, problem.heads_per_layer)
         used = problem.cost(heads, rules).reshape(*by_layer, budgets).sum(1)[new] / self._unit
         lost = self._losses[heads, rules].reshape(by_layer).sum(1)[new]
+        # A column has an entry in every budget's row, and a 1 in the row of its layer.
         index = np.empty((len(new), budgets + 1), dtype=np.int32)
         index[:, :budgets], index[:, budgets] = np.arange(budgets), budgets + np.array(new)
         value = np.hstack([used, np.ones((len(new), 1))])

@@ -17,11 +17,11 @@ CHUNK_BYTES = 2**20
 def best_assignment(priced: Doubles, most: int | None) -> Integers:
     """The cheapest rule for every head, with at most ``most`` different rules in each layer.
 
-    Exact, by enumeration: of single rules, of pairs, or of triples that a bound doesn't exclude.
+    Exact, by enumeration of single rules or of pairs.
 
     Args:
         priced: ``[layer, head, rule]``; inf where a head can't have a rule.
-        most: 1, 2, 3, or None for any number.
+        most: 1, 2, or None for any number.
 
     Returns:
         Rule per head, ``[layer, head]``.
@@ -32,10 +32,9 @@ def best_assignment(priced: Doubles, most: int | None) -> Integers:
         best = priced.sum(1).argmin(1)[:, None]
     elif most == 2:
         best = _best_pairs(priced)
-    elif most == 3:
-        best = np.stack([_best_triple(layer) for layer in priced])
     else:
-        raise ValueError(f"{most} rules per layer; at most 3 can be enumerated")
+        raise ValueError(f"{most} rules per layer; at most 2 can be enumerated")
+    # best [layer, most]: rules of each layer; within [layer, head, most]: their prices
     within = np.take_along_axis(priced, best[:, None, :], axis=2)
     return np.take_along_axis(best, within.argmin(2), axis=1)
 
@@ -59,32 +58,14 @@ def _best_pairs(priced: Doubles) -> Integers:
     at_once = max(1, CHUNK_BYTES // (8 * heads * rules))
     pairs = np.zeros((layers, 2), dtype=np.int64)  # stays so where no two rules serve all heads
     for top in range(0, layers, at_once):
+        # Layers last: the innermost loop then runs over contiguous memory.
         table = np.ascontiguousarray(priced[top : top + at_once].transpose(1, 2, 0))  # [head, rule, layer]
         best = np.full(table.shape[2], np.inf)
         for first in range(rules):
-            sums = np.minimum(table[:, first:], table[:, first, None]).sum(0)
+            sums = np.minimum(table[:, first:], table[:, first, None]).sum(0)  # [second rule, layer]
             second = sums.argmin(0)
-            value = sums[second, np.arange(len(best))]
+            value = sums[second, np.arange(len(best))]  # [layer]
             better = value < best
             best[better] = value[better]
             pairs[top : top + at_once][better] = np.stack([np.full(len(best), first), first + second], 1)[better]
     return pairs
-
-
-def _best_triple(layer: Doubles) -> Integers:
-    """The best three rules for ``[head, rule]``: pairs are completed only where the best rest could help."""
-    values = pair_values(layer)
-    rules = len(values)
-    pair = np.unravel_index(values.argmin(), values.shape)
-    third = np.minimum(layer, layer[:, list(pair)].min(1)[:, None]).sum(0)
-    best, triple = float(third.min()), (*map(int, pair), int(third.argmin()))
-    rest = np.minimum.accumulate(layer[:, ::-1], axis=1)[:, ::-1]  # the best of the rules from here on
-    for first in range(rules - 2):
-        base = np.minimum(layer[:, first, None], layer[:, first + 1 : -1])
-        promising = np.minimum(base, rest[:, first + 2 :]).sum(0) < best
-        for second in np.nonzero(promising)[0]:
-            sums = np.minimum(layer[:, first + second + 2 :], base[:, second, None]).sum(0)
-            if sums.min() < best:
-                best = float(sums.min())
-                triple = (first, int(first + 1 + second), int(first + second + 2 + sums.argmin()))
-    return np.array(triple, dtype=np.int64)

@@ -3,7 +3,6 @@
 from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs, KnobSpace
 from moa_search.search.tuning.loop import Summary, TrialResult, plan_of, tune, tune_in_parallel
-from moa_search.search.tuning.studies import serve_study
 from moa_search.search.tuning.trials import work
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "TrialResult",
     "Tuning",
     "plan_of",
-    "serve_study",
     "tune",
     "tune_in_parallel",
     "work",

@@ -24,7 +24,8 @@ class Tuning:
     Attributes:
         space: The knobs.
         folder: Where the journal is and plans go.
-        trials: Trials that end with values or without a feasible plan; more workers don't add to them.
+        trials: Trials that end with values or without a feasible plan; workers that are at a trial when the last one
+            ends finish theirs, too.
         settings: What values depend on, as JSON values by field: checksum of the profile, model, hash of the
             data, budgets, ...; going on with others is refused.
         storage: As in `moa_search.search.tuning.studies.open_study`.
@@ -33,7 +34,6 @@ class Tuning:
         seed: Seed of the sampler.
         workers: Processes on this machine.
         with_cost: Whether a plan's cost is a second objective.
-        join: Whether another process makes the study and enqueues the seeds.
         heartbeat_seconds: Time between signs of life in a database.
     """
 
@@ -47,7 +47,6 @@ class Tuning:
     seed: int = 0
     workers: int = 1
     with_cost: bool = False
-    join: bool = False
     heartbeat_seconds: int = HEARTBEAT_SECONDS
 
     def open(self, worker: int = 0) -> Study:
@@ -65,7 +64,6 @@ class Tuning:
             self.seed,
             worker=worker,
             workers=self.workers,
-            join=self.join,
             heartbeat_seconds=self.heartbeat_seconds,
         )
         space = self.space
@@ -76,13 +74,13 @@ class Tuning:
             "fixed knobs": dict(space.fixed),
             "densities": None if space.densities is None else list(space.densities),
         }
-        keep_settings(study, {**shared, **self.settings}, join=self.join)
+        keep_settings(study, {**shared, **self.settings})
         return study
 
     @property
-    def has_heartbeat(self) -> bool:
-        """Whether workers of other machines are noticed when they die."""
-        return Location.parse(self.storage, self.folder).kind in ("sqlite", "database")
+    def location(self) -> Location:
+        """Where the study is kept."""
+        return Location.parse(self.storage, self.folder)
 
     def plan_path(self, fingerprint: str) -> Path:
         """File of a plan that was decoded."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moa_search.errors import ConfigError, FileFormatError, SolverError, TuningError
 from moa_search.formats.files import canonical_json
 from moa_search.formats.plan import Plan
-from moa_search.search.tuning.claims import CLAIM, REASON, SEED, Reclaimer, claim, state_of
 from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs, KnobSpace
 from moa_search.search.tuning.quiet import quiet
-from moa_search.search.tuning.trials import PLAN, SAME_AS, work
+from moa_search.search.tuning.storages import storage_errors
+from moa_search.search.tuning.trials import PLAN, REASON, SAME_AS, SEED, ended, requeue, work
 from moa_search.search.tuning.workers import run_workers
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class Summary:
     """Where a study stands.
 
     Attributes:
-        counts: Trials by state, all of Optuna's: ``RUNNING``, ``COMPLETE``, ``PRUNED`` (no feasible plan, or no
-            finite loss), ``FAIL`` (worker gone or stopped, or an error), ``WAITING``.
+        counts: Trials by state, all of Optuna's: ``RUNNING`` (on other machines), ``COMPLETE``, ``PRUNED`` (no feasible
+            plan, or no finite loss), ``FAIL`` (worker gone or stopped, or an error), ``WAITING``.
         best: The best trial, or with two objectives those that no other beats, by loss; equal plans once, seeds first.
         seeds_best: Least loss of a seed; None with two objectives, or without such a trial.
         tuned_best: Least loss of a trial that isn't a seed.
@@ -65,25 +66,16 @@ class Summary:
     remarks: tuple[str, ...]
 
 
-def prepare(tuning: Tuning, seeds: Sequence[Knobs], *, take_over: bool = False) -> Study:
-    """What the coordinator does before any worker: make the study, take back lost trials, enqueue the seeds.
-
-    Seeds that the study has already aren't enqueued again.
-
-    Args:
-        tuning: The study.
-        seeds: Settings to try first, such as the front's.
-        take_over: Also take back running trials of other machines, all of whose workers have ended.
+def prepare(tuning: Tuning, seeds: Sequence[Knobs]) -> Study:
+    """Before any worker: make the study, enqueue again what a killed command left running, enqueue new seeds.
 
     Raises:
-        ConfigError: The study can't be opened or is another's; SQLite has a worker already; a seed doesn't fit.
+        ConfigError: The study can't be opened or is another's; a seed doesn't fit.
     """
     params = [tuning.space.to_params(knobs) for knobs in seeds]
     study = tuning.open()
-    Reclaimer(study)(everywhere=take_over)
-    _refuse_second_sqlite_worker(study, tuning)
-    if not tuning.join:
-        _enqueue(study, params)
+    _retry_lost(study, tuning)
+    _enqueue(study, params)
     return study
 
 
@@ -94,13 +86,13 @@ def tune(
     seeds: Sequence[Knobs],
     cost: Callable[[Plan], float] | None = None,
     *,
-    take_over: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Run a study in this process, from where it stands; arguments as for `work` and `prepare`."""
-    study = prepare(tuning, seeds, take_over=take_over)
-    work(tuning, decode, evaluate, cost, progress=progress)
-    return summarise(study, tuning.space)
+    with _at_work(tuning):
+        study = prepare(tuning, seeds)
+        work(tuning, decode, evaluate, cost, progress=progress)
+        return summarise(study, tuning.space)
 
 
 def tune_in_parallel(
@@ -110,7 +102,6 @@ def tune_in_parallel(
     seeds: Sequence[Knobs],
     *,
     devices: Sequence[str] = (),
-    take_over: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Run a study in ``tuning.workers`` processes, from where it stands.
@@ -122,28 +113,47 @@ def tune_in_parallel(
         arguments: Passed to it.
         seeds: As for `prepare`.
         devices: Given to the workers in turn.
-        take_over: As for `prepare`.
         progress: Told the trials that have ended and how many there are to be.
 
     Raises:
         TuningError: Every worker ended before the last trial; what stopped them stands on their standard error. A
             study of which no trial had begun is removed, since its settings may be what was wrong.
     """
-    study = prepare(tuning, seeds, take_over=take_over)
-    reclaim = Reclaimer(study)
+    with _at_work(tuning):
+        study = prepare(tuning, seeds)
 
-    def watch() -> None:
-        reclaim()
-        if progress is not None:
-            counts = summary_counts(study)
-            progress(min(counts["COMPLETE"] + counts["PRUNED"], tuning.trials), tuning.trials)
+        def watch() -> None:
+            if progress is not None:
+                progress(min(len(ended(study)), tuning.trials), tuning.trials)
 
-    fates = run_workers(tuning.workers, target, [tuning, *arguments], devices, watch=watch)
-    watch()
-    summary = summarise(study, tuning.space)
-    if len(fates) == tuning.workers:
-        _require_all(study, tuning, summary.counts)
+        fates = run_workers(tuning.workers, target, [tuning, *arguments], devices, watch=watch)
+        watch()
+        if len(fates) == tuning.workers:
+            _require_all(study, tuning)
+        _retry_lost(study, tuning)  # of workers that were killed while the others worked on
+        summary = summarise(study, tuning.space)
     return Summary(**{**vars(summary), "remarks": (*fates, *summary.remarks)})
+
+
+@contextmanager
+def _at_work(tuning: Tuning) -> Iterator[None]:
+    """The study's file is this command's alone, and what goes wrong with it is one line."""
+    with tuning.location.exclusive(), storage_errors(tuning.location):
+        yield
+
+
+def _retry_lost(study: Study, tuning: Tuning) -> None:
+    """Fail trials that nobody runs any more, and enqueue them again.
+
+    No other command is at a study in a file. In a database Optuna does this by itself once heartbeats are missed.
+    """
+    from optuna.trial import TrialState
+
+    if tuning.location.path is None:
+        return
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        requeue(study, trial)
 
 
 def summarise(study: Study, space: KnobSpace) -> Summary:
@@ -158,7 +168,6 @@ def summarise(study: Study, space: KnobSpace) -> Summary:
         for trial in trials
         if trial.state in (TrialState.FAIL, TrialState.PRUNED)
     ]
-    remarks += [f"trial {number} runs on {host}" for number, host in Reclaimer(study).elsewhere().items()]
     return Summary(
         counts=summary_counts(study),
         best=_undominated(complete),
@@ -195,30 +204,13 @@ def plan_of(tuning: Tuning, result: TrialResult, decode: Callable[[Knobs], Plan]
     return plan
 
 
-def _require_all(study: Study, tuning: Tuning, counts: dict[str, int]) -> None:
-    """Refuse what workers left that all ended with an error or were killed."""
-    import optuna
-
-    ended, begun = counts["COMPLETE"] + counts["PRUNED"], sum(counts.values()) - counts["WAITING"]
-    if ended >= tuning.trials:
-        return
-    if not begun and not tuning.join:
-        with quiet():
-            optuna.delete_study(study_name=tuning.name, storage=study._storage)
-        raise TuningError("no worker could begin; what stopped each stands above")
-    raise TuningError(
-        f"all workers ended after {ended} of {tuning.trials} trials, what stopped each stands above; the study is "
-        "kept, and the same command goes on"
-    )
-
-
 def _enqueue(study: Study, seeds: Sequence[dict[str, float | str]]) -> None:
+    """Enqueue seeds that the study doesn't have; one that failed for good is tried again."""
     from optuna.trial import TrialState
 
     known = {
         canonical_json(trial.system_attrs.get("fixed_params"))
         for trial in study.get_trials(deepcopy=False)
-        # One that failed and was to be tried again has a successor with the same parameters.
         if SEED in trial.user_attrs and trial.state != TrialState.FAIL
     }
     for index, params in enumerate(seeds):
@@ -227,18 +219,21 @@ def _enqueue(study: Study, seeds: Sequence[dict[str, float | str]]) -> None:
             known.add(canonical_json(params))
 
 
-def _refuse_second_sqlite_worker(study: Study, tuning: Tuning) -> None:
-    from optuna.trial import TrialState
+def _require_all(study: Study, tuning: Tuning) -> None:
+    """Refuse what workers left that all ended with an error or were killed."""
+    import optuna
 
-    if not (tuning.storage or "").startswith("sqlite"):
+    done, counts = len(ended(study)), summary_counts(study)
+    if done >= tuning.trials:
         return
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        owner = trial.user_attrs.get(CLAIM, {})
-        if owner and state_of(owner) != "dead" and owner != claim():
-            raise ConfigError(
-                f"{tuning.storage}: process {owner['pid']} on {owner['host']} is at this study, and SQLite serves one "
-                "worker; stop it, or share a journal or PostgreSQL"
-            )
+    if sum(counts.values()) == counts["WAITING"]:
+        with quiet():
+            optuna.delete_study(study_name=tuning.name, storage=study._storage)
+        raise TuningError("no worker could begin; what stopped each stands above")
+    raise TuningError(
+        f"all workers ended after {done} of {tuning.trials} trials, what stopped each stands above; the study is "
+        "kept, and the same command resumes it"
+    )
 
 
 def _result(trial: FrozenTrial, space: KnobSpace) -> TrialResult:

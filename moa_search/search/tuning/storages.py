@@ -1,23 +1,24 @@
-"""Where studies are kept: a journal file, an SQL database, or a gRPC server in front of one."""
+"""Where studies are kept: a journal or SQLite file for one machine, a PostgreSQL database for many."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moa_search.errors import ConfigError
+from moa_search.errors import ConfigError, MoAError, TuningError
 from moa_search.formats.files import one_line
-from moa_search.search.tuning.claims import requeue
 from moa_search.search.tuning.quiet import quiet
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-__all__ = ["HEARTBEAT_SECONDS", "JOURNAL", "Location", "open_storage", "serve_study"]
+__all__ = ["HEARTBEAT_SECONDS", "JOURNAL", "RETRIES", "Location", "open_storage", "storage_errors"]
 
 JOURNAL = "study.journal"
 """Name of the journal in the study's folder."""
@@ -25,11 +26,13 @@ JOURNAL = "study.journal"
 HEARTBEAT_SECONDS = 60
 """Time between two signs of life in a database; a worker that misses two is taken for dead."""
 
-LOCK_SECONDS = 30
-"""Time after which the journal's lock counts as left behind by a worker that was killed while it wrote."""
+RETRIES = 3
+"""Times that a trial is tried again after its worker has gone: it may be what kills them."""
+
+BUSY_SECONDS = 60
+"""Time to wait for whoever has locked an SQLite file."""
 
 CONNECT_SECONDS = 10
-GRPC_MODULES = {"grpc": "grpcio", "google": "protobuf"}
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class Location:
         kind: What keeps the study.
         url: As Optuna takes it: a path for a journal, else a URL.
         shown: For messages, without a password.
+        path: The file, of a journal or SQLite.
     """
 
-    kind: Literal["journal", "sqlite", "database", "grpc"]
+    kind: Literal["journal", "sqlite", "postgresql"]
     url: str
     shown: str
+    path: Path | None = None
 
     @classmethod
     def parse(cls, storage: str | None, folder: str | os.PathLike[str]) -> Location:
@@ -53,28 +58,82 @@ class Location:
         Raises:
             ConfigError: It is no path and no URL of a kind that can be used.
         """
-        if storage is None:
-            path = str(Path(folder) / JOURNAL)
-            return cls("journal", path, path)
-        if "://" not in storage:
-            return cls("journal", storage, storage)
+        if storage is None or "://" not in storage:
+            path = Path(folder) / JOURNAL if storage is None else Path(storage)
+            return cls("journal", str(path), str(path), path.absolute())
         scheme, rest = storage.split("://", 1)
-        if scheme == "grpc":
-            host, _, port = rest.rpartition(":")
-            if not host or not port.isdecimal():
-                raise ConfigError(f"storage {storage}: a gRPC server is given as grpc://HOST:PORT")
-            return cls("grpc", rest, storage)
-        dialect = scheme.partition("+")[0]
+        dialect, _, driver = scheme.partition("+")
         if dialect in ("postgres", "postgresql"):
             # SQLAlchemy's default driver is psycopg2; ours is its successor.
-            driver = scheme.partition("+")[2] or "psycopg"
-            storage = f"postgresql+{driver}://{rest}"
-        elif dialect not in ("sqlite", "mysql", "mariadb"):
+            url = f"postgresql+{driver or 'psycopg'}://{rest}"
+            return cls("postgresql", url, _parsed(url)[0])
+        if dialect != "sqlite":
             raise ConfigError(
-                f"storage {scheme}://...: give the path of a journal, sqlite:///PATH, postgresql://USER@HOST/DATABASE, "
-                "mysql+DRIVER://... or grpc://HOST:PORT"
+                f"storage {scheme}://...: give the path of a journal, sqlite:///PATH or postgresql://USER@HOST/DATABASE"
             )
-        return cls("sqlite" if dialect == "sqlite" else "database", storage, _without_password(storage))
+        shown, database = _parsed(storage)
+        if not database or database == ":memory:":
+            raise ConfigError(f"storage {shown}: names no file, so the study would be lost; give sqlite:///PATH")
+        return cls("sqlite", storage, shown, Path(database).absolute())
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other commands from a study's file; the system lets go of it when this process ends, however it does.
+
+        A database isn't kept from anyone: there, heartbeats tell which workers are alive.
+
+        Raises:
+            ConfigError: Another command is at the study, or the file can't be opened.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such lock; two commands at one study aren't noticed there
+            yield
+            return
+        if self.path is None:
+            yield
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ConfigError(f"{self.shown}: can't be opened ({error.strerror or error})") from None
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise ConfigError(
+                        f"{self.shown}: another command is at this study; wait for it, or start one with more --workers"
+                    ) from None
+                raise ConfigError(
+                    f"{self.shown}: can't be locked ({error.strerror}); put it on a local disk, or use PostgreSQL"
+                ) from None
+            yield
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def storage_errors(location: Location) -> Iterator[None]:
+    """Turn what a storage raises after it was opened into one line.
+
+    Raises:
+        TuningError: The study can't be read or written any more: locked, removed, damaged, a full disk, a server
+            that is gone. It stands as it was last written.
+    """
+    try:
+        yield
+    except MoAError:
+        raise
+    except Exception as error:
+        found = _storage_error(error)
+        if found is None:
+            raise
+        raise TuningError(
+            f"{location.shown}: the study can't be read or written any more ({_reason(found)}); it stands as it was "
+            "last written, and the same command resumes it"
+        ) from error
 
 
 def open_storage(location: Location, *, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> BaseStorage:
@@ -86,70 +145,32 @@ def open_storage(location: Location, *, heartbeat_seconds: int = HEARTBEAT_SECON
     with quiet():
         if location.kind == "journal":
             return _journal(location)
-        if location.kind == "grpc":
-            return _grpc_client(location)
         return _database(location, heartbeat_seconds)
 
 
-def serve_study(storage: str, port: int, *, host: str = "localhost") -> None:
-    """Serve a database to workers that then take ``grpc://HOST:PORT`` as their storage; runs until interrupted.
-
-    The connection is neither encrypted nor authenticated: anyone who reaches the port can change the study.
-
-    Args:
-        storage: URL of a PostgreSQL or MySQL database.
-        port: Port to listen at.
-        host: Address to listen at.
-
-    Raises:
-        ConfigError: The storage isn't such a database or can't be reached, or the port can't be had.
-    """
-    location = Location.parse(storage, ".")
-    reasons = {
-        "journal": "a journal knows workers by their thread, and the server's threads serve any worker",
-        "sqlite": "SQLite lets two of the server's threads claim the same trial",
-        "grpc": "it already is a gRPC server",
-    }
-    if location.kind in reasons:
-        raise ConfigError(
-            f"{location.shown} can't be served over gRPC: {reasons[location.kind]}; use PostgreSQL or MySQL"
-        )
-    _require_grpc()
-    from optuna.storages import get_storage, run_grpc_proxy_server
-
-    database = get_storage(open_storage(location))  # adds a cache
-    try:
-        with quiet():
-            run_grpc_proxy_server(database, host=host, port=port)
-    except RuntimeError as error:
-        raise ConfigError(f"{host}:{port}: can't be listened at ({_first_line(error)})") from None
-
-
 def _journal(location: Location) -> BaseStorage:
+    from optuna.exceptions import StorageInternalError
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-    # Absolute, since the lock is a link to the journal: were that link relative to its own folder, Optuna would
-    # wait for ever for the lock of a worker that was killed while it wrote.
-    path = Path(location.url).absolute()
+    from moa_search.search.tuning.backends import Journal
+
+    path = location.path
+    assert path is not None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
-            _check_journal(path)
-        lock = JournalFileSymlinkLock(str(path), grace_period=LOCK_SECONDS)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+            _require_journal(path)
+        return JournalStorage(Journal(str(path)))
     except OSError as error:
         raise ConfigError(f"{path}: can't be used as a journal ({error.strerror or error})") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (StorageInternalError, ValueError, KeyError, TypeError, AssertionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: the journal is damaged ({_first_line(error)}); restore it, or start anew") from None
+        raise ConfigError(f"{path}: the journal is damaged ({_reason(error)}); restore it, or start anew") from None
 
 
-def _check_journal(path: Path) -> None:
-    """Refuse what isn't a journal, and cut off a last line that was torn (a full disk, a crashed host)."""
-    from optuna.storages.journal import JournalFileSymlinkLock
-
+def _require_journal(path: Path) -> None:
+    """Refuse what isn't a journal."""
     with path.open("rb") as file:
         first = file.readline(1 << 20)
     try:
@@ -159,71 +180,61 @@ def _check_journal(path: Path) -> None:
     if not isinstance(operation, dict) or "op_code" not in operation:
         hint = f"; for a database write sqlite:///{path}" if first.startswith(b"SQLite format 3") else ""
         raise ConfigError(f"{path}: isn't the journal of a study{hint}")
-    lock = JournalFileSymlinkLock(str(path), grace_period=LOCK_SECONDS)
-    lock.acquire()  # who appends holds it, so a line that is torn now stays so
-    try:
-        with path.open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-    finally:
-        lock.release()
 
 
 def _database(location: Location, heartbeat_seconds: int) -> BaseStorage:
     from optuna.exceptions import OptunaError
-    from optuna.storages import RDBStorage
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
     from sqlalchemy.exc import SQLAlchemyError
 
-    postgresql = location.url.startswith("postgresql")
-    options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}} if postgresql else {}
+    from moa_search.search.tuning.backends import Database
+
+    url = location.url.replace("{", "{{").replace("}", "}}")  # Optuna fills in a schema version
     try:
-        return RDBStorage(
-            location.url.replace("{", "{{").replace("}", "}}"),  # Optuna fills in a schema version
-            engine_kwargs=options,
+        if location.kind == "sqlite":
+            return Database(url, engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}})
+        return Database(
+            url,
+            engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}},
             heartbeat_interval=heartbeat_seconds,
-            heartbeat_stale_trial_callback=requeue,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
         )
     except ImportError:
-        install = "pip install 'moa-search[postgresql]'" if postgresql else "install the one named in the URL"
+        install = "pip install 'moa-search[postgresql]'"
         raise ConfigError(f"{location.shown}: the database driver is missing; {install}") from None
-    except SQLAlchemyError as error:
-        reason = _first_line(getattr(error, "orig", None) or error)
-        raise ConfigError(f"{location.shown}: the database can't be used ({reason})") from None
-    except (OptunaError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{location.shown}: the database can't be used ({_first_line(error)})") from None
+    except (SQLAlchemyError, OptunaError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{location.shown}: the database can't be used ({_reason(error)})") from None
 
 
-def _grpc_client(location: Location) -> BaseStorage:
-    _require_grpc()
-    from optuna.storages import GrpcStorageProxy
-
-    host, _, port = location.url.rpartition(":")
-    storage = GrpcStorageProxy(host=host, port=int(port))
-    try:
-        storage.wait_server_ready(timeout=CONNECT_SECONDS)
-    except ConnectionError:
-        storage.close()
-        raise ConfigError(f"{location.shown}: no server answers within {CONNECT_SECONDS} seconds") from None
-    return storage
-
-
-def _require_grpc() -> None:
-    missing = [package for module, package in GRPC_MODULES.items() if find_spec(module) is None]
-    if missing:
-        raise ConfigError(f"a gRPC storage needs {' and '.join(missing)}; pip install {' '.join(missing)}")
-
-
-def _without_password(url: str) -> str:
+def _parsed(url: str) -> tuple[str, str | None]:
+    """A URL without its password, and the database that it names."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        parsed = make_url(url)
     except (ArgumentError, ValueError):
         raise ConfigError(f"storage {url.partition('://')[0]}://...: isn't a URL that SQLAlchemy understands") from None
+    return parsed.render_as_string(hide_password=True), parsed.database
 
 
-def _first_line(error: BaseException) -> str:
+def _storage_error(error: BaseException | None) -> Exception | None:
+    """The storage's error that led to ``error``; Optuna 5.0 follows a second one with an UnboundLocalError."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    while error is not None:
+        if isinstance(error, StorageInternalError | SQLAlchemyError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what the driver or the system said."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(error.__cause__, SQLAlchemyError):
+        error = error.__cause__
+    error = getattr(error, "orig", None) or error
     return one_line((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from moa_search.errors import ConfigError
 from moa_search.formats.files import one_line
 from moa_search.search.tuning.quiet import quiet
-from moa_search.search.tuning.storages import HEARTBEAT_SECONDS, Location, open_storage, serve_study
+from moa_search.search.tuning.storages import HEARTBEAT_SECONDS, Location, open_storage
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.samplers import BaseSampler
 
-__all__ = ["SAMPLERS", "keep_settings", "open_study", "serve_study"]
+__all__ = ["SAMPLERS", "keep_settings", "open_study"]
 
 Direction = Literal["minimize", "maximize"]
 
@@ -28,9 +27,6 @@ SAMPLERS = ("tpe", "gp", "random")
 
 SETTINGS = "settings"
 """User attribute of a study: what its trials' values depend on."""
-
-JOIN_SECONDS = 60.0
-"""How long a worker waits for a study that another is to make."""
 
 
 def open_study(
@@ -43,13 +39,12 @@ def open_study(
     *,
     worker: int = 0,
     workers: int = 1,
-    join: bool = False,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> Study:
     """Open a study, or make it.
 
     Args:
-        storage: Path of a journal, a URL of a database or ``grpc://HOST:PORT``; None for a journal in ``folder``.
+        storage: Path of a journal or URL of a database; None for a journal in ``folder``.
         folder: The study's folder.
         name: Name of the study in its storage.
         directions: ``minimize`` or ``maximize`` per objective.
@@ -57,7 +52,6 @@ def open_study(
         seed: Seed of the sampler; workers and resumed runs draw other numbers from it.
         worker: Place of this process among the workers.
         workers: Processes that will use the study at the same time.
-        join: Work at a study that another process makes, and wait for it a minute.
         heartbeat_seconds: Time between signs of life in a database.
 
     Raises:
@@ -74,37 +68,35 @@ def open_study(
         )
     opened = open_storage(location, heartbeat_seconds=heartbeat_seconds)
     with quiet():
-        if join:
-            study = _wait_for(opened, name, location)
-        else:
-            study = optuna.create_study(storage=opened, study_name=name, directions=[*directions], load_if_exists=True)
+        study = optuna.create_study(storage=opened, study_name=name, directions=[*directions], load_if_exists=True)
         found = [direction.name.lower() for direction in study.directions]
         if found != list(directions):
             raise ConfigError(
                 f"{location.shown}: the study {name!r} has {len(found)} objectives to {'/'.join(found)}, "
                 f"not {len(directions)} to {'/'.join(directions)}; give the new one another name"
             )
-        study.sampler = _sampler(sampler, [seed, worker, len(study.get_trials(deepcopy=False))], join)
+        entropy = [seed, worker, len(study.get_trials(deepcopy=False))]
+        if location.kind == "postgresql":  # workers of other machines are counted from 0 too
+            entropy += [zlib.crc32(socket.gethostname().encode()), os.getpid()]
+        study.sampler = _sampler(sampler, entropy)
     return study
 
 
-def keep_settings(study: Study, settings: Mapping[str, Any], *, join: bool = False) -> None:
+def keep_settings(study: Study, settings: Mapping[str, Any]) -> None:
     """Store what the trials' values depend on, or check that it is what the study was made with.
 
     Args:
         study: The study.
         settings: JSON values by field.
-        join: Wait a minute for another process to store them, rather than do so.
 
     Raises:
         ConfigError: A field differs, or the study has trials that nobody knows the settings of.
     """
     wanted: dict[str, Any] = json.loads(json.dumps(dict(settings), allow_nan=False))
-    deadline = time.monotonic() + JOIN_SECONDS
-    while (found := study.user_attrs.get(SETTINGS)) is None and join and time.monotonic() < deadline:
-        time.sleep(0.5)
+    has_trials = bool(study.get_trials(deepcopy=False))  # read first: another machine stores settings before trials
+    found = study.user_attrs.get(SETTINGS)
     if found is None:
-        if join or study.get_trials(deepcopy=False):
+        if has_trials:
             raise ConfigError(f"the study {study.study_name!r} wasn't made by moa-search tune; give another name")
         study.set_user_attr(SETTINGS, wanted)
         return
@@ -116,28 +108,13 @@ def keep_settings(study: Study, settings: Mapping[str, Any], *, join: bool = Fal
             )
 
 
-def _wait_for(storage: Any, name: str, location: Location) -> Study:
-    import optuna
-
-    deadline = time.monotonic() + JOIN_SECONDS
-    while True:
-        try:
-            return optuna.load_study(storage=storage, study_name=name)
-        except KeyError:
-            if time.monotonic() > deadline:
-                raise ConfigError(f"{location.shown}: there is no study {name!r} to join; start it first") from None
-            time.sleep(0.5)
-
-
-def _sampler(name: str, entropy: list[int], join: bool) -> BaseSampler:
+def _sampler(name: str, entropy: list[int]) -> BaseSampler:
     """A sampler that draws what no other worker and no earlier run of this study has drawn."""
     import numpy as np
     import optuna
 
     if name not in SAMPLERS:
         raise ConfigError(f"sampler {name!r} is unknown; choose from {', '.join(SAMPLERS)}")
-    if join:  # on another machine, whose workers are counted from 0 too
-        entropy = [*entropy, zlib.crc32(socket.gethostname().encode()), os.getpid()]
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moa_search.errors import BudgetInfeasibleError, SolverError
 from moa_search.formats.files import one_line
 from moa_search.formats.plan import Plan
-from moa_search.search.tuning.claims import CLAIM, REASON, Reclaimer, claim, requeue
 from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs
 from moa_search.search.tuning.quiet import quiet
+from moa_search.search.tuning.storages import RETRIES, storage_errors
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["PLAN", "SAME_AS", "work"]
+__all__ = ["PLAN", "REASON", "SAME_AS", "SEED", "ended", "requeue", "work"]
 
 PLAN = "plan"
 """User attribute of a trial: its plan's fingerprint."""
 
+REASON = "reason"
+"""User attribute of a trial: why it has no value."""
+
 SAME_AS = "same_as"
 """User attribute of a trial: number of an earlier trial with the same plan, whose values it has."""
 
-POLL_SECONDS = 0.5
+SEED = "seed"
+"""User attribute of a trial that was enqueued as one of the study's seeds: its place among them."""
 
 
 def work(
@@ -51,32 +55,41 @@ def work(
 
     Raises:
         ConfigError: The study can't be opened.
+        TuningError: It can't be read or written any more.
         Exception: What ``decode`` or ``evaluate`` raise, but for plans that can't be had.
     """
     from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.study import MaxTrialsCallback
+    from optuna.trial import TrialState
 
     assert (cost is not None) == tuning.with_cost, "a cost for two objectives, none for one"
-    study = tuning.open(worker)
-    reclaim = Reclaimer(study)
-    while _has_room(study, tuning, reclaim, progress):
-        objective = _Objective(study, tuning, decode, evaluate, cost)
-        try:
-            with quiet():
-                study.optimize(objective, n_trials=1, catch=(_SurplusError,))
-        except KeyboardInterrupt:
-            _put_back(study, objective.number)
-            raise
-        except (ValueError, UpdateFinishedTrialError):
-            if not objective.returned:
+
+    def report(study: Study, trial: FrozenTrial | None = None) -> None:
+        if progress is not None:
+            progress(min(len(ended(study)), tuning.trials), tuning.trials)
+
+    with storage_errors(tuning.location), quiet():
+        study = tuning.open(worker)
+        report(study)
+        enough = MaxTrialsCallback(tuning.trials, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        while len(ended(study)) < tuning.trials:
+            objective = _Objective(study, tuning, decode, evaluate, cost)
+            try:
+                study.optimize(objective, callbacks=[report, enough])
+            except KeyboardInterrupt:
+                _put_back(study, objective.number)
                 raise
-            # This process seemed dead (asleep for minutes, say), and its trial was given to another.
+            except (ValueError, UpdateFinishedTrialError):
+                if not objective.returned:
+                    raise
+                # This process seemed dead (asleep for minutes, say), and its trial was given to another.
 
 
 class _Objective:
-    """One trial.
+    """What Optuna runs for every trial.
 
     Attributes:
-        number: The trial's, once it has begun.
+        number: The last trial's, once it has begun.
         returned: Whether its values were found.
     """
 
@@ -94,11 +107,7 @@ class _Objective:
         self._decode, self._evaluate, self._cost = decode, evaluate, cost
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
-        self.number = trial.number
-        trial.set_user_attr(CLAIM, claim())
-        if self._is_surplus(trial.number):
-            trial.set_user_attr(REASON, "another worker had begun the last trial")
-            raise _SurplusError
+        self.number, self.returned = trial.number, False
         knobs = self._tuning.space.suggest(trial)
         try:
             plan = self._decode(knobs)
@@ -130,19 +139,11 @@ class _Objective:
 
     def _known_values(self, trial: Trial, fingerprint: str) -> tuple[float, ...] | None:
         """Values of an earlier trial with the same plan."""
-        for other in _finished(self._study):
+        for other in ended(self._study):
             if other.user_attrs.get(PLAN) == fingerprint and other.values is not None:
                 trial.set_user_attr(SAME_AS, other.number)
                 return tuple(other.values)
         return None
-
-    def _is_surplus(self, number: int) -> bool:
-        """Whether workers that looked at the same moment have begun enough trials before this one."""
-        from optuna.trial import TrialState
-
-        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        before = len(_finished(self._study)) + sum(other.number < number for other in running)
-        return before >= self._tuning.trials
 
     def _without_value(self, trial: Trial, reason: str) -> Exception:
         import optuna
@@ -151,8 +152,19 @@ class _Objective:
         return optuna.TrialPruned(reason)
 
 
-class _SurplusError(Exception):
-    """A trial too many."""
+def ended(study: Study) -> list[FrozenTrial]:
+    """Trials that count: with values, or without a plan or a finite loss."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def requeue(study: Study, trial: FrozenTrial, *, most: int | None = RETRIES) -> None:
+    """Enqueue a failed trial's parameters again, at most ``most`` times in all; None sets no limit."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    with quiet():
+        RetryHeartbeatStaleTrialCallback(max_retry=most)(study, copy.deepcopy(trial))
 
 
 def _put_back(study: Study, number: int | None) -> None:
@@ -161,28 +173,3 @@ def _put_back(study: Study, number: int | None) -> None:
 
     if number is not None and (trial := study.get_trials(deepcopy=False)[number]).state == TrialState.FAIL:
         requeue(study, trial, most=None)
-
-
-def _finished(study: Study) -> list[FrozenTrial]:
-    from optuna.trial import TrialState
-
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-
-
-def _has_room(study: Study, tuning: Tuning, reclaim: Reclaimer, progress: Callable[[int, int], None] | None) -> bool:
-    """Wait until a trial can begin; False once all have ended, or run where nobody would see their workers die."""
-    from optuna.trial import TrialState
-
-    while True:
-        reclaim()
-        finished = len(_finished(study))
-        if progress is not None:
-            progress(min(finished, tuning.trials), tuning.trials)
-        if finished >= tuning.trials:
-            return False
-        running = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        if finished + running < tuning.trials and not reclaim.awaits_successor():
-            return True
-        if finished + running >= tuning.trials and not tuning.has_heartbeat and len(reclaim.elsewhere()) == running:
-            return False
-        time.sleep(POLL_SECONDS)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jsonschema
@@ -202,6 +203,32 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         Plan.load(tmp_path / "absent.json")
     with pytest.raises(ConfigError, match="Is a directory"):
         Plan.load(tmp_path)
+
+
+def test_whatever_stands_for_a_plan_is_read(tiny_plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    tiny_plan.save(path)
+    content = json.loads(path.read_text())
+    in_a_configuration = tiny_plan.model_dump(mode="json", by_alias=True)
+    for stands in (tiny_plan, str(path), path, content, MappingProxyType(content), in_a_configuration):
+        assert Plan.of(stands) == tiny_plan
+    assert Plan.of(tiny_plan) is tiny_plan
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        (None, ConfigError, "under_plan: a NoneType is no plan; give a Plan, a plan file or its content"),
+        ([], ConfigError, "a list is no plan"),
+        ({}, PlanFormatError, "under_plan: not a moa-search plan"),
+        ({"schema": "moa-plan/9"}, PlanVersionError, "under_plan: schema moa-plan/9 is unknown"),
+        ({"schema": "moa-plan/1", "sink": object()}, PlanFormatError, "under_plan: .*not JSON serializable"),
+        ("absent.json", ConfigError, "absent.json: No such file"),
+    ],
+)
+def test_what_is_no_plan_is_refused_by_the_arguments_name(argument: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Plan.of(argument, "under_plan")
 
 
 def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:

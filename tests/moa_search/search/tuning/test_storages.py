@@ -1,6 +1,5 @@
 """Where studies are kept: what is understood, and what is refused in one line."""
 
-import importlib.util
 import json
 import socket
 import sqlite3
@@ -10,8 +9,8 @@ import optuna
 import pytest
 
 from moa_search.errors import ConfigError
-from moa_search.search.tuning import storages
-from moa_search.search.tuning.storages import Location, open_storage, serve_study
+from moa_search.search.tuning import backends
+from moa_search.search.tuning.storages import Location, open_storage
 
 
 def parse(storage):
@@ -33,11 +32,9 @@ class TestParse:
             (None, "journal", "folder/study.journal"),
             ("/net/shared.journal", "journal", "/net/shared.journal"),
             ("sqlite:///a.db", "sqlite", "sqlite:///a.db"),
-            ("postgres://moa@host/db", "database", "postgresql+psycopg://moa@host/db"),
-            ("postgresql://moa@host/db", "database", "postgresql+psycopg://moa@host/db"),
-            ("postgresql+asyncpg://moa@host/db", "database", "postgresql+asyncpg://moa@host/db"),
-            ("mysql+pymysql://moa@host/db", "database", "mysql+pymysql://moa@host/db"),
-            ("grpc://host:13000", "grpc", "host:13000"),
+            ("postgres://moa@host/db", "postgresql", "postgresql+psycopg://moa@host/db"),
+            ("postgresql://moa@host/db", "postgresql", "postgresql+psycopg://moa@host/db"),
+            ("postgresql+pg8000://moa@host/db", "postgresql", "postgresql+pg8000://moa@host/db"),
         ],
     )
     def test_kinds(self, storage, kind, url):
@@ -46,7 +43,17 @@ class TestParse:
     def test_passwords_are_not_shown(self):
         assert "secret" not in parse("postgresql://moa:secret@host/db").shown
 
-    @pytest.mark.parametrize("storage", ["redis://host", "grpc://host", "grpc://:1", "postgresql://host:port/db"])
+    @pytest.mark.parametrize(
+        "storage",
+        [
+            "redis://host",
+            "grpc://host:1",
+            "mysql+pymysql://h/db",
+            "postgresql://host:port/db",
+            "sqlite://",
+            "sqlite:///:memory:",
+        ],
+    )
     def test_others_are_refused(self, storage):
         with pytest.raises(ConfigError):
             parse(storage)
@@ -92,7 +99,7 @@ class TestJournal:
     def test_a_lock_left_behind_is_taken_over(self, tmp_path, monkeypatch):
         """By a worker that was killed while it wrote, with the journal's path relative to the working directory."""
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(storages, "LOCK_SECONDS", 3)
+        monkeypatch.setattr(backends, "LOCK_SECONDS", 3)
         storage = open_storage(parse("runs/study.journal"))
         storage._backend._lock.acquire()
         optuna.create_study(storage=open_storage(parse("runs/study.journal")), study_name="tune")
@@ -102,10 +109,9 @@ class TestJournal:
 
 
 class TestDatabase:
-    def test_sqlite_keeps_a_study_with_a_heartbeat(self, tmp_path):
-        storage = open_storage(parse(f"sqlite:///{tmp_path}/{{study}}.db"), heartbeat_seconds=7)
+    def test_sqlite_keeps_a_study_in_its_file(self, tmp_path):
+        storage = open_storage(parse(f"sqlite:///{tmp_path}/{{study}}.db"))
         optuna.create_study(storage=storage, study_name="tune")
-        assert storage.get_heartbeat_interval() == 7
         assert (tmp_path / "{study}.db").exists()
         storage.remove_session()
         storage.engine.dispose()
@@ -126,23 +132,3 @@ class TestDatabase:
     def test_a_missing_driver(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "psycopg", None)
         assert "pip install 'moa-search[postgresql]'" in refused("postgresql://moa@127.0.0.1/db")
-
-
-class TestGrpc:
-    @pytest.mark.parametrize(
-        ("storage", "reason"),
-        [("study.journal", "thread"), ("sqlite:///study.db", "claim the same trial"), ("grpc://host:1", "already")],
-    )
-    def test_unsafe_storages_are_not_served(self, storage, reason):
-        with pytest.raises(ConfigError, match=reason):
-            serve_study(storage, 13000)
-
-    def test_missing_packages(self, monkeypatch):
-        found = importlib.util.find_spec
-        monkeypatch.setattr(storages, "find_spec", lambda name: None if name == "grpc" else found(name))
-        assert "pip install grpcio" in refused("grpc://127.0.0.1:1")
-
-    def test_no_server(self, monkeypatch):
-        pytest.importorskip("grpc")
-        monkeypatch.setattr(storages, "CONNECT_SECONDS", 0.3)
-        assert "no server answers" in refused("grpc://127.0.0.1:1")

@@ -44,13 +44,6 @@ class TestOpenStudy:
         with pytest.raises(ConfigError, match="gp needs scipy"):
             open_study(None, tmp_path, "tune", ["minimize"], "gp")
 
-    def test_joining_waits_for_the_study(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(studies, "JOIN_SECONDS", 0.1)
-        with pytest.raises(ConfigError, match="no study 'tune' to join"):
-            open_study(None, tmp_path, "tune", ["minimize"], join=True)
-        open_study(None, tmp_path, "tune", ["minimize"])
-        assert open_study(None, tmp_path, "tune", ["minimize"], join=True).study_name == "tune"
-
 
 class TestSettings:
     @pytest.fixture
@@ -69,14 +62,7 @@ class TestSettings:
         with pytest.raises(ConfigError, match="profile" if other.get("profile") != "a" else "model"):
             keep_settings(study, other)
 
-    def test_a_study_of_someone_else(self, study, monkeypatch):
+    def test_a_study_of_someone_else(self, study):
         study.enqueue_trial({"x": 1.0})
         with pytest.raises(ConfigError, match="wasn't made by moa-search tune"):
             keep_settings(study, {"profile": "a"})
-
-    def test_who_joins_writes_nothing(self, study, monkeypatch):
-        monkeypatch.setattr(studies, "JOIN_SECONDS", 0.1)
-        with pytest.raises(ConfigError, match="wasn't made"):
-            keep_settings(study, {"profile": "a"}, join=True)
-        keep_settings(study, {"profile": "a"})
-        keep_settings(study, {"profile": "a"}, join=True)

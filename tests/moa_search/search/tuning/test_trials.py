@@ -7,10 +7,8 @@ import pytest
 from optuna.trial import TrialState
 
 from moa_search.errors import ConfigError
-from moa_search.search.tuning import trials as module
-from moa_search.search.tuning.claims import REASON, requeue
 from moa_search.search.tuning.studies import open_study
-from moa_search.search.tuning.trials import PLAN, SAME_AS, work
+from moa_search.search.tuning.trials import PLAN, REASON, SAME_AS, work
 from tests.moa_search.search.tuning.tuning_helpers import SPACE, decode, mean_span, picky_decode, true_loss, tuning
 
 
@@ -91,9 +89,8 @@ def test_an_interrupted_trial_is_put_back(tmp_path):
     assert sum(trial.state.name == "COMPLETE" for trial in done) == 4
 
 
-def test_a_result_that_comes_after_the_trial_was_given_away_is_dropped(tmp_path, monkeypatch):
+def test_a_result_that_comes_after_the_trial_was_given_away_is_dropped(tmp_path):
     """As for a laptop that slept: others took its worker for dead."""
-    monkeypatch.setattr("moa_search.search.tuning.claims.RETRY_SECONDS", 0.0)
     shared = tuning(tmp_path, 3)
     asleep = []
 
@@ -108,24 +105,22 @@ def test_a_result_that_comes_after_the_trial_was_given_away_is_dropped(tmp_path,
     assert [trial.state.name for trial in trials(shared)] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
 
 
-def test_trials_that_others_began_count(tmp_path):
+def test_progress_counts_the_trials_of_all_workers(tmp_path):
     shared, seen = tuning(tmp_path, 3), []
     study = shared.open()
-    study.ask().set_user_attr("worker", {"host": "another"})
+    SPACE.suggest(trial := study.ask())
+    study.tell(trial, 1.0)
+    study.ask()  # another worker is at it
     work(shared, decode, true_loss, progress=lambda done, of: seen.append((done, of)))
-    assert [trial.state.name for trial in trials(shared)] == ["RUNNING", "COMPLETE", "COMPLETE"]
-    assert seen == [(0, 3), (1, 3), (2, 3)]
+    assert [trial.state.name for trial in trials(shared)] == ["COMPLETE", "RUNNING", "COMPLETE", "COMPLETE"]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_of_workers_that_begin_the_last_trial_at_once_one_does(tmp_path, monkeypatch):
-    shared, evaluate = tuning(tmp_path, 1), Counting()
-    shared.open().ask().set_user_attr("worker", {"host": "another"})
-    rooms = iter([True, False])  # as if it had looked before the other began
-    monkeypatch.setattr(module, "_has_room", lambda *_: next(rooms))
+def test_a_study_that_has_enough_is_left_alone(tmp_path):
+    shared, evaluate = tuning(tmp_path, 2), Counting()
     work(shared, decode, evaluate)
-    assert not evaluate.plans
-    assert [trial.state.name for trial in trials(shared)] == ["RUNNING", "FAIL"]
-    assert "another worker" in trials(shared)[1].user_attrs[REASON]
+    work(shared, decode, evaluate)
+    assert len(trials(shared)) == 2
 
 
 def test_with_a_seed_a_single_worker_repeats_itself(tmp_path):
@@ -133,36 +128,3 @@ def test_with_a_seed_a_single_worker_repeats_itself(tmp_path):
         work(tuning(tmp_path / name, 14, seed=5), decode, true_loss)
     first, second = (trials(tuning(tmp_path / name, 14)) for name in ("a", "b"))
     assert [trial.params for trial in first] == [trial.params for trial in second]
-
-
-def test_a_lost_trials_place_is_kept_until_it_is_enqueued_again(tmp_path, monkeypatch):
-    """Another process has failed it, and enqueues it only after this one has looked."""
-    shared = tuning(tmp_path, 2)
-    study = shared.open()
-    study.enqueue_trial(SPACE.to_params(SPACE.of_weights([0, 1])))
-    SPACE.suggest(study.ask())
-    study.tell(0, state=TrialState.FAIL)
-    looks = []
-
-    def enqueue_at_the_second_look(seconds):
-        looks.append(seconds)
-        if len(looks) == 2:
-            requeue(study, study.get_trials()[0])
-
-    monkeypatch.setattr(module.time, "sleep", enqueue_at_the_second_look)
-    work(shared, decode, true_loss)
-    done = trials(shared)
-    assert [trial.state.name for trial in done] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert done[1].params == done[0].params
-
-
-def test_a_lost_trials_place_is_not_kept_for_ever(tmp_path, monkeypatch):
-    """Whoever failed it was killed before it enqueued it again."""
-    shared = tuning(tmp_path, 1)
-    study = shared.open()
-    SPACE.suggest(study.ask())
-    study.tell(0, state=TrialState.FAIL)
-    monkeypatch.setattr("moa_search.search.tuning.claims.RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
-    work(shared, decode, true_loss)
-    assert [trial.state.name for trial in trials(shared)] == ["FAIL", "COMPLETE"]

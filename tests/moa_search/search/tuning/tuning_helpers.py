@@ -81,7 +81,20 @@ def tuning(folder: Path, trials: int, **fields) -> Tuning:
 
 def worker(index: int, device: str | None, shared: Tuning, seconds: float) -> None:
     """Target of worker processes."""
+    shared.folder.mkdir(parents=True, exist_ok=True)
+    (shared.folder / f"worker-{index}").touch()
     work(shared, decode, partial(true_loss, seconds=seconds), worker=index)
+
+
+def worker_that_is_killed(index: int, device: str | None, shared: Tuning) -> None:
+    """Target of worker processes: the second one is killed in its first trial."""
+
+    def evaluate(plan: Plan) -> float:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return true_loss(plan, seconds=0.5)
+
+    work(shared, decode, evaluate, worker=index)
 
 
 def worker_that_fails(index: int, device: str | None, shared: Tuning, trials: int) -> None:
@@ -115,4 +128,4 @@ def wait_to_be_interrupted(index: int, device: str | None, folder: Path) -> None
 
 if __name__ == "__main__":
     folder, storage, trials, seconds, index = sys.argv[1:]
-    worker(int(index), None, tuning(Path(folder), int(trials), storage=storage, heartbeat_seconds=2), float(seconds))
+    worker(int(index), None, tuning(Path(folder), int(trials), storage=storage, heartbeat_seconds=1), float(seconds))
