@@ -18,10 +18,12 @@ import pandas as pd
 from transformers.utils import logging
 
 from moa_search import Plan, Profile, apply_plan, load_model, merge_profiles, profile_model, remove_plan, search_plan
-from moa_search.calibration import Sample, build_samples, calibrate
+from moa_search.calibration import calibrate
+from moa_search.data import Sample
 from moa_search.evaluation.compare import uniform_like
 from moa_search.evaluation.scoring import score_answer
 from moa_search.evaluation.statistics import bootstrap_interval
+from moa_search.tasks import build_samples
 
 LENGTH, DENSITY, ITEMS, CALIBRATION_SAMPLES = 1024, 0.25, 20, 16
 DRAWS = {2: 4, 4: 3, 8: 3, 16: 2, 32: 1}

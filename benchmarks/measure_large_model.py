@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.profiling import profile_samples
 from moa_search.profiling.checkpointing import checkpointed
 from moa_search.profiling.measure import answer_loss

@@ -23,10 +23,11 @@ import torch
 from transformers.utils import logging
 
 from moa_search import load_model
-from moa_search.calibration import Sample, build_samples
+from moa_search.data import Sample
 from moa_search.profiling import profile_samples
 from moa_search.profiling.checkpointing import checkpointed
 from moa_search.profiling.measure import answer_loss
+from moa_search.tasks import build_samples
 
 LENGTHS = (1024, 2048, 4096, 8192)
 CASES = ("plain", "ours", "plain checkpointed", "ours checkpointed", "MoA")

@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 from moa_search import Plan, apply_plan, load_model
-from moa_search.calibration import build_samples
+from moa_search.tasks import build_samples
 
 
 def main() -> None:

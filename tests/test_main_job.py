@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from moa_search import MoACache, Plan, Profile, apply_plan, load_model, remove_plan, search_front, search_plan
-from moa_search.calibration import build_samples, hash_samples
+from moa_search.data import hash_samples
 from moa_search.evaluation import compare_variants, make_variants
 from moa_search.formats import ModelSignature
 from moa_search.masks import head_masks
+from moa_search.tasks import build_samples
 
 SHIPPED = Path(__file__).parents[1] / "profiles" / "smollm2-135m-instruct"
 

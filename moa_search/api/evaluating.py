@@ -46,8 +46,8 @@ def evaluate_model(
         model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
         plan: Plan files; in Python also Plans.
         baselines: dense, and uniform: one span for all heads with as much memory as the plan.
-        tasks: passkey, multikey, lines and lookup (exact match), copy and tracking (token accuracy), perplexity;
-            perplexity:TEXTS, nll:SOURCE and longbench:FILE.jsonl over data of yours.
+        tasks: passkey, multikey, question, lines and lookup (exact match), copy and tracking (token accuracy),
+            perplexity; perplexity:TEXTS and nll:SOURCE over data of yours.
         lengths: Tokens per item, answer included.
         samples: Items per task and length, or per depth where depths are given.
         answers: forced predicts each answer token given those before it and gives the answer's NLL too; generated
@@ -66,9 +66,9 @@ def evaluate_model(
         MoAError: The model, a plan or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.evaluation import compare_variants, make_variants
-    from moa_search.evaluation.tasks import require_tasks
     from moa_search.formats.files import write_csv
     from moa_search.modeling.support import require_context
+    from moa_search.tasks import require_tasks
 
     require_positive(lengths=min(lengths, default=0), samples=samples)
     require_depths(depths)

@@ -45,9 +45,9 @@ def profile_model(
         model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
         lengths: Tokens per calibration sample; one round of samples for each.
         samples: Calibration samples per length.
-        sources: What calibration samples are drawn from, in turn: passkey, multikey, question or copy in built-in
-            texts, passkey:FILE in other ones, or question-answer records from a JSONL, parquet or CSV file or a Hub
-            dataset, such as data.jsonl?context=passage.
+        sources: What calibration samples are drawn from, in turn: passkey, multikey, question, copy, lines, lookup or
+            tracking in built-in texts, passkey:FILE in other ones, or question-answer records from a JSONL, parquet or
+            CSV file or a Hub dataset, such as data.jsonl?context=passage.
         answers: model supervises on the dense model's own greedy answers and leaves out wrong ones; dataset on the
             reference answers.
         max_answer_tokens: Room for the model's own answers to free questions.
@@ -72,8 +72,9 @@ def profile_model(
     Raises:
         MoAError: The model, a length or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.calibration import calibrate, require_samples_folder
-    from moa_search.calibration import save_samples as save
+    from moa_search.calibration import calibrate
+    from moa_search.data import require_samples_folder
+    from moa_search.data import save_samples as save
     from moa_search.errors import ConfigError
     from moa_search.modeling.support import require_context
     from moa_search.parallel import joined

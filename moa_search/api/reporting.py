@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moa_search.evaluation.compare import Comparison
-    from moa_search.evaluation.suite import Bench, Grid
-    from moa_search.evaluation.tasks import Task
+    from moa_search.evaluation.suite import Evaluator, Grid
     from moa_search.formats import Plan, Profile
+    from moa_search.tasks import Task
 
 __all__ = ["report_model"]
 
@@ -93,10 +93,10 @@ def report_model(
         MoAError: The model, a plan, the profile or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.evaluation.compare import make_variants
-    from moa_search.evaluation.suite import Bench, Grid
-    from moa_search.evaluation.tasks import require_tasks
+    from moa_search.evaluation.suite import Evaluator, Grid
     from moa_search.modeling.support import require_context
     from moa_search.modeling.text import dtype_name
+    from moa_search.tasks import require_tasks
 
     require_positive(lengths=min(lengths, default=0), samples=min(samples, default=0))
     require_depths(depths)
@@ -118,8 +118,8 @@ def report_model(
     require_plans_fit(compared.plans, network)
     require_context(network.config, max(lengths))
     grid = Grid(counts, tuple(depths), seed, answers)
-    bench = Bench(network, tokenizer, Path(output) / "cells", _meter(progress, grid.work(kinds, len(names))))
-    measured = _measure(bench, compared, kinds, grid, windows=windows, refine=refine)
+    evaluator = Evaluator(network, tokenizer, Path(output) / "cells", _meter(progress, grid.work(kinds, len(names))))
+    measured = _measure(evaluator, compared, kinds, grid, windows=windows, refine=refine)
     settings = {
         "model": model if isinstance(model, str) else getattr(network.config, "name_or_path", "") or "a loaded model",
         "dtype": dtype_name(network),
@@ -173,22 +173,22 @@ class _Measured:
 
 
 def _measure(
-    bench: Bench, compared: Comparison, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
+    evaluator: Evaluator, compared: Comparison, tasks: Sequence[Task], grid: Grid, *, windows: bool, refine: int
 ) -> _Measured:
     import pandas as pd
 
     from moa_search.evaluation.suite import measure_grid, measure_windows, refine_grid
 
-    rows = measure_grid(bench, compared.variants, tasks, grid)
+    rows = measure_grid(evaluator, compared.variants, tasks, grid)
     items, window_items, of_task = [rows], [rows.iloc[:0]], {}
     uniform = set(compared.uniform.values())
     closely = [variant for variant in compared.variants if variant.name not in uniform]
     retrieval = [task for task in tasks if task.is_retrieval]
     for task in retrieval:
-        between = refine_grid(bench, closely, task, grid, rows, refine)
+        between = refine_grid(evaluator, closely, task, grid, rows, refine)
         items += [between] if len(between) else []
         if windows and compared.plans:
-            tried, of_task[task.name] = measure_windows(bench, compared.plans, task, grid, pd.concat(items))
+            tried, of_task[task.name] = measure_windows(evaluator, compared.plans, task, grid, pd.concat(items))
             window_items += [tried] if len(tried) else []
     joined = pd.concat(window_items[1:]) if len(window_items) > 1 else window_items[0]
     return _Measured(rows, pd.concat(items), joined, of_task, [task.name for task in retrieval])

@@ -13,7 +13,7 @@ from moa_search.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moa_search.calibration import Split
+    from moa_search.data import Split
     from moa_search.evaluation.true_loss import TrueLoss
     from moa_search.formats import Plan
     from moa_search.formats.plan import Budget, Validation

@@ -11,14 +11,18 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.calibration.prompts import Frame, Item
+from moa_search.data.frames import Frame
+from moa_search.errors import CalibrationError
+from moa_search.parallel import Workers
+from moa_search.tasks.items import Item
 
-__all__ = ["answering", "greedy_answer", "normalised", "right_part", "shared_words", "stop_tokens"]
+__all__ = ["ModelAnswers", "answering", "greedy_answer", "normalised", "right_part", "shared_words", "stop_tokens"]
 
 LONG_WORDS = 5
 """References from this many words on may be put in other words: see `is_right`."""
@@ -30,6 +34,50 @@ LEAST_COPIED = 4
 24 in none of 16."""
 
 Tokens = npt.NDArray[np.int64]
+
+
+@dataclass
+class ModelAnswers:
+    """The dense model's greedy answers, where they are right.
+
+    Attributes:
+        model: A causal language model; left as it was.
+        tokenizer: Its tokenizer.
+        frame: Tokens around the prompts.
+        workers: Processes that share the items, each with its own copy of the model.
+    """
+
+    model: Any
+    tokenizer: Any
+    frame: Frame
+    workers: Workers
+
+    @property
+    def at_once(self) -> int:
+        """See `Answerer`."""
+        return self.workers.count
+
+    def __call__(self, items: Sequence[Item]) -> list[Tokens | None]:
+        """See `Answerer`."""
+        parts = self.workers.everywhere(self.workers.together(lambda: self._answered(self.workers.own(items))))
+        return [parts[i % self.workers.count][i // self.workers.count] for i in range(len(items))]
+
+    def _answered(self, items: Sequence[Item]) -> list[Tokens | None]:
+        import torch
+
+        stops = stop_tokens(self.model, self.tokenizer, self.frame)
+        right: list[Tokens | None] = []
+        with answering(self.model):
+            for item in items:
+                try:
+                    answer = greedy_answer(self.model, self.tokenizer, item, stops)
+                except torch.OutOfMemoryError:
+                    raise CalibrationError(
+                        f"answering a prompt of {len(item.prompt)} tokens doesn't fit the GPU's memory; try "
+                        "--device-map auto, shorter --lengths or --answers dataset"
+                    ) from None
+                right.append(right_part(self.tokenizer, item, answer))
+        return right
 
 
 @contextlib.contextmanager

@@ -3,12 +3,9 @@
 from moa_search.evaluation.compare import BASELINES, compare_variants, make_variants
 from moa_search.evaluation.effective import EffectiveContext, effective_context
 from moa_search.evaluation.statistics import paired_differences, summarise
-from moa_search.evaluation.tasks import ANSWERS, TASKS
 
 __all__ = [
-    "ANSWERS",
     "BASELINES",
-    "TASKS",
     "EffectiveContext",
     "compare_variants",
     "effective_context",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.errors import ConfigError
-from moa_search.evaluation.tasks import Answers, Task, require_tasks
+from moa_search.evaluation.scoring import score_item
 from moa_search.formats.files import nearest
 from moa_search.formats.plan import Plan
 from moa_search.runtime import applied
 from moa_search.spans import SpanRule
+from moa_search.tasks import AnswerMode, Task, require_tasks
 
 __all__ = [
     "BASELINES",
@@ -165,7 +166,7 @@ def compare_variants(
     lengths: Sequence[int],
     count: int,
     seed: int,
-    answers: Answers = "forced",
+    answers: AnswerMode = "forced",
     depths: Sequence[float] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
@@ -200,7 +201,7 @@ def compare_variants(
 
     for length in lengths:
         for task in kinds:
-            samples = task.build(tokenizer, length=length, count=count, seed=seed, depths=depths)
+            samples = task.held_out(tokenizer, length=length, count=count, seed=seed, depths=depths)
             measured: dict[
                 str | None, list[dict[str, Any]]
             ] = {}  # by what the plan does: uniform spans may be the same
@@ -210,7 +211,7 @@ def compare_variants(
                 if does in measured:
                     report(sum(sample.target_length for sample in samples))
                 else:
-                    measured[does] = measure(model, tokenizer, plan, task, samples, answers=answers, report=report)
+                    measured[does] = measure(model, plan, task, samples, answers=answers, report=report)
                 keys = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
                 rows += [{**keys, **row} for row in measured[does]]
     return pd.DataFrame(rows)
@@ -226,19 +227,17 @@ def densities(plan: Plan | None, length: int) -> dict[str, float]:
 
 def measure(
     model: Any,
-    tokenizer: Any,
     plan: Plan | None,
     task: Task,
     samples: Sequence[Sample],
     *,
-    answers: Answers,
+    answers: AnswerMode,
     report: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """What the model makes of the items of one task under one plan.
 
     Args:
         model: A dense transformers model; left dense at the end.
-        tokenizer: Its tokenizer.
         plan: As it runs at the items' length; None for dense attention.
         task: Made the items.
         samples: The items.
@@ -251,16 +250,9 @@ def measure(
     rows = []
     with under(model, plan):
         for item, sample in enumerate(samples):
-            for reading in task.measure(model, tokenizer, sample, answers):
+            for score in score_item(model, task, sample, answers):
                 rows.append(
-                    {
-                        "metric": task.metric_of(task.way(answers)),
-                        "answers": task.way(answers),
-                        "item": item,
-                        "depth": reading.depth,
-                        "nll": reading.nll,
-                        "score": reading.score,
-                    }
+                    {"metric": task.metric, "answers": task.answer_mode(answers), "item": item, **asdict(score)}
                 )
             report(sample.target_length)
     return rows

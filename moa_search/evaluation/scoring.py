@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moa_search.calibration import Sample
 from moa_search.calibration.answers import answering
+from moa_search.data import Sample
+from moa_search.tasks import AnswerMode, Task
 
-__all__ = ["AnswerScore", "generate_answer", "generate_tokens", "score_answer"]
+__all__ = ["AnswerScore", "Score", "generate_answer", "generate_tokens", "score_answer", "score_item"]
 
 ROWS_AT_ONCE = 1024
 """Answer tokens that are scored together: the float32 logits of a whole document would take gigabytes."""
@@ -40,6 +41,40 @@ class AnswerScore:
         return float(self.losses.mean())
 
 
+@dataclass(frozen=True)
+class Score:
+    """What one item, or one slice of it, says.
+
+    Attributes:
+        depth: Where in the item, 0 (start) to 1 (end).
+        nll: Mean negative log-likelihood in nats per answer token; not a number where the answer was generated.
+        score: 0 to 1.
+    """
+
+    depth: float
+    nll: float
+    score: float
+
+
+def score_item(model: Any, task: Task, sample: Sample, answers: AnswerMode) -> list[Score]:
+    """Have one item of a task answered and scored, in the task's slices.
+
+    Args:
+        model: A causal language model, under a plan or not.
+        task: Made the item.
+        sample: The item.
+        answers: How it is answered, where the task leaves a choice.
+    """
+    answer = (score_answer if task.answer_mode(answers) == "forced" else generate_answer)(model, sample)
+    if task.slices == 1:
+        return [Score(sample.depth, answer.nll, task.score(answer.correct))]
+    parts = zip(np.array_split(answer.losses, task.slices), np.array_split(answer.correct, task.slices), strict=True)
+    return [
+        Score((number + 0.5) / task.slices, float(losses.mean()), task.score(correct))
+        for number, (losses, correct) in enumerate(parts)
+    ]
+
+
 @torch.no_grad()
 def score_answer(model: Any, sample: Sample) -> AnswerScore:
     """One forward pass over prompt and answer."""
@@ -60,16 +95,13 @@ def generate_answer(model: Any, sample: Sample) -> AnswerScore:
 
 
 @torch.no_grad()
-def generate_tokens(
-    model: Any, prompt: npt.NDArray[np.int64], count: int, stops: tuple[int, ...] = ()
-) -> npt.NDArray[np.int64]:
+def generate_tokens(model: Any, prompt: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     """What greedy decoding adds to a prompt.
 
     Args:
         model: A causal language model; settings of its own, such as a temperature, are left aside.
         prompt: Token ids, ``[prompt]``.
-        count: Tokens at most; exactly as many where there are no stops.
-        stops: Tokens that end it.
+        count: Tokens.
     """
     ids = torch.from_numpy(prompt)[None].to(model.device)
     with answering(model):
@@ -78,7 +110,7 @@ def generate_tokens(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
             do_sample=False,
-            eos_token_id=list(stops) or None,
-            pad_token_id=stops[0] if stops else 0,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     return np.asarray(out[0, len(prompt) :].cpu().numpy(), dtype=np.int64)

@@ -12,18 +12,18 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample, hash_samples
 from moa_search.errors import CalibrationError
 from moa_search.evaluation.compare import Variant, constant_like, densities, kept_tokens, measure
 from moa_search.evaluation.effective import effective_context, effective_contexts, enough, window_lengths
 from moa_search.evaluation.loss_cache import DENSE_PLAN
 from moa_search.evaluation.result_folder import ResultFolder
-from moa_search.evaluation.tasks import Answers, Task
 from moa_search.formats import Plan
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.text import dtype_name
+from moa_search.tasks import AnswerMode, Task
 
-__all__ = ["CELLS_SCHEMA", "Bench", "Grid", "measure_grid", "measure_windows", "refine_grid"]
+__all__ = ["CELLS_SCHEMA", "Evaluator", "Grid", "measure_grid", "measure_windows", "refine_grid"]
 
 CELLS_SCHEMA: Final = "moa-cells/1"
 
@@ -47,7 +47,7 @@ class Grid:
     counts: Mapping[int, int]
     depths: tuple[float, ...] = ()
     seed: int = 0
-    answers: Answers = "forced"
+    answers: AnswerMode = "forced"
 
     @property
     def lengths(self) -> list[int]:
@@ -65,7 +65,7 @@ class Grid:
 
 
 @dataclass
-class Bench:
+class Evaluator:
     """One model and what was measured of it before.
 
     Every cell (one plan, one task, one length) is kept at once, by plan, weights, type, items and how they are
@@ -95,7 +95,7 @@ class Bench:
         key = (task.name, length, grid.count_at(length), grid.depths, grid.seed)
         if key not in self._items:
             self._items = {
-                key: task.build(
+                key: task.held_out(
                     self.tokenizer, length=length, count=grid.count_at(length), seed=grid.seed, depths=grid.depths
                 )
             }
@@ -104,13 +104,13 @@ class Bench:
     def cell(self, variant: Variant, task: Task, length: int, grid: Grid) -> list[dict[str, Any]]:
         """Rows of one cell, as `compare_variants` returns them."""
         plan, samples = variant.plan_at(length), self.items(task, length, grid)
-        way = task.way(grid.answers)
+        answers = task.answer_mode(grid.answers)
         described = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
-        described |= {"metric": task.metric_of(way), "answers": way}
-        key = self._key(plan, task, length, samples, way)
+        described |= {"metric": task.metric, "answers": answers}
+        key = self._key(plan, task, length, samples, answers)
         parts = None if self._kept is None else self._kept.read(key)
         if parts is None:
-            rows = measure(self.model, self.tokenizer, plan, task, samples, answers=grid.answers, report=self.report)
+            rows = measure(self.model, plan, task, samples, answers=grid.answers, report=self.report)
             parts = [[None if _is_nan(row[name]) else row[name] for name in PARTS] for row in rows]
             if self._kept is not None:
                 self._kept.write(key, parts)
@@ -122,37 +122,37 @@ class Bench:
         ]
 
     def _key(
-        self, plan: Plan | None, task: Task, length: int, samples: Sequence[Sample], way: Answers
+        self, plan: Plan | None, task: Task, length: int, samples: Sequence[Sample], answers: AnswerMode
     ) -> dict[str, Any]:
         return {
             "plan": DENSE_PLAN if plan is None else plan.fingerprint,
             "weights": self._weights,
             "dtype": dtype_name(self.model),
             "task": task.name,
-            "metric": task.metric_of(way),
-            "items": task.identity(samples),
+            "metric": task.metric,
+            "items": hash_samples(samples),
             "length": length,
-            "answers": way,
+            "answers": answers,
         }
 
 
-def measure_grid(bench: Bench, variants: Sequence[Variant], tasks: Sequence[Task], grid: Grid) -> pd.DataFrame:
+def measure_grid(evaluator: Evaluator, variants: Sequence[Variant], tasks: Sequence[Task], grid: Grid) -> pd.DataFrame:
     """Every variant on every task at every length, the short lengths first."""
     rows: list[dict[str, Any]] = []
     for length in grid.lengths:
         for task in tasks:
             for variant in variants:
-                rows += bench.cell(variant, task, length, grid)
+                rows += evaluator.cell(variant, task, length, grid)
     return pd.DataFrame(rows)
 
 
 def refine_grid(
-    bench: Bench, variants: Sequence[Variant], task: Task, grid: Grid, items: pd.DataFrame, steps: int
+    evaluator: Evaluator, variants: Sequence[Variant], task: Task, grid: Grid, items: pd.DataFrame, steps: int
 ) -> pd.DataFrame:
     """Rows at lengths between a variant's last that passes and its first that fails, halving the gap ``steps`` times.
 
     Args:
-        bench: Measures.
+        evaluator: Measures.
         variants: Which of them to look at more closely.
         task: A retrieval task.
         grid: Lengths measured already.
@@ -169,21 +169,21 @@ def refine_grid(
             middle = (bracket.passes + bracket.fails) // 2 // REFINED_TO_TOKENS * REFINED_TO_TOKENS
             if middle <= bracket.passes:
                 break
-            rows = pd.DataFrame(bench.cell(variant, task, middle, grid))
+            rows = pd.DataFrame(evaluator.cell(variant, task, middle, grid))
             mine = pd.concat([mine, rows])
             found = rows if found.empty else pd.concat([found, rows])
     return found
 
 
 def measure_windows(
-    bench: Bench, plans: Mapping[str, Plan], task: Task, grid: Grid, items: pd.DataFrame
+    evaluator: Evaluator, plans: Mapping[str, Plan], task: Task, grid: Grid, items: pd.DataFrame
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     """How far one constant window carries that is as long as each plan's average span at its effective context.
 
     A window is tried at rising lengths until it fails, so these rows end where its effective context does.
 
     Args:
-        bench: Measures.
+        evaluator: Measures.
         plans: By name of the variant.
         task: A retrieval task.
         grid: Says how many items.
@@ -204,7 +204,7 @@ def measure_windows(
     for window, length in sorted(longest.items()):
         plan = next(plans[name] for name, span in windows.items() if span == window)
         variant = Variant(f"window {window}", partial(_always, constant_like(plan, window)))
-        rows += _until_it_fails(bench, variant, task, grid, window, length)
+        rows += _until_it_fails(evaluator, variant, task, grid, window, length)
     return pd.DataFrame(rows, columns=items.columns), windows
 
 
@@ -213,11 +213,11 @@ def _always(plan: Plan, length: int) -> Plan:
 
 
 def _until_it_fails(
-    bench: Bench, variant: Variant, task: Task, grid: Grid, window: int, longest: int
+    evaluator: Evaluator, variant: Variant, task: Task, grid: Grid, window: int, longest: int
 ) -> Iterator[dict[str, Any]]:
     for length in window_lengths(window, longest):
         try:
-            rows = bench.cell(variant, task, length, grid)
+            rows = evaluator.cell(variant, task, length, grid)
         except CalibrationError:  # shorter than the task's items can be
             continue
         yield from rows

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moa_search.calibration import Sample, hash_samples
+from moa_search.data import Sample, hash_samples
 from moa_search.errors import ConfigError, MoAError
 from moa_search.evaluation.compare import under
 from moa_search.evaluation.loss_cache import DENSE_PLAN, LossCache, LossKey

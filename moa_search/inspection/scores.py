@@ -74,7 +74,7 @@ def effective_context_table(effective: pd.DataFrame) -> Table:
 def effective_lines(items: pd.DataFrame) -> list[str]:
     """Effective context of every variant on each task that is about retrieval and was tried at several lengths."""
     from moa_search.evaluation.effective import THRESHOLD, effective_contexts
-    from moa_search.evaluation.tasks import TASKS
+    from moa_search.tasks import TASKS
 
     lines = []
     for name in dict.fromkeys(items["task"]):

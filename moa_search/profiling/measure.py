@@ -14,7 +14,7 @@ from moa_kernels.backends import Impl
 from moa_kernels.influence import STATISTICS
 from torch.nn import functional
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.errors import ModelUnsupportedError, ProfilingError
 from moa_search.formats import ModelSignature
 from moa_search.profiling.attention import Recorder, record_into

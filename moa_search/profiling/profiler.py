@@ -12,7 +12,7 @@ import torch
 from moa_kernels import backends as kernels
 from moa_kernels.backends import Impl, choose
 
-from moa_search.calibration import Sample, hash_samples
+from moa_search.data import Sample, hash_samples
 from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
 from moa_search.formats import ModelSignature
 from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary

@@ -8,8 +8,8 @@ import pytest
 
 from moa_search import calibration, profile_model, search_front
 from moa_search.api.validating import held_out_loss, validate_front
-from moa_search.calibration import hash_samples
 from moa_search.cli.command import build_parser, parse
+from moa_search.data import hash_samples
 from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError
 from moa_search.evaluation import true_loss
 from moa_search.evaluation.scoring import score_answer

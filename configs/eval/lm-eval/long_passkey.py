@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from moa_search.evaluation import TASKS
+from moa_search.tasks import TASKS
 
 SAMPLES = 20
 
@@ -15,7 +15,7 @@ def make(tokenizer: str, max_seq_lengths: list[int], **others: Any) -> dict[str,
     encoder = AutoTokenizer.from_pretrained(tokenizer)
     rows = []
     for length in max_seq_lengths:
-        for item in TASKS["passkey"].build(encoder, length=length, count=SAMPLES, seed=0):
+        for item in TASKS["passkey"].held_out(encoder, length=length, count=SAMPLES, seed=0):
             prompt, answer = (
                 encoder.decode(ids, clean_up_tokenization_spaces=False) for ids in (item.prompt, item.answer)
             )

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from moa_search.calibration.answers import answering, greedy_answer, right_part, stop_tokens
-from moa_search.calibration.prompts import Item, chat_frame, plain_frame
+from moa_search.data.frames import chat_frame, plain_frame
 from moa_search.modeling.loading import load_model
+from moa_search.tasks.items import Item
 
 NOTHING = np.empty(0, np.int64)
 

@@ -10,8 +10,9 @@ import pytest
 
 DRAW = """
 import sys
-from moa_search.calibration import calibrate, hash_samples
-from tests.moa_search.calibration.conftest import TEMPLATE, make_chat_tokenizer
+from moa_search.calibration import calibrate
+from moa_search.data import hash_samples
+from tests.moa_search.bytewise import TEMPLATE, make_chat_tokenizer
 tokenizer = make_chat_tokenizer("{{ strftime_now('%A %x %p') }}" + TEMPLATE)
 sources = ["passkey", "copy", "multikey", "question", "passkey:books", "rows"]
 made = calibrate(None, tokenizer, sources=sources, lengths=[900], samples=12, seed=3, answers="dataset")
@@ -59,8 +60,8 @@ def test_equal_arguments_give_equal_draws_in_any_process(tmp_path, records):
 
 
 def test_the_order_in_which_a_folder_lists_its_files_does_not_matter(tmp_path, records, monkeypatch):
-    from moa_search.calibration import parse_source
-    from moa_search.calibration.loading import load_records, load_texts
+    from moa_search.data.loading import load_records, load_texts
+    from moa_search.tasks import parse_source
 
     folder = fill(tmp_path / "one", "abc", records)
     sources = [(load_texts, "passkey:{}/books"), (load_texts, "passkey:{}/books/*"), (load_texts, "passkey:{}/rows")]

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from moa_search.errors import ConfigError
-from moa_search.evaluation import TASKS, compare_variants, make_variants
 from moa_search.evaluation import compare as compare_module
+from moa_search.evaluation import compare_variants, make_variants
 from moa_search.evaluation.compare import Variant, uniform_like
 from moa_search.formats import ModelSignature, Plan
 from moa_search.spans import DENSE, SpanRule
+from moa_search.tasks import TASKS
 
 LENGTHS = [300, 500]
 
@@ -115,7 +116,7 @@ def test_dense_scores_are_those_of_a_plain_forward_pass(tiny_model):
     rows = compare(tiny_model, [DENSE_MODEL])
     assert len(rows) == 4
     for task in ("passkey", "copy"):
-        samples = TASKS[task].build(tokenizer, length=300, count=2, seed=0)
+        samples = TASKS[task].held_out(tokenizer, length=300, count=2, seed=0)
         mine = rows[rows["task"] == task]
         assert mine["depth"].tolist() == [sample.depth for sample in samples]
         for sample, (_, row) in zip(samples, mine.iterrows(), strict=True):
@@ -145,7 +146,7 @@ def test_a_plan_takes_effect_on_its_own_rows_only(tiny_model, short):
 def test_what_acts_the_same_is_measured_once(tiny_model, short, monkeypatch):
     """Uniform spans like two plans of one memory are the same plan."""
     runs, original = [], compare_module.measure
-    monkeypatch.setattr(compare_module, "measure", lambda *a, **b: runs.append(a[2]) or original(*a, **b))
+    monkeypatch.setattr(compare_module, "measure", lambda *a, **b: runs.append(a[1]) or original(*a, **b))
     seen = []
     variants = [always("short", short), always("same", short.model_copy(update={"predicted": ()})), DENSE_MODEL]
     rows = compare(tiny_model, variants, tasks=["passkey"], progress=lambda *done: seen.append(done))
@@ -204,7 +205,7 @@ def test_the_model_is_dense_again_even_after_an_error(tiny_model, short, monkeyp
         assert model.config._attn_implementation != attention
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("moa_search.evaluation.tasks.base.score_answer", fail)
+    monkeypatch.setattr("moa_search.evaluation.scoring.score_answer", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         compare(tiny_model, [always("short", short)])
     assert model.config._attn_implementation == attention

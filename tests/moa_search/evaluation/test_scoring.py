@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.evaluation.scoring import score_answer
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from moa_search.calibration import Sample, hash_samples
+from moa_search.data import Sample, hash_samples
 from moa_search.errors import ConfigError, MoAError, ModelMismatchError
 from moa_search.evaluation import true_loss
 from moa_search.evaluation.loss_cache import LossCache

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.profiling import profile_samples
 
 SAMPLES = 12

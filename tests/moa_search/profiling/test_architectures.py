@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.errors import ModelUnsupportedError
 from moa_search.profiling import profile_samples
 from tests.moa_search.architectures import ARCHITECTURES, SMALL, make_model

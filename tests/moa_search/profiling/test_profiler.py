@@ -10,7 +10,7 @@ import torch
 from moa_kernels.influence import influence_statistics
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.errors import BackendUnavailableError, ConfigError, ProfilingError
 from moa_search.formats import Profile
 from moa_search.profiling import profile_samples, require_profilable

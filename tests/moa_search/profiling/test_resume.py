@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moa_search.calibration import Sample
+from moa_search.data import Sample
 from moa_search.errors import ConfigError
 from moa_search.profiling import discard_results, profile_samples, results_folder
 from moa_search.profiling.measure import SampleMeter

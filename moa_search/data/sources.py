@@ -1,0 +1,38 @@
+"""What a source of texts or records is; `moa_search.tasks.sources` reads how a user types one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["ROLES", "SourceSpec"]
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "context": ("context", "passage", "document", "article", "text", "story"),
+    "question": ("question", "query", "instruction", "input", "prompt"),
+    "answer": ("answer", "answers", "output", "target", "response"),
+    "text": ("text", "content", "document", "article", "context", "passage", "body", "story"),
+}
+"""What a column is for, and the names that are tried in this order where none is given."""
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source of calibration samples.
+
+    Attributes:
+        typed: What the user typed.
+        task: A built-in task, ``records`` or ``samples``.
+        data: File, pattern, folder or dataset id; empty for the standard library's texts.
+        subset: Configuration of a Hugging Face dataset.
+        split: Its split, such as ``train`` or ``train[:1000]``.
+        columns: Names of columns by role; see `ROLES`.
+        hint: Ends the error of data that can't be read, such as a task with a name like it.
+    """
+
+    typed: str
+    task: str
+    data: str = ""
+    subset: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    hint: str = field(default="", compare=False)

@@ -1,0 +1,55 @@
+"""Tasks by the names that a user types; some take data of the user's after a colon."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import get_args
+
+from moa_search.errors import ConfigError
+from moa_search.formats.files import nearest, one_line
+from moa_search.tasks.answers import AnswersTask
+from moa_search.tasks.base import AnswerMode, Task
+from moa_search.tasks.perplexity import PerplexityTask
+from moa_search.tasks.registry import TASKS
+from moa_search.tasks.sources import parse_source
+
+__all__ = ["ANSWER_MODES", "TASKS_OVER", "require_tasks"]
+
+ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
+
+TASKS_OVER = {"nll": "SOURCE", "perplexity": "TEXTS"}
+"""Tasks over data of the user's, which follow the name and a colon."""
+
+
+def require_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names, each once.
+
+    Raises:
+        ConfigError: One is unknown, lacks its data, or there is none.
+    """
+    if not names:
+        raise ConfigError(f"no task is named; {_choices()}")
+    return [_task(name) for name in dict.fromkeys(names)]
+
+
+def _task(name: str) -> Task:
+    if name in TASKS:
+        return TASKS[name]
+    kind, _, data = name.partition(":")
+    if kind not in TASKS_OVER:
+        if kind == "longbench":
+            raise ConfigError(
+                f"task {one_line(name)!r} is unknown; moa-eval lm-eval --builtin true has LongBench's tasks"
+            )
+        raise ConfigError(f"task {one_line(name)!r} is unknown{nearest(name, [*TASKS, *TASKS_OVER])}; {_choices()}")
+    if not data:
+        raise ConfigError(f"task {name!r} lacks its data; write {kind}:{TASKS_OVER[kind]}")
+    if kind == "nll":
+        return AnswersTask(parse_source(data))
+    # A source whose texts are filler is one whose texts are documents here.
+    return PerplexityTask(dataclasses.replace(parse_source(f"copy:{data}"), typed=name))
+
+
+def _choices() -> str:
+    return f"choose from {', '.join(TASKS)}, {', '.join(f'{kind}:{data}' for kind, data in TASKS_OVER.items())}"

@@ -1,0 +1,66 @@
+"""Next-token loss of long documents, by position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moa_search.data.loading import load_texts
+from moa_search.data.sources import SourceSpec
+from moa_search.data.texts import TextSource
+from moa_search.errors import CalibrationError
+from moa_search.tasks.base import TokenAccuracyTask
+from moa_search.tasks.items import Generator, Item
+
+__all__ = ["PerplexityTask"]
+
+
+class PerplexityTask(TokenAccuracyTask):
+    """Every token of a long document given those before it, in slices of its length.
+
+    Perplexity is ``exp(nll)``; the score is the share of tokens ranked first. A document starts anywhere in a text and
+    may go on in the next.
+
+    Args:
+        spec: A user's texts; by default the standard library's.
+    """
+
+    name = "perplexity"
+    always_forced = True
+    at_depths = False
+    in_chat = False
+    is_source = False
+    slices = 8
+    least_per_slice = 8
+
+    def __init__(self, spec: SourceSpec | None = None) -> None:
+        self._spec = spec
+        if spec is not None:
+            self.name = spec.typed
+
+    def texts(self, tokenizer: Any) -> TextSource:
+        """See `DrawnTask.texts`."""
+        if self._spec is None:
+            return super().texts(tokenizer)
+        texts = load_texts(self._spec, "test")
+        return TextSource(tokenizer, texts, f"the held-out texts of {self.name}", joint="\n\n")
+
+    def draw(self, maker: Generator, length: int, depth: float, rng: np.random.Generator) -> Item:
+        """See `DrawnTask.draw`; all but the first token is the answer."""
+        before = maker.frame.before
+        if length < self.slices * self.least_per_slice:
+            raise CalibrationError(f"{self.name} items can't be as short as {length} tokens")
+        document, text = maker.source.cut(length - len(before), rng)
+        ids = np.concatenate([before, text])
+        return Item(
+            prompt=ids[:1],
+            reference=ids[1:],
+            accepted=(),
+            ends="reference",
+            exact=False,
+            task=self.name,
+            depth=depth,
+            document=document,
+            target_length=length,
+        )

@@ -1,0 +1,58 @@
+"""What a user types to name calibration data: ``[TASK:]DATA[?key=value&key=value]``.
+
+* ``passkey``, ``copy``, ``lines`` and the others: a built-in task over the standard library's texts;
+* ``passkey:DATA``: the same over other texts;
+* ``records:DATA``, or ``DATA`` alone: question-answer records;
+* ``samples:FOLDER``: samples that were saved before.
+
+DATA is a local ``.jsonl``, ``.json``, ``.parquet``, ``.csv``, ``.tsv``, ``.txt`` or ``.md`` file, a pattern such as
+``books/*.txt``, a folder, or a Hugging Face dataset id.
+"""
+
+from __future__ import annotations
+
+from moa_search.data.sources import ROLES, SourceSpec
+from moa_search.errors import ConfigError
+from moa_search.formats.files import nearest, one_line
+from moa_search.tasks.registry import SOURCE_TASKS
+
+__all__ = ["parse_source"]
+
+
+def parse_source(text: str) -> SourceSpec:
+    """The source that ``text`` names.
+
+    Raises:
+        ConfigError: It names none; the message says what is wrong.
+    """
+    where = f"source {one_line(text)!r}"
+    body, mark, query = text.partition("?")
+    tasks = (*SOURCE_TASKS, "records", "samples")
+    task, colon, data = body.partition(":")
+    if not colon:
+        task, data = (body, "") if body in tasks else ("records", body)
+    if task not in tasks:
+        raise ConfigError(f"{where}: task {task!r} is unknown{nearest(task, tasks)}; choose from {', '.join(tasks)}")
+    if not data and (colon or task in ("records", "samples")):
+        raise ConfigError(f"{where}: data is missing; write {task}: and a file, folder or dataset id")
+    known = _keys(task, data)
+    options: dict[str, str] = {}
+    for part in query.split("&") if mark else ():
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise ConfigError(f"{where}: {part!r} is not key=value")
+        if key not in known:
+            takes = f"choose from {', '.join(known)}" if known else "it takes none"
+            raise ConfigError(f"{where}: key {key!r} is unknown{nearest(key, known)}; {takes}")
+        if key in options:
+            raise ConfigError(f"{where}: key {key!r} stands twice")
+        options[key] = value
+    columns = {role: options[role] for role in ROLES if role in options}
+    hint = "" if colon else nearest(data, SOURCE_TASKS)
+    return SourceSpec(text, task, data, options.get("subset"), options.get("split", "train"), columns, hint)
+
+
+def _keys(task: str, data: str) -> tuple[str, ...]:
+    if not data or task == "samples":
+        return ()
+    return ("subset", "split", *(("context", "question", "answer") if task == "records" else ("text",)))
