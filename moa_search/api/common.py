@@ -38,11 +38,24 @@ Searcher = Literal["exact", "moa", "duo", "per-layer", "recall", "uniform"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def model_and_tokenizer(model: str | tuple[Any, Any], **options: Any) -> tuple[Any, Any]:
-    """Model and tokenizer; ``options`` are those of load_model."""
+def model_and_tokenizer(model: str | os.PathLike[str] | tuple[Any, Any], **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer, loaded where they are named; ``options`` are those of load_model.
+
+    Of a PeftModel, the transformers model that it adapts, with the adapter at work.
+
+    Raises:
+        ConfigError: Something else is given.
+        ModelUnsupportedError: An adapter adds virtual tokens.
+    """
+    from moa_search.modeling.adapters import adapted_model
     from moa_search.modeling.loading import load_model
 
-    return load_model(model, **options) if isinstance(model, str) else model
+    if isinstance(model, str | os.PathLike):
+        return load_model(os.fspath(model), **options)
+    if not isinstance(model, tuple | list) or len(model) != 2:
+        raise ConfigError(f"model: a {type(model).__name__} is given; give a name, a folder, or (model, tokenizer)")
+    network, tokenizer = model
+    return adapted_model(network), tokenizer
 
 
 def require_positive(**values: float) -> None:

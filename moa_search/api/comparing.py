@@ -42,6 +42,7 @@ def compare_searchers(
     lengths: Sequence[int] | None = None,
     samples: int = 16,
     output: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Compare our search with the baselines at the same budget.
@@ -61,6 +62,7 @@ def compare_searchers(
         lengths: Tokens per held-out sample; by default the profiled lengths.
         samples: Held-out samples per length.
         output: Folder to write every plan, compare.csv and measured losses to.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the work done and in all.
 
     Returns:
@@ -93,7 +95,7 @@ def compare_searchers(
     )
     truth = None
     if validate is not None:
-        network, tokenizer = model_and_tokenizer(validate, dtype="auto", device="auto")
+        network, tokenizer = model_and_tokenizer(validate, trust_remote_code=trust_remote_code)
         require_profile_fits(statistics, network)
         truth = held_out_loss(
             network,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ from moa_search.api.common import require_lengths, require_writable, require_wri
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moa_search.formats import ModelSignature, Plan
+    from moa_search.formats import ModelSignature, Plan, PlanLike
 
 __all__ = ["PlanFormat", "export_plan", "import_plan"]
 
@@ -22,7 +22,7 @@ SIZES = ("layers", "heads", "kv_heads", "head_dim")
 
 
 def import_plan(
-    plan: str | Plan,
+    plan: str | PlanLike,
     *,
     model: str | Plan | ModelSignature | Any | None = None,
     fold_lengths: Sequence[int] = (),
@@ -30,6 +30,7 @@ def import_plan(
     sparsity: float | None = None,
     sink: int | None = None,
     recent: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Read a plan of ours, of MoA's or of DuoAttention's; the content says which it is.
 
@@ -47,6 +48,7 @@ def import_plan(
         sparsity: DuoAttention's: share of heads that aren't dense, instead of a threshold.
         sink: DuoAttention's: first tokens that the other heads keep; by default what the config.json beside it says.
         recent: DuoAttention's: newest tokens that they keep, likewise.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
 
     Returns:
         The plan.
@@ -69,22 +71,22 @@ def import_plan(
     }
     given = {name: value for name, value in options.items() if value is not None}
     require_lengths(fold_lengths=fold_lengths)
-    if isinstance(plan, Plan) or find_format(plan) == "plan":
+    if not isinstance(plan, str | os.PathLike) or find_format(plan) == "plan":
         if given:
             raise ConfigError(f"{next(iter(given))}: it is for plans of other tools")
-        loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+        loaded = Plan.of(plan)
         if model is not None:
-            loaded.model.require(_signature(model), "the plan")
+            loaded.model.require(_signature(model, trust_remote_code), "the plan")
         return loaded
     if model is None:
         raise ConfigError(
             f"{plan}: a plan of another tool doesn't say which model it is for; give model: a hub id, a folder, a plan "
             "or profile of it"
         )
-    return read_foreign(plan, _signature(model), **given)  # type: ignore[arg-type]
+    return read_foreign(plan, _signature(model, trust_remote_code), **given)  # type: ignore[arg-type]
 
 
-def export_plan(plan: str | Plan, output: str, *, format: PlanFormat = "moa", reanchor: bool = False) -> Plan:
+def export_plan(plan: str | PlanLike, output: str, *, format: PlanFormat = "moa", reanchor: bool = False) -> Plan:
     """Write a plan in another tool's format, or say why that can't express it.
 
     Args:
@@ -103,7 +105,7 @@ def export_plan(plan: str | Plan, output: str, *, format: PlanFormat = "moa", re
     from moa_search.formats import Plan
     from moa_search.formats.foreign import save_as
 
-    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+    loaded = Plan.of(plan)
     if format == "duo":
         require_writable_folder(output)
     else:
@@ -112,14 +114,14 @@ def export_plan(plan: str | Plan, output: str, *, format: PlanFormat = "moa", re
     return loaded
 
 
-def _signature(model: Any) -> ModelSignature:
+def _signature(model: Any, trust_remote_code: bool) -> ModelSignature:
     """The signature of whatever stands for a model."""
     from moa_search.formats import ModelSignature, Plan, Profile
 
     if isinstance(model, ModelSignature):
         return model
-    if isinstance(model, Plan):
-        return model.model
+    if isinstance(model, Plan | Mapping):
+        return Plan.of(model, "model").model
     if not isinstance(model, str | os.PathLike):
         return ModelSignature.of(getattr(model, "config", model))
     spec = os.fspath(model)
@@ -131,7 +133,7 @@ def _signature(model: Any) -> ModelSignature:
         return _from_numbers(spec)
     from moa_search.modeling.loading import load_config
 
-    return ModelSignature.of(load_config(spec))
+    return ModelSignature.of(load_config(spec, trust_remote_code=trust_remote_code))
 
 
 def _from_numbers(spec: str) -> ModelSignature:

@@ -19,7 +19,7 @@ from moa_search.api.variants import given_plans
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moa_search.formats import Plan
+    from moa_search.formats import PlanLike
 
 __all__ = ["evaluate_model"]
 
@@ -27,7 +27,7 @@ __all__ = ["evaluate_model"]
 def evaluate_model(
     model: str | tuple[Any, Any],
     *,
-    plan: Sequence[str | Plan] = (),
+    plan: Sequence[str | PlanLike] = (),
     baselines: Sequence[str] = ("dense", "uniform"),
     tasks: Sequence[str] = ("passkey", "copy"),
     lengths: Sequence[int] = (1024,),
@@ -38,13 +38,14 @@ def evaluate_model(
     dtype: Dtype = "auto",
     device: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Score the model dense, under plans and under uniform spans, on held-out items.
 
     Args:
         model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
-        plan: Plan files; in Python also Plans.
+        plan: Plan files; in Python also Plans or their contents.
         baselines: dense, and uniform: one span for all heads with as much memory as the plan.
         tasks: passkey, multikey, question, lines and lookup (exact match), copy and tracking (token accuracy),
             perplexity; perplexity:TEXTS and nll:SOURCE over data of yours.
@@ -57,6 +58,7 @@ def evaluate_model(
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the items.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the tokens done and in all.
 
     Returns:
@@ -75,7 +77,7 @@ def evaluate_model(
     require_tasks(tasks)
     require_writable(output)
     compared = make_variants(given_plans(plan), baselines)
-    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
+    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     require_plans_fit(compared.plans, network)
     require_context(network.config, max(lengths))
     items = compare_variants(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moa_search.evaluation.harness import HarnessRun
-    from moa_search.formats import Plan
+    from moa_search.formats import PlanLike
 
 __all__ = ["run_harness"]
 
@@ -34,7 +34,7 @@ def run_harness(
     tasks: Sequence[str],
     include_path: str | None = None,
     builtin: bool = False,
-    plan: Sequence[str | Plan] = (),
+    plan: Sequence[str | PlanLike] = (),
     baselines: Sequence[str] = ("dense",),
     length: int | None = None,
     lengths: Sequence[int] = (),
@@ -45,6 +45,7 @@ def run_harness(
     output: str | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run EleutherAI's lm-evaluation-harness on the model dense and under plans.
@@ -56,7 +57,7 @@ def run_harness(
         tasks: Names of tasks, groups or tags, or task files.
         include_path: Folder of task files of yours.
         builtin: Whether lm-eval's own tasks can be named too; most of them need the hub.
-        plan: Plan files; in Python also Plans.
+        plan: Plan files; in Python also Plans or their contents.
         baselines: dense, and uniform: one span for all heads with as much memory as a plan at length.
         length: Tokens at which uniform spans keep as much as a plan, and at which a plan is taken that is anchored at
             the prompt's end.
@@ -68,6 +69,7 @@ def run_harness(
         output: Folder for results.csv, items.csv and every sample's log, samples/VARIANT/TASK.jsonl.
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the variants done and in all.
 
     Returns:
@@ -90,7 +92,7 @@ def run_harness(
     of_a_length = "uniform" in baselines or any(made.anchor == "prompt" for made in compared.plans.values())
     if length is None and of_a_length:
         raise ConfigError("length: uniform spans and plans anchored at the prompt depend on one; give --length")
-    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
+    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, which lm-eval needs; set its eos_token")
     require_plans_fit(compared.plans, network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from moa_search.api.options import load_profile
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moa_search.formats import ModelSignature, Plan, Profile
+    from moa_search.formats import ModelSignature, Plan, PlanLike, Profile
     from moa_search.search import Front
 
 __all__ = ["diff_plans", "inspect_front", "inspect_plan", "inspect_profile", "kind_of", "plan_titles"]
@@ -22,7 +23,7 @@ HEAD = re.compile(r"(\d+):(\d+)")
 
 
 def inspect_plan(
-    plan: str | Plan,
+    plan: str | PlanLike,
     *,
     lengths: Sequence[int] = (),
     output: str | None = None,
@@ -36,6 +37,7 @@ def inspect_plan(
     sparsity: float | None = None,
     sink: int | None = None,
     recent: int | None = None,
+    trust_remote_code: bool = False,
     save: str | None = None,
     format: PlanFormat = "plan",
     reanchor: bool = False,
@@ -59,6 +61,7 @@ def inspect_plan(
         sparsity: DuoAttention's: share of heads that aren't dense, instead of a threshold.
         sink: DuoAttention's: first tokens that the other heads keep; by default what the config.json beside it says.
         recent: DuoAttention's: newest tokens that they keep, likewise.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         save: File to write the plan to; for DuoAttention a folder.
         format: How to write it: ``plan`` as a plan of ours, ``moa`` as MoA's alphas and betas, ``duo`` as
             DuoAttention's folder.
@@ -81,6 +84,7 @@ def inspect_plan(
             raise ConfigError(f"{name}: it is for a page; give html, too")
     if save is None and (format != "plan" or reanchor):
         raise ConfigError(f"{'reanchor' if reanchor else 'format'}: it is for writing; give save, too")
+    plan = _named(plan)
     _require_plan(plan)
     loaded = import_plan(
         plan,
@@ -90,6 +94,7 @@ def inspect_plan(
         sparsity=sparsity,
         sink=sink,
         recent=recent,
+        trust_remote_code=trust_remote_code,
     )
     require_writable(output)
     require_writable(html, "html")
@@ -156,7 +161,7 @@ def inspect_profile(
 
 
 def diff_plans(
-    plans: Sequence[str | Plan],
+    plans: Sequence[str | PlanLike],
     *,
     lengths: Sequence[int] = (),
     output: str | None = None,
@@ -180,13 +185,15 @@ def diff_plans(
 
     if len(plans) != 2:
         raise ConfigError(f"plans: {len(plans)} given; a difference has two")
+    both = [_named(plan, f"plan {place}") for place, plan in enumerate(plans, 1)]
     require_lengths(lengths=lengths)
-    loaded = _read_pair(plans)
-    loaded[0].model.require(loaded[1].model, f"{plans[0]} (beside {plans[1]})")
+    loaded = _read_pair(both)
+    first, second = plan_titles(both)
+    loaded[0].model.require(loaded[1].model, f"{first} (beside {second})")
     require_writable(output)
     require_writable(html, "html")
     if html is not None:
-        diff_page(loaded, plan_titles(plans), lengths=lengths).save(html)
+        diff_page(loaded, [first, second], lengths=lengths).save(html)
     if output is not None:
         save_diff_map(loaded, output, length=max(diff_lengths(loaded, lengths)))
     return loaded
@@ -261,6 +268,13 @@ def _read_pair(plans: Sequence[str | Plan]) -> list[Plan]:
         )
     known = import_plan(plans[own.index(True)])
     return [import_plan(plan, model=None if is_own else known) for plan, is_own in zip(plans, own, strict=True)]
+
+
+def _named(plan: str | PlanLike, name: str = "plan") -> str | Plan:
+    """The path of a plan's file, which names it, or the plan."""
+    from moa_search.formats import Plan
+
+    return os.fspath(plan) if isinstance(plan, str | os.PathLike) else Plan.of(plan, name)
 
 
 def _heads(heads: Sequence[str]) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from moa_search.api.variants import named_plans
 
 if TYPE_CHECKING:
     from moa_search.evaluation.throughput import Throughput
-    from moa_search.formats import Plan
+    from moa_search.formats import PlanLike
 
 __all__ = ["WayKind", "measure_throughput"]
 
@@ -31,7 +31,7 @@ def measure_throughput(
     *,
     random_weights: str | None = None,
     layers: int | None = None,
-    plan: Sequence[str | Plan] = (),
+    plan: Sequence[str | PlanLike] = (),
     density: Sequence[float] = (),
     ways: Sequence[WayKind] = ("dense", "dense-static", "plan", "plan-static"),
     lengths: Sequence[int] = (1024,),
@@ -44,6 +44,7 @@ def measure_throughput(
     dtype: Dtype = "auto",
     device: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Throughput:
     """Time prefill and decoding, and weigh memory, dense and under plans, side by side in one run.
@@ -53,7 +54,7 @@ def measure_throughput(
         random_weights: In place of a model, a configuration whose weights are drawn at random: a .json file, a folder
             or a Hub id.
         layers: With random_weights, so many layers instead of the configuration's, for shapes that don't fit.
-        plan: Plan files; in Python also Plans.
+        plan: Plan files; in Python also Plans or their contents.
         density: Make up a plan that keeps this share of the KV cache, for a model without a profile: some heads dense,
             the others a sixteenth of the context.
         ways: dense (SDPA, DynamicCache), dense-static (SDPA, StaticCache, compiled decoding), plan, and plan-static
@@ -69,6 +70,7 @@ def measure_throughput(
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the prompts and of random weights.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the rounds done and in all.
 
     Returns:
@@ -101,10 +103,12 @@ def measure_throughput(
     if random_weights is not None:
         from moa_search.modeling.loading import random_model
 
-        network = random_model(random_weights, layers=layers, dtype=dtype, device=device, seed=seed)
+        network = random_model(
+            random_weights, layers=layers, dtype=dtype, device=device, seed=seed, trust_remote_code=trust_remote_code
+        )
     else:
         assert model is not None
-        network, _ = model_and_tokenizer(model, dtype=dtype, device=device)
+        network, _ = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _require_limit(network, batches, memory_limit_gib)
     require_plans_fit(plans, network)
     signature = ModelSignature.of(network.config)

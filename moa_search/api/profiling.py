@@ -35,6 +35,7 @@ def profile_model(
     checkpointing: bool = True,
     seed: int = 0,
     impl: Literal["auto", "triton", "torch"] = "auto",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
     """Measure what shortening each attention head's view would cost.
@@ -64,6 +65,7 @@ def profile_model(
         checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         seed: Of the calibration samples.
         impl: What computes the statistics: triton kernels, torch, or auto, which is Triton on GPUs.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the work done and in all.
 
     Returns:
@@ -91,6 +93,7 @@ def profile_model(
         if save_samples is not None:
             workers.by_first(lambda: require_samples_folder(save_samples))
         placed = {"device": device, "device_map": device_map, "local_rank": workers.local_rank}
+        placed["trust_remote_code"] = trust_remote_code
         network, tokenizer = workers.together(lambda: model_and_tokenizer(model, dtype=dtype, **placed))
         require_profilable(network, impl)
         require_context(network.config, max(lengths))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from moa_search.evaluation.compare import Comparison
     from moa_search.evaluation.suite import Evaluator, Grid
-    from moa_search.formats import Plan, Profile
+    from moa_search.formats import PlanLike, Profile
     from moa_search.tasks import Task
 
 __all__ = ["report_model"]
@@ -35,7 +35,7 @@ def report_model(
     model: str | tuple[Any, Any],
     *,
     output: str,
-    plan: Sequence[str | Plan] = (),
+    plan: Sequence[str | PlanLike] = (),
     profile: str | Profile | None = None,
     searchers: Sequence[Searcher] = ("exact", "moa"),
     densities: Sequence[float] = (0.5, 0.25, 0.125),
@@ -52,6 +52,7 @@ def report_model(
     dtype: Dtype = "auto",
     device: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run dense attention, plans and baselines over tasks and lengths, and write a page about it.
@@ -63,7 +64,7 @@ def report_model(
     Args:
         model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
         output: Folder for the page and its tables.
-        plan: Plan files; in Python also Plans.
+        plan: Plan files; in Python also Plans or their contents.
         profile: Profile to search further plans in, one for each searcher and density.
         searchers: Which search: exact is ours, moa is MoA's; the first is compared with the others.
         densities: Shares of the KV cache that searched plans keep at most.
@@ -83,6 +84,7 @@ def report_model(
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the items.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the tokens done and in all.
 
     Returns:
@@ -114,7 +116,7 @@ def report_model(
     for name in against:
         if name not in names:
             raise ConfigError(f"against: variant {name!r} isn't measured; choose from {', '.join(names)}")
-    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device)
+    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     require_plans_fit(compared.plans, network)
     require_context(network.config, max(lengths))
     grid = Grid(counts, tuple(depths), seed, answers)

@@ -47,6 +47,7 @@ def search_front(
     front_steps: int | None = None,
     validate: str | None = None,
     output: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Front:
     """Find the best spans for a memory budget.
@@ -81,6 +82,7 @@ def search_front(
         validate: Model to try every plan of the front on, at an unseen, longer length; the best becomes plan.json
             (moa-search validate has more options).
         output: Folder to write plan.json and front/ to.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the solves done and in all.
 
     Returns:
@@ -101,7 +103,7 @@ def search_front(
     statistics = load_profile(profile)
     network = None
     if validate is not None:  # before the search: a wrong model is told at once, and nothing is written
-        network = model_and_tokenizer(validate, dtype="auto", device="auto")
+        network = model_and_tokenizer(validate, trust_remote_code=trust_remote_code)
         require_profile_fits(statistics, network[0])
     options = search_options(
         statistics,

@@ -54,6 +54,7 @@ def tune_plan(
     dtype: Dtype = "auto",
     seed: int = 0,
     time_limit_s: float = 20.0,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Search settings of the exact search by the true loss of the plans they lead to.
@@ -87,6 +88,7 @@ def tune_plan(
         dtype: Type of the weights, as for moa-profile.
         seed: Of the samples and the sampler.
         time_limit_s: Seconds for each solve.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the trials done and in all.
 
     Returns:
@@ -126,7 +128,16 @@ def tune_plan(
         densities=None if densities is None else (min(densities), max(densities)),
     )
     setup = _Setup(
-        statistics, options, model, dtype, tuple(sources), tuple(lengths or statistics.lengths), samples, seed, output
+        statistics,
+        options,
+        model,
+        dtype,
+        tuple(sources),
+        tuple(lengths or statistics.lengths),
+        samples,
+        seed,
+        output,
+        trust_remote_code,
     )
     tuning = Tuning(
         space,
@@ -166,6 +177,7 @@ class _Setup:
     samples: int
     seed: int
     output: str
+    trust_remote_code: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -192,7 +204,9 @@ class _Setup:
         from moa_search.modeling.loading import load_model
         from moa_search.search.tuning.decoding import Decoder
 
-        model, tokenizer = load_model(self.model, dtype=self.dtype, device=device or "auto")
+        model, tokenizer = load_model(
+            self.model, dtype=self.dtype, device=device or "auto", trust_remote_code=self.trust_remote_code
+        )
         require_profile_fits(self.profile, model)
         truth = held_out_loss(
             model,

@@ -36,6 +36,7 @@ def validate_front(
     dtype: Dtype = "auto",
     device: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run every plan of a front on held-out samples, and choose the one that loses least.
@@ -58,6 +59,7 @@ def validate_front(
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the held-out samples.
+        trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the tokens done and in all.
 
     Returns:
@@ -77,7 +79,7 @@ def validate_front(
         require_positive(lengths=min(lengths, default=0))
     front = Front.load(folder)
     require_writable(str(Path(folder) / TABLE))
-    network = model_and_tokenizer(model, dtype=dtype, device=device)
+    network = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     drawn: dict[str, Any] = {"sources": sources, "samples": samples, "seed": seed, "answers": answers, "chat": chat}
     return try_front(front, network, lengths=lengths, folder=Path(folder), progress=progress, **drawn)[1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +11,24 @@ from moa_search.api.common import Searcher
 from moa_search.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moa_search.formats import Plan, Profile
+    from moa_search.formats import Plan, PlanLike, Profile
 
 __all__ = ["given_plans", "named_plans", "plan_name", "searched_plans"]
 
 
-def named_plans(plan: Sequence[str | Plan], taken: Collection[str] = ()) -> dict[str, Plan]:
+def named_plans(plan: str | PlanLike | Sequence[str | PlanLike], taken: Collection[str] = ()) -> dict[str, Plan]:
     """Plans, loaded where a file is given, by the shortest names that tell them apart.
 
     Args:
-        plan: Files or plans.
+        plan: Files, plans or their contents; one, or several.
         taken: Names that others have.
     """
     from moa_search.formats import Plan
 
+    several = [plan] if isinstance(plan, Plan | str | os.PathLike | Mapping) else plan
     plans: dict[str, Plan] = {}
-    for index, entry in enumerate(plan):
-        loaded = entry if isinstance(entry, Plan) else Plan.load(entry)
+    for index, entry in enumerate(several):
+        loaded = Plan.of(entry)
         plans[plan_name(entry, loaded, index, [*taken, *plans])] = loaded
     return plans
 
@@ -51,7 +52,7 @@ def plan_name(entry: Any, plan: Plan, index: int, taken: Collection[str]) -> str
     return next((name for name in shown if name not in taken), f"plan {index + 1}")
 
 
-def given_plans(plan: Sequence[str | Plan], taken: Collection[str] = ()) -> list[dict[str, Plan]]:
+def given_plans(plan: str | PlanLike | Sequence[str | PlanLike], taken: Collection[str] = ()) -> list[dict[str, Plan]]:
     """The user's plans by name, each in a group of its own; ``taken`` as for `named_plans`."""
     return [{name: loaded} for name, loaded in named_plans(plan, taken).items()]
 

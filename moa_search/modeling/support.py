@@ -29,7 +29,8 @@ def require_causal(config: Any) -> None:
         raise ModelUnsupportedError(f"{kind} is an encoder-decoder; only decoder-only models have a causal KV cache")
     # BERT and its like can be decoders, and say so; GPT-NeoX says nothing.
     encoder = kind in masked and not getattr(config, "is_decoder", False)
-    if kind not in causal or encoder or not getattr(config, "is_causal", True):
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not (kind in causal or own_code) or encoder or not getattr(config, "is_causal", True):
         raise ModelUnsupportedError(f"{kind} is not a causal language model")
 
 
@@ -43,7 +44,7 @@ def require_attention_interface(model: Any) -> None:
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ModelUnsupportedError(f"{name}: not a transformers model")
+        raise ModelUnsupportedError(f"{name}: not a transformers model{_within(model)}")
     decoders = text_decoders(model)
     if not decoders:
         raise ModelUnsupportedError(f"{name}: no part of it runs on the configuration of its text decoder")
@@ -53,6 +54,17 @@ def require_attention_interface(model: Any) -> None:
     # Zamba's attention is told by its caller where the keys belong.
     if any(getattr(part, "layer_idx", 0) in (None, -1) for part in attention):
         raise ModelUnsupportedError(f"{name}: its attention modules don't know which layer they belong to")
+
+
+def _within(model: Any) -> str:
+    """Where in something that wraps a transformers model that model is."""
+    from transformers import PreTrainedModel
+
+    for way in ("get_base_model()", "module", "_orig_mod", "pretrained_model"):
+        part = getattr(model, way.removesuffix("()"), None)
+        if isinstance(part() if callable(part) and way.endswith("()") else part, PreTrainedModel):
+            return f"; give what it wraps, model.{way}"
+    return ""
 
 
 def require_context(config: Any, length: int) -> None:
