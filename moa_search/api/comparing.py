@@ -124,6 +124,7 @@ def compare_searchers(
                 table.loc[index, [f"true_loss@{length}", f"true_error@{length}"]] = [estimate.value, estimate.error]
             if progress is not None:
                 progress(index + 1, len(candidates))
+    table.attrs |= {"lengths": list(candidates[0].losses), "true_lengths": truth.lengths if truth else []}
     if output is not None:
         write_csv(table, Path(output) / "compare.csv")
     return table

@@ -74,7 +74,8 @@ def inspect_plan(
     Raises:
         MoAError: A file isn't valid or of another model, a head isn't there, or the format can't express the plan.
     """
-    from moa_search.inspection import plan_page, save_heat_map
+    from moa_search.inspection.pages import plan_page
+    from moa_search.inspection.plots import save_heat_map
     from moa_search.search import Front
 
     require_lengths(lengths=lengths)
@@ -142,7 +143,8 @@ def inspect_profile(
     Raises:
         MoAError: The file is no valid profile, or a length or head isn't in it.
     """
-    from moa_search.inspection import profile_page, save_influence_map
+    from moa_search.inspection.pages import profile_page
+    from moa_search.inspection.plots import save_influence_map
 
     shown = _heads(heads)
     if heads and html is None:
@@ -181,7 +183,8 @@ def diff_plans(
     Raises:
         MoAError: There aren't two plans, a file is no valid plan, or they are for different models.
     """
-    from moa_search.inspection import diff_lengths, diff_page, save_diff_map
+    from moa_search.inspection.pages import diff_lengths, diff_page
+    from moa_search.inspection.plots import save_diff_map
 
     if len(plans) != 2:
         raise ConfigError(f"plans: {len(plans)} given; a difference has two")
@@ -217,7 +220,8 @@ def inspect_front(
     Raises:
         MoAError: The folder holds no front, or a plan is damaged.
     """
-    from moa_search.inspection import front_page, save_front_plot
+    from moa_search.inspection.pages import front_page
+    from moa_search.inspection.plots import save_front_plot
     from moa_search.search import Front
 
     require_lengths(lengths=lengths)

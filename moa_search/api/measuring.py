@@ -171,7 +171,7 @@ def _save(found: Throughput, output: str) -> None:
 
     from moa_search.evaluation.throughput import split_gains, summarise_throughput
     from moa_search.formats.files import atomic_write, write_csv
-    from moa_search.inspection import save_throughput_plot
+    from moa_search.inspection.plots import save_throughput_plot
 
     folder = Path(output)
     summary = summarise_throughput(found.runs)

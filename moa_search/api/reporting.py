@@ -57,9 +57,9 @@ def report_model(
 ) -> pd.DataFrame:
     """Run dense attention, plans and baselines over tasks and lengths, and write a page about it.
 
-    Writes report.html, which needs no network, items.csv, summary.csv, differences.csv, effective.csv, the plans that
-    were searched into plans/ and every measured cell into cells/: the same command goes on where it was stopped, and
-    measures nothing twice.
+    Writes report.html, which needs no network, its tables as report.md, items.csv, summary.csv, differences.csv,
+    effective.csv, the plans that were searched into plans/ and every measured cell into cells/: the same command goes
+    on where it was stopped, and measures nothing twice.
 
     Args:
         model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
@@ -203,8 +203,8 @@ def _write(
 
     from moa_search.evaluation import paired_differences, summarise
     from moa_search.evaluation.effective import effective_table
-    from moa_search.formats.files import write_csv
-    from moa_search.inspection.reports import Report, report_page
+    from moa_search.formats.files import atomic_write, write_csv
+    from moa_search.inspection.pages import Report, report_markdown, report_page
 
     effective = effective_table(
         measured.items,
@@ -235,4 +235,6 @@ def _write(
         plans=compared.plans,
     )
     report_page(report).save(output / "report.html")
+    with atomic_write(output / "report.md") as file:
+        file.write(report_markdown(report).encode())
     return effective

@@ -131,7 +131,7 @@ def search_front(
     if output is not None:
         front.save(output)
         if densities:
-            from moa_search.inspection import save_density_plot
+            from moa_search.inspection.plots import save_density_plot
 
             save_density_plot(front, Path(output) / "front" / "densities.png")
     if network is not None:

@@ -18,47 +18,57 @@ if TYPE_CHECKING:
 
 def show(items: pd.DataFrame, *, output: str | None, **options: Any) -> None:
     """Print the tables of means, effective contexts and where the items' scores are."""
-    from moa_search.inspection import effective_lines, score_tables
+    from rich.markup import escape
+
+    from moa_search.inspection.frames.scores import effective_lines, score_frames
+    from moa_search.inspection.printing import to_rich
 
     console = open_console()
-    console.print(*score_tables(items))
+    console.print(*map(to_rich, score_frames(items)))
     for line in effective_lines(items):
-        console.print(line, highlight=False)
+        console.print(escape(line), highlight=False)
     if output is not None:
         print(f"scores of every item written to {output}")
 
 
 def show_report(effective: pd.DataFrame, *, output: str, **options: Any) -> None:
     """Print how far each variant carries, and where the page is."""
-    from moa_search.inspection import effective_context_table
+    from moa_search.inspection.frames.scores import effective_frame
+    from moa_search.inspection.printing import to_rich
 
     if len(effective):
-        open_console().print(effective_context_table(effective))
-    print(f"{output}/report.html is the page; items, summary, differences and effective contexts are CSVs beside it")
+        open_console().print(to_rich(effective_frame(effective)))
+    print(
+        f"{output}/report.html is the page; its tables are report.md and, with the scores of every item, CSVs beside it"
+    )
 
 
 def show_harness(summary: pd.DataFrame, *, output: str | None, **options: Any) -> None:
     """Print what lm-evaluation-harness found, and where its logs are."""
-    from moa_search.inspection import harness_table
+    from moa_search.inspection.frames.scores import harness_frame
+    from moa_search.inspection.printing import to_rich
 
-    open_console().print(harness_table(summary))
+    open_console().print(to_rich(harness_frame(summary)))
     if output is not None:
         print(f"results.csv, items.csv and the log of every sample are in {output}")
 
 
 def show_throughput(found: Throughput, *, output: str | None, **options: Any) -> None:
     """Print times, memory, and where a gain comes from."""
+    from rich.markup import escape
+
     from moa_search.evaluation.throughput import split_gains, summarise_throughput
-    from moa_search.inspection import fact_lines, gain_table, throughput_table
+    from moa_search.inspection.frames.speed import gain_frame, gate_lines, throughput_frame
+    from moa_search.inspection.printing import to_rich
 
     console = open_console()
-    for line in fact_lines(found.facts, found.gates):
-        console.print(line, highlight=False)
+    for line in gate_lines(found.facts, found.gates):
+        console.print(escape(line), highlight=False)
     summary = summarise_throughput(found.runs)
-    console.print(throughput_table(summary))
+    console.print(to_rich(throughput_frame(summary)))
     gains = split_gains(summary)
     if len(gains):
-        console.print(gain_table(gains))
+        console.print(to_rich(gain_frame(gains)))
     if output is not None:
         print(f"every run, the tables and a plot are in {output}")
 

@@ -14,6 +14,9 @@ from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
 
 __all__ = ["COMMANDS", "command_for", "main", "show", "show_diff", "show_front", "show_profile"]
 
+CHANGES = 12
+"""Changed heads in a terminal's table."""
+
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
     from moa_search.search import Front
@@ -21,15 +24,16 @@ if TYPE_CHECKING:
 
 def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, **options: Any) -> None:
     """Print origin, densities, rules and spans."""
-    from moa_search.inspection import density_table, origin_lines, rule_table, span_table
+    from moa_search.inspection.frames.plans import plan_facts, plan_frame, rule_frame, span_frame
+    from moa_search.inspection.printing import fact_lines, to_rich
 
     shown = list(lengths) or plan.lengths
     console = open_console()
-    for line in origin_lines(plan):
+    notes = plan.provenance.notes if plan.provenance else ()
+    for line in [*fact_lines(plan_facts(plan)), *(fact_lines({"note": note})[0] for note in notes)]:
         console.print(line, highlight=False)
-    console.print(density_table(plan, shown))
-    console.print(rule_table(plan))
-    console.print(span_table(plan, max(shown)))
+    for table in (plan_frame(plan, shown), rule_frame(plan), span_frame(plan, max(shown))):
+        console.print(to_rich(table))
     _say_written("heat map", **options)
     if save is not None:
         print(f"plan written to {save}")
@@ -37,14 +41,16 @@ def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, **options: 
 
 def show_profile(profile: Profile, /, *, lengths: Sequence[int], criterion: str, **options: Any) -> None:
     """Print what was measured, how well, and which heads lose most."""
-    from moa_search.inspection import calibration_lines, head_table, profile_table, sample_advice
+    from moa_search.inspection.frames.profiles import head_frame, profile_facts, profile_frame
+    from moa_search.inspection.printing import fact_lines, to_rich
+    from moa_search.inspection.quality import sample_advice
 
     console = open_console()
-    for line in calibration_lines(profile):
+    for line in fact_lines(profile_facts(profile)):
         console.print(line, highlight=False)
-    console.print(profile_table(profile))
+    console.print(to_rich(profile_frame(profile)))
     for length in lengths or profile.lengths:
-        console.print(head_table(profile, length, criterion))
+        console.print(to_rich(head_frame(profile, length, criterion)))
     advice = sample_advice(profile)
     if advice is not None:
         console.print(f"[yellow]more samples?[/yellow] {advice}", highlight=False)
@@ -53,22 +59,25 @@ def show_profile(profile: Profile, /, *, lengths: Sequence[int], criterion: str,
 
 def show_diff(loaded: list[Plan], /, *, plans: Sequence[str], lengths: Sequence[int], **options: Any) -> None:
     """Print what both keep, and the largest changes."""
-    from moa_search.inspection import change_table, diff_lengths, diff_line, pair_table
+    from moa_search.inspection.frames.plans import change_frame, plan_frame
+    from moa_search.inspection.pages import diff_lengths, diff_line
+    from moa_search.inspection.printing import to_rich
 
     console = open_console()
     at, names = diff_lengths(loaded, lengths), plan_titles(plans)
     console.print(diff_line(loaded, at), highlight=False)
-    console.print(pair_table(loaded, names, at))
+    console.print(to_rich(plan_frame(dict(zip(names, loaded, strict=True)), at, title="What they keep and compute")))
     if loaded[0].fingerprint != loaded[1].fingerprint:
-        console.print(change_table(loaded, names, max(at)))
+        console.print(to_rich(change_frame(loaded, names, max(at), CHANGES)))
     _say_written("heat map", **options)
 
 
 def show_front(front: Front, /, *, folder: str, **options: Any) -> None:
     """Print the plans of a front."""
-    from moa_search.inspection import stored_front_table
+    from moa_search.inspection.frames.searches import front_frame
+    from moa_search.inspection.printing import to_rich
 
-    open_console().print(stored_front_table(front))
+    open_console().print(to_rich(front_frame(front)))
     if front.chosen_index is None:
         print(f"{folder} holds no plan.json, so no plan is chosen")
     _say_written("chart", **options)

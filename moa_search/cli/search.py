@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 def show(front: Front, *, output: str, validate: str | None, **options: Any) -> None:
     """Print the front and where the plans are."""
-    from moa_search.inspection import budget_lines, front_table
+    from rich.markup import escape
+
+    from moa_search.inspection.frames.searches import budget_lines, front_frame
+    from moa_search.inspection.printing import to_rich
 
     console = open_console()
-    console.print(front_table(front))
+    console.print(to_rich(front_frame(front)))
     for line in budget_lines(front):
-        console.print(line, highlight=False)
+        console.print(escape(line), highlight=False)
     why = "all lengths weigh the same"
     if validate is not None:
         why = "the best on held-out samples"
@@ -41,18 +44,20 @@ def show(front: Front, *, output: str, validate: str | None, **options: Any) -> 
 
 def show_validation(table: pd.DataFrame, *, folder: str, **options: Any) -> None:
     """Print what the plans lose and which one was kept."""
-    from moa_search.inspection import validation_table
+    from moa_search.inspection.frames.searches import validation_frame
+    from moa_search.inspection.printing import to_rich
 
-    open_console().print(validation_table(table))
+    open_console().print(to_rich(validation_frame(table)))
     best = table[table["chosen"]]["plan"].iloc[0]
     print(f"{folder}/plan.json is now {best}; every plan's file says what it lost, and so does {folder}/validation.csv")
 
 
 def show_comparison(table: pd.DataFrame, *, output: str | None, criterion: str, **options: Any) -> None:
     """Print the searchers side by side."""
-    from moa_search.inspection import comparison_table
+    from moa_search.inspection.frames.searches import comparison_frame
+    from moa_search.inspection.printing import to_rich
 
-    open_console().print(comparison_table(table, criterion))
+    open_console().print(to_rich(comparison_frame(table, criterion)))
     if output is not None:
         print(f"a plan of each and compare.csv are in {output}")
 
@@ -66,12 +71,15 @@ def show_hardware(speeds: Hardware, *, output: str, **options: Any) -> None:
 
 def show_study(summary: Summary, *, output: str, **options: Any) -> None:
     """Print where a study stands."""
-    from moa_search.inspection import study_lines, study_table
+    from rich.markup import escape
+
+    from moa_search.inspection.frames.searches import study_frame, study_lines
+    from moa_search.inspection.printing import to_rich
 
     console = open_console()
-    console.print(study_table(summary))
+    console.print(to_rich(study_frame(summary)))
     for line in study_lines(summary):
-        console.print(line, highlight=False)
+        console.print(escape(line), highlight=False)
     if summary.best:
         print(f"{output}/plan.json is the best plan; all of the last front in {output}/front")
 

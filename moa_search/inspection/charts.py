@@ -1,15 +1,18 @@
-"""Charts of plans for pages."""
+"""Charts for pages: figures in a page's ink, and what they show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moa_search.formats import Plan, Profile
 from moa_search.formats.plan import LengthMetrics
-from moa_search.inspection.pages import in_ink
 from moa_search.pictures import OKABE_ITO
 
 if TYPE_CHECKING:
@@ -17,10 +20,51 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["chart", "draw_front", "draw_layers", "draw_window_losses"]
+__all__ = ["INK", "chart", "draw_front", "draw_layers", "draw_window_losses", "in_ink", "svg_of"]
+
+INK = "#1b2a3c"
+"""Colour of text and axes in figures; `svg_of` puts the page's own in its place, light or dark."""
 
 SAME_DENSITY = 0.01
 """Plans whose densities differ by less are of one budget: their losses at two lengths are set against each other."""
+
+
+@contextlib.contextmanager
+def in_ink() -> Iterator[None]:
+    """Figures that are made and drawn within have text, axes and ticks in `INK`."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(
+        {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+    ):
+        yield
+
+
+def svg_of(figure: Figure, name: str = "") -> str:
+    """A matplotlib figure as SVG to stand in a page: its text stays text, its background the page's.
+
+    What is drawn in `INK` takes the page's colour of text; equal figures give equal bytes.
+
+    Args:
+        figure: The figure.
+        name: Tells it from other figures of one page, whose ids mustn't be the same.
+    """
+    import matplotlib as mpl
+
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "moa-search"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor").strip()
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', drawn))
+    prefix = f"f{hashlib.sha256(name.encode()).hexdigest()[:8]}-"
+
+    def own(match: re.Match[str]) -> str:
+        return f' id="{prefix}{match[1]}"' if match[1] in used else ""
+
+    drawn = re.sub(r' id="([^"]*)"', own, drawn)
+    return re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}", drawn)
 
 
 def chart(draw: Callable[[Axes], Any], *, width: float = 5.6, height: float = 3.4) -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moa_search.inspection.pages import in_ink
+from moa_search.inspection.charts import INK, in_ink
 from moa_search.pictures import OKABE_ITO
 
 if TYPE_CHECKING:
@@ -91,8 +91,6 @@ def _variants(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _style(place: int, name: str) -> dict[str, Any]:
     """Colour, dash and mark differ, so that lines can be told apart without colours; dense takes the text's colour."""
-    from moa_search.inspection.pages import INK
-
     others = OKABE_ITO[:-1]  # the last is black, which a dark page swallows
     colour = INK if name == "dense" else others[place % len(others)]
     return {"color": colour, "linestyle": DASHES[place % len(DASHES)], "marker": MARKS[place % len(MARKS)]}

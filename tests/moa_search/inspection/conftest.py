@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from moa_search.formats import ModelSignature, Plan
-from moa_search.inspection.reports import Report
+from moa_search.inspection.pages import Report
 from moa_search.spans import DENSE, SpanRule
 
 SIZES = {"one head": (1, 1), "as for 70B": (80, 8), "without GQA": (3, 32), "uneven": (2, 12)}
@@ -40,7 +40,7 @@ def small_report(tiny_plan):
     from moa_search.evaluation import paired_differences, summarise
     from moa_search.evaluation.effective import effective_table
 
-    names = ["dense", "uniform @ 0.5", "exact @ 0.5", "a <plan> of mine"]
+    names = ["dense", "uniform like exact @ 0.5", "exact @ 0.5", "a <plan> of mine"]
     rows = [
         {"task": task, "length": length, "variant": name, "density": 1 - 0.2 * place, "attention_density": 1.0,
          "metric": metric, "answers": "forced", "item": item if task == "passkey" else item // 3, "depth": item % 3 / 2,
@@ -49,7 +49,7 @@ def small_report(tiny_plan):
         for step, length in enumerate((512, 1024)) for place, name in enumerate(names) for item in range(6)
     ]  # fmt: skip
     items = pd.DataFrame(rows)
-    uniform = dict.fromkeys(names[2:], "uniform @ 0.5")
+    uniform = dict.fromkeys(names[2:], "uniform like exact @ 0.5")
     effective = effective_table(items, ["passkey"], uniform=uniform, windows={}, window_items=items[:0])
     return Report(
         settings={"model": "made & up", "answers": "teacher-forced"},

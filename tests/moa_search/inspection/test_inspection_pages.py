@@ -11,9 +11,10 @@ import pytest
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats import Plan
 from moa_search.formats.plan import Validation
-from moa_search.inspection import diff_page, front_page, plan_page, profile_page
-from moa_search.inspection.plan_page import layer_losses, telling_heads
-from moa_search.inspection.profiles import heaviest_heads
+from moa_search.inspection.frames.plans import layer_losses
+from moa_search.inspection.pages import diff_page, front_page, plan_page, profile_page
+from moa_search.inspection.pages.plan import representative_heads
+from moa_search.inspection.quality import heaviest_heads
 from moa_search.search import Front, SearchOptions, search_profile
 from moa_search.spans import DENSE, SpanRule
 
@@ -163,7 +164,7 @@ def test_a_profile_of_something_else(tiny_plan, native_profile, tiny_profile):
 
 def test_heads_whose_masks_are_shown(tiny_plan):
     spans = np.array(tiny_plan.spans(1024))
-    heads = telling_heads(tiny_plan, 1024)
+    heads = representative_heads(tiny_plan, 1024)
     shown = [int(spans[head]) for head in heads]
     assert shown == sorted(shown, reverse=True)
     assert (shown[0], shown[-1]) == (spans.max(), spans.min())

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from moa_search.inspection.pages import INK, Page, facts, figure_block, in_ink, paragraph, svg_of, table_block
+from moa_search.inspection.charts import INK, in_ink, svg_of
+from moa_search.inspection.pages.page import Page, facts, figure_block, paragraph
+from moa_search.inspection.printing import Table, column, digits, to_html
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -51,9 +53,10 @@ def figure():
 @pytest.fixture
 def page(figure):
     frame = pd.DataFrame({"plan": ["a<b", "c"], "loss": [0.51234, None], "why": ["x", "y"]})
-    table = table_block(frame, "Losses & plans", formats={"loss": lambda loss: f"{loss:.2f}"}, text=["why"])
-    made = Page("Spans <of> a model", subtitle="two & two", script="const a = 1 < 2;")
-    made.add("First part", paragraph("1 < 2"), facts({"n": 3, "who & what": "<me>"}), table)
+    columns = [column("plan"), column("loss", None, digits(2)), column("why", left=True)]
+    table = Table(frame, columns, "Losses & plans")
+    made = Page("Spans <of> a model", subtitle="two & two", scripts=["grid.js"])
+    made.add("First part", paragraph("1 < 2"), facts({"n": 3, "who & what": "<me>"}), to_html(table))
     made.add("First part", figure_block(figure, 'a "line"', caption="it falls", table=table))
     return made
 
@@ -93,12 +96,7 @@ def test_tables_name_their_rows_and_columns(page):
     scopes = [attributes["scope"] for attributes in tree.all("th")]
     assert scopes == 2 * (["col"] * 3 + ["row"] * 2)
     assert "0.51" in tree.words
-    assert "nan" in tree.words, "a format is given what is missing too"
-
-
-def test_what_is_missing_is_left_out():
-    words = Tree(table_block(pd.DataFrame({"a": [1], "b": [None], "c": [float("nan")]}), "t")).words
-    assert not {"None", "nan"} & set(words)
+    assert not {"None", "nan"} & set(tree.words), "what is missing is left out"
 
 
 def test_a_figure_keeps_its_text_and_takes_the_colour_of_the_page(figure):

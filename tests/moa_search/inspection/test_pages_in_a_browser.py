@@ -9,8 +9,7 @@ import shutil
 import pytest
 
 from moa_search.formats import Plan
-from moa_search.inspection import diff_page, plan_page, profile_page
-from moa_search.inspection.reports import report_page
+from moa_search.inspection.pages import diff_page, plan_page, profile_page, report_page
 from moa_search.spans import SpanRule
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from moa_search.errors import ConfigError
-from moa_search.inspection import plot_spans, save_heat_map
+from moa_search.inspection.plots import plot_spans, save_heat_map
 
 
 def test_one_map_per_length_with_the_share_of_every_head(tiny_plan):

@@ -6,7 +6,9 @@ import pytest
 from rich.console import Console
 
 from moa_search.formats.profile import RunSummary
-from moa_search.inspection import calibration_lines, profile_quality, profile_table, sample_advice
+from moa_search.inspection.frames.profiles import profile_facts, profile_frame
+from moa_search.inspection.printing import fact_lines, to_rich
+from moa_search.inspection.quality import profile_quality, sample_advice
 
 
 def with_signed(profile, make, samples):
@@ -78,7 +80,7 @@ def test_error_beyond_the_difference_is_all_of_it(tiny_profile):
     uneven[:, 0] *= 1.01  # the heads differ a little, by far less than their errors
     assert profile_quality(noisy)[0].reliability < 0
     assert "100% of the difference" in sample_advice(noisy)
-    assert "-" not in text_of(profile_table(noisy)).split("512")[1].split("\n")[0]
+    assert "-" not in text_of(to_rich(profile_frame(noisy))).split("512")[1].split("\n")[0]
 
 
 def text_of(renderable):
@@ -100,16 +102,18 @@ def test_table_and_lines(tiny_profile):
         }
     )
     profile = dataclasses.replace(tiny_profile, header=header, run=run)
-    lines = "\n".join(calibration_lines(profile))
+    lines = "\n".join(fact_lines(profile_facts(profile)))
     assert "passkey, data.jsonl; the model's own answers, in its chat template" in lines
     assert "data.jsonl: 5 of 9, answered wrongly" in lines
     assert "dropped   passkey" not in lines
     assert "4 samples measured, 2 taken over" in lines
     assert "4,608 tokens" in lines
     assert "3.0 GiB" in lines
-    table = text_of(profile_table(profile))
+    table = text_of(to_rich(profile_frame(profile)))
     assert "1.2" in table
     assert "512" in table
     assert "1024" in table
-    assert "s/sample" not in text_of(profile_table(tiny_profile)), "a profile from a file doesn't tell"
-    assert not any("run " in line for line in calibration_lines(tiny_profile)), "a profile from a file doesn't tell"
+    assert "s/sample" not in text_of(to_rich(profile_frame(tiny_profile))), "a profile from a file doesn't tell"
+    assert not any("run " in line for line in fact_lines(profile_facts(tiny_profile))), (
+        "a profile from a file doesn't tell"
+    )

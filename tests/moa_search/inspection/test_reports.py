@@ -6,7 +6,7 @@ from html import unescape
 
 import pytest
 
-from moa_search.inspection.reports import report_page
+from moa_search.inspection.pages import report_markdown, report_page
 
 
 @pytest.fixture
@@ -38,12 +38,13 @@ def test_scores_with_their_intervals_and_memory(page):
 
 
 def test_effective_contexts_with_what_is_unknown_left_empty(page):
-    head, *rows = tables(page)["Effective context, passkey, in tokens"]
+    head, *rows = tables(page)["Effective context, passkey in tokens: the longest length with 90 % right"]
     dense = dict(zip(head, rows[0], strict=True))
     assert (dense["effective context"], dense["fails at"], dense["average span"]) == ("1024", "", "1024")
     plan = dict(zip(head, rows[2], strict=True))
-    assert (plan["effective context"], plan["fails at"], plan["times, equal density"]) == ("512", "1024", "1.00")
-    assert plan["times, equal span"] == "", "no window was measured"
+    assert (plan["effective context"], plan["fails at"]) == ("512", "1024")
+    assert plan["x, equal KV (uniform)"].startswith("1.00 (")
+    assert plan["x, equal span (window)"] == "", "no window was measured"
 
 
 def test_depth_grids_and_losses_by_position(page):
@@ -58,7 +59,7 @@ def test_depth_grids_and_losses_by_position(page):
 
 def test_differences_are_signed(page):
     rows = tables(page)["Less dense, the same items"]
-    assert ["a <plan> of mine", "passkey", "512", "6", "+3.00  +3.00 to +3.00", "+0.00  +0.00 to +0.00"] in rows
+    assert ["a <plan> of mine", "passkey", "512", "6", "+3.00 [+3.00, +3.00]", "+0.00 [+0.00, +0.00]"] in rows
 
 
 def test_without_losses_there_is_no_chart_of_them(small_report):
@@ -70,6 +71,18 @@ def test_without_losses_there_is_no_chart_of_them(small_report):
     assert "answers generated" in page
     assert "nan" not in page.replace("nancy", "")
     assert len(re.findall("<svg", page)) == 2
+
+
+def test_the_document_has_the_cells_of_the_page(small_report, page):
+    lines = [line.strip("|").split(" | ") for line in report_markdown(small_report).splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    found = tables(page)
+    captions = [name for name in found if name.startswith(("Effective context, passkey", "Less dense"))]
+    assert len(captions) == 2
+    for caption in captions:
+        assert all(row in rows for row in found[caption])
+    assert ["variant", "512 tokens, n = 6", "1024 tokens, n = 6"] in rows
+    assert ["dense", "100%: 0.50 / 1.00 [1.00, 1.00]", "100%: 0.50 / 1.00 [1.00, 1.00]"] in rows
 
 
 def test_equal_reports_give_equal_pages(small_report):

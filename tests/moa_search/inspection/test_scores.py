@@ -4,13 +4,14 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from moa_search.inspection import effective_lines, score_tables
+from moa_search.inspection.frames.scores import effective_lines, score_frames
+from moa_search.inspection.printing import to_rich
 
 
 def render(*parts):
     console = Console(width=160)
     with console.capture() as captured:
-        console.print(*parts)
+        console.print(*(part if isinstance(part, str) else to_rich(part) for part in parts))
     return captured.get()
 
 
@@ -32,31 +33,31 @@ def rows(variants, lengths=(1024,), nll=1.5, way="forced"):
 
 
 def test_means_with_intervals_and_less_dense():
-    text = render(*score_tables(rows(["dense", "plan"])))
+    text = render(*score_frames(rows(["dense", "plan"])))
     assert "passkey at 1024 tokens, teacher-forced: mean of 3 items" in text
     assert "copy at 1024 tokens, teacher-forced: mean of 3 items" in text
-    assert cells(text).count(["dense", "25.0%", "1.50  1.50-1.50", "1.00  1.00-1.00", "", ""]) == 2
-    less = ["+1.00  +1.00 to +1.00", "+0.00  +0.00 to +0.00"]
-    assert cells(text).count(["plan", "25.0%", "2.50  2.50-2.50", "1.00  1.00-1.00", *less]) == 2
+    assert cells(text).count(["dense", "25.0%", "1.50 [1.50, 1.50]", "1.00 [1.00, 1.00]", "", ""]) == 2
+    less = ["+1.00 [+1.00, +1.00]", "+0.00 [+0.00, +0.00]"]
+    assert cells(text).count(["plan", "25.0%", "2.50 [2.50, 2.50]", "1.00 [1.00, 1.00]", *less]) == 2
 
 
 def test_without_dense_nothing_is_less_dense():
-    text = render(*score_tables(rows(["a", "b"])))
+    text = render(*score_frames(rows(["a", "b"])))
     assert "less dense" not in text
-    assert cells(text).count(["b", "25.0%", "2.50  2.50-2.50", "1.00  1.00-1.00"]) == 2
+    assert cells(text).count(["b", "25.0%", "2.50 [2.50, 2.50]", "1.00 [1.00, 1.00]"]) == 2
 
 
 def test_generated_answers_have_no_loss():
-    text = render(*score_tables(rows(["dense", "plan"], nll=float("nan"), way="generated")))
+    text = render(*score_frames(rows(["dense", "plan"], nll=float("nan"), way="generated")))
     assert "1024 tokens, generated: mean of 3 items" in text
-    assert cells(text).count(["dense", "25.0%", "", "1.00  1.00-1.00", "", ""]) == 2
+    assert cells(text).count(["dense", "25.0%", "", "1.00 [1.00, 1.00]", "", ""]) == 2
     assert "nan" not in text
 
 
 @pytest.mark.parametrize("name", ["[bold]", "plan[/]", "a [red]b"])
 def test_a_plans_name_is_no_markup(name):
-    assert name in render(*score_tables(rows([name])))
-    assert name in render("\n".join(effective_lines(rows([name], lengths=(512, 1024)))))
+    assert name in render(*score_frames(rows([name])))
+    assert name in "\n".join(effective_lines(rows([name], lengths=(512, 1024))))
 
 
 def test_effective_context_of_retrieval_tasks_over_several_lengths():

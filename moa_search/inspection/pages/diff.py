@@ -1,24 +1,29 @@
-"""Two plans side by side, in a terminal and as a page."""
+"""Two plans side by side as a page: which heads change, what both keep, where they are from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
-from rich.table import Table
 
 from moa_search.formats import Plan
 from moa_search.inspection.charts import chart
-from moa_search.inspection.grids import HOW_TO_READ, grid_block
-from moa_search.inspection.pages import Page, figure_block, paragraph, table_block
-from moa_search.inspection.sections import heading, new_page, origin_facts, share
+from moa_search.inspection.frames.plans import change_frame, plan_frame
+from moa_search.inspection.pages.page import (
+    HOW_TO_READ,
+    Page,
+    figure_block,
+    folded,
+    grid_block,
+    heading,
+    new_page,
+    origin_blocks,
+    paragraph,
+)
+from moa_search.inspection.printing import percent, to_html
 from moa_search.pictures import draw_lines, hex_colours
 
-__all__ = ["change_table", "diff_lengths", "diff_line", "diff_page", "pair_table"]
-
-LARGEST = 12
-"""Changes in a terminal's table."""
+__all__ = ["diff_lengths", "diff_line", "diff_page"]
 
 
 def diff_lengths(plans: Sequence[Plan], lengths: Sequence[int]) -> list[int]:
@@ -42,35 +47,6 @@ def diff_line(plans: Sequence[Plan], lengths: Sequence[int]) -> str:
     return "; ".join([counted, *settings])
 
 
-def pair_table(plans: Sequence[Plan], names: Sequence[str], lengths: Sequence[int]) -> Table:
-    """What both keep and compute, by length."""
-    table = Table(title="What they keep", title_justify="left")
-    table.add_column("length", justify="right")
-    for name in names:
-        for what in ("KV cache kept", "KV MiB", "prefill computed"):
-            table.add_column(f"{what}\n{name}", justify="right")
-    for length in lengths:
-        table.add_row(str(length), *(cell for plan in plans for cell in _kept(plan, length)))
-    return table
-
-
-def change_table(plans: Sequence[Plan], names: Sequence[str], length: int, most: int = LARGEST) -> Table:
-    """The largest changes of spans at one length."""
-    found = _sorted_changes(plans, length)
-    shown = f"the {most} largest of {len(found)}" if len(found) > most else f"all {len(found)}"
-    table = Table(title=f"Changed heads at {length} tokens, {shown}", title_justify="left")
-    for name in ("layer", "KV head"):
-        table.add_column(name, justify="right")
-    for name in names:
-        table.add_column(f"rule\n{name}")
-        table.add_column(f"span\n{name}", justify="right")
-    table.add_column("change", justify="right")
-    for row in found.head(most).to_dict("records"):
-        cells = [row["layer"], row["kv_head"], row["rule"], row["span"], row["other_rule"], row["other_span"]]
-        table.add_row(*map(str, cells), f"{row['change']:+d}")
-    return table
-
-
 def diff_page(plans: Sequence[Plan], names: Sequence[str], *, lengths: Sequence[int] = ()) -> Page:
     """The page of two plans for one model.
 
@@ -92,26 +68,15 @@ def diff_page(plans: Sequence[Plan], names: Sequence[str], *, lengths: Sequence[
     density = chart(
         lambda ax: draw_lines(over, lines, ax, title="", xlabel="context (tokens)", ylabel="KV cache kept (%)")
     )
-    kept = [
-        {
-            "plan": name,
-            "tokens": n,
-            "KV cache kept": cells[0],
-            "KV MiB (16 bit)": cells[1],
-            "prefill computed": cells[2],
-        }
-        for n in at
-        for name, plan in zip(names, plans, strict=True)
-        for cells in [_kept(plan, n)]
-    ]
+    kept = plan_frame(dict(zip(names, plans, strict=True)), at, title="What they keep and compute")
     page.add(
         "Density against length",
         figure_block(density, "Share of the KV cache that each plan keeps, over the context length"),
-        table_block(pd.DataFrame(kept), "What they keep and compute"),
+        to_html(kept),
     )
     page.add("Changed heads", *(_changes_folded(plans, names, n) for n in at))
     for name, plan in zip(names, plans, strict=True):
-        page.add(f"Provenance of {name}", origin_facts(plan))
+        page.add(f"Provenance of {name}", *origin_blocks(plan))
     return page
 
 
@@ -126,7 +91,7 @@ def _change_blocks(plans: Sequence[Plan], names: Sequence[str], length: int) -> 
         ]
         for layer in range(changes.shape[0])
     ]
-    kept = " to ".join(share(plan.density(length)) for plan in plans)
+    kept = " to ".join(percent(plan.density(length)) for plan in plans)
     return [
         heading(f"{length} tokens: {kept} of the KV cache"),
         grid_block(
@@ -141,32 +106,7 @@ def _change_blocks(plans: Sequence[Plan], names: Sequence[str], length: int) -> 
 
 def _changes_folded(plans: Sequence[Plan], names: Sequence[str], length: int) -> str:
     """The changed heads at one length, as a table that unfolds: it can have thousands of rows."""
-    found = _sorted_changes(plans, length)
-    if found.empty:
+    table = change_frame(plans, names, length)
+    if table.frame.empty:
         return paragraph(f"No head differs at {length} tokens.")
-    first, second = names
-    columns = {
-        "layer": "layer",
-        "kv_head": "KV head",
-        "rule": f"rule, {first}",
-        "span": f"span, {first}",
-        "other_rule": f"rule, {second}",
-        "other_span": f"span, {second}",
-        "change": "change",
-    }
-    table = table_block(found[list(columns)].rename(columns=columns), f"Changes at {length} tokens, the largest first")
-    return f"<details><summary>{len(found)} heads at {length} tokens</summary>\n{table}\n</details>"
-
-
-def _kept(plan: Plan, length: int) -> list[str]:
-    """KV cache kept, its MiB at 16 bits, prefill computed."""
-    return [
-        share(plan.density(length)),
-        f"{plan.kv_bytes(length) / 2**20:.1f}",
-        share(plan.attention_density(length)),
-    ]
-
-
-def _sorted_changes(plans: Sequence[Plan], length: int) -> pd.DataFrame:
-    found = plans[0].diff(plans[1], [length])
-    return found.sort_values("change", key=lambda change: -change.abs(), kind="stable").reset_index(drop=True)
+    return folded(f"{len(table.frame)} heads at {length} tokens", to_html(table))

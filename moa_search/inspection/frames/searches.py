@@ -1,0 +1,146 @@
+"""Tables of searches: fronts, validations, searchers side by side, and studies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from moa_search.inspection.frames.plans import predicted_text
+from moa_search.inspection.printing import Column, Table, column, digits, is_missing, percent, with_error
+
+if TYPE_CHECKING:
+    from moa_search.search import Front
+    from moa_search.search.tuning import Summary
+
+__all__ = ["budget_lines", "comparison_frame", "front_frame", "study_frame", "study_lines", "validation_frame"]
+
+SHOWN_REMARKS = 5
+
+
+def front_frame(front: Front) -> Table:
+    """One row per plan: density, predicted and held-out loss at each length, and gap; the chosen one marked."""
+    rows: list[dict[str, Any]] = front.rows()
+    for index, (row, name, plan) in enumerate(zip(rows, front.names, front.plans, strict=True)):
+        mark = f" (plan.json{', knee' if front.has_knee else ''})" if front.is_chosen(index) else ""
+        row |= {"plan": name + mark, "asked": front.densities[index] if front.densities else None}
+        row |= {f"extrapolated@{metrics.length}": metrics.extrapolated for metrics in plan.predicted}
+        for entry in plan.validated:
+            row |= {f"true_loss@{entry.length}": entry.loss, f"dense_loss@{entry.length}": entry.dense_loss}
+    frame = pd.DataFrame(rows)
+    columns = [Column("plan", lambda row: row["plan"], left=True)]
+    columns += [column("asked", None, "{:.4g}".format)] if front.densities else []
+    for length in dict.fromkeys(metrics.length for plan in front.plans for metrics in plan.predicted):
+        columns += [column(f"density@{length}", f"kept @{length}", percent), _predicted(length)]
+    for length in dict.fromkeys(entry.length for plan in front.plans for entry in plan.validated):
+        columns.append(_held_out(length))
+    columns += [column("gap", None, "{:.2%}".format)] if frame["gap"].notna().any() else []
+    guessed = any(metrics.extrapolated for plan in front.plans for metrics in plan.predicted)
+    criterion = front.plans[0].provenance.criterion if front.plans[0].provenance else None
+    by = f", predicted loss by {criterion}" if criterion else ""
+    return Table(frame, columns, f"Plans of the front{by}" + ("; ≈ is extrapolated" if guessed else ""))
+
+
+def _predicted(length: int) -> Column:
+    def show(row: Any) -> str:
+        found = {name: row[f"{name}@{length}"] for name in ("loss", "loss_error", "extrapolated")}
+        return predicted_text(found)
+
+    return Column(f"predicted loss @{length}", show)
+
+
+def _held_out(length: int) -> Column:
+    def show(row: Any) -> str:
+        loss, dense = row[f"true_loss@{length}"], row[f"dense_loss@{length}"]
+        return "" if is_missing(loss) else f"{loss:.3f}" + ("" if is_missing(dense) else f" (dense {dense:.3f})")
+
+    return Column(f"held-out loss @{length}", show)
+
+
+def budget_lines(front: Front) -> list[str]:
+    """For each budget of the chosen plan what was asked and what it uses, densities in the front's table aside."""
+    shown = {metrics.length for metrics in front.chosen.predicted}
+    return [
+        f"{use.asked.text}: uses {use.used}"
+        for use in front.usage
+        if use.asked.kind != "density" or use.asked.length not in shown
+    ]
+
+
+def validation_frame(rows: pd.DataFrame) -> Table:
+    """True losses of a front's plans, as `moa_search.api.validate_front` returns them; dense attention first."""
+    names = ["length", "true_loss", "dense_loss"]
+    dense = rows[rows["plan"] == rows["plan"].iloc[0]][names].assign(plan="dense", density=1.0)
+    dense["true_loss"] = dense["dense_loss"]
+    frame = pd.concat([dense, rows]).sort_values("length", kind="stable")
+
+    def name(row: Any) -> str:
+        mark = {"chosen": " chosen", "chosen_before": " was chosen"}
+        return str(row["plan"]) + next((text for which, text in mark.items() if row[which] is True), "")
+
+    columns = [
+        column("length", "tokens"),
+        Column("plan", name, left=True, stands_out=lambda row: row["chosen"] is True),
+        column("density", "kept", percent),
+        Column("loss", lambda row: with_error(row["true_loss"], row.get("true_error"), ".3f", ".3f")),
+        Column("above dense", lambda row: with_error(row["difference"], row["difference_error"], ".3f", ".3f")),
+    ]
+    return Table(frame, columns, "Held-out loss, nats per answer token", group=["length"])
+
+
+def comparison_frame(rows: pd.DataFrame, criterion: str) -> Table:
+    """Searchers side by side, as `moa_search.api.compare_searchers` returns them."""
+    columns = [column("searcher", left=True)]
+    for length in rows.attrs["lengths"]:
+        columns += [column(f"density@{length}", f"kept @{length}", percent), _loss(length)]
+    columns += [_true_loss(length) for length in rows.attrs["true_lengths"]]
+    columns.append(column("cpu_s", "CPU s", digits(1)))
+    return Table(rows, columns, f"Searchers at the same budget, predicted loss by {criterion}")
+
+
+def _loss(length: int) -> Column:
+    return Column(
+        f"predicted loss @{length}", lambda row: with_error(row[f"loss@{length}"], row[f"loss_error@{length}"])
+    )
+
+
+def _true_loss(length: int) -> Column:
+    return Column(
+        f"true loss @{length}",
+        lambda row: with_error(row[f"true_loss@{length}"], row[f"true_error@{length}"], ".3f", ".3f"),
+    )
+
+
+def study_frame(summary: Summary) -> Table:
+    """The best trials of a study."""
+    rows = [
+        {
+            "trial": result.number,
+            "loss": result.values[0],
+            "density": result.values[1] if len(result.values) > 1 else None,
+            "criterion": result.knobs.criterion,
+            "from": "the front" if result.is_seed else "the study",
+        }
+        for result in summary.best
+    ]
+    columns = [
+        column("trial"),
+        column("loss", "held-out loss", digits(4)),
+        column("density", None, "{:.2%}".format),
+        column("criterion"),
+        column("from", left=True),
+    ]
+    return Table(pd.DataFrame(rows, columns=["trial", "loss", "density", "criterion", "from"]), columns, "Best plans")
+
+
+def study_lines(summary: Summary) -> list[str]:
+    """Trials by state, what tuning gained, and what went wrong."""
+    counts = ", ".join(f"{count} {state.lower()}" for state, count in summary.counts.items() if count)
+    lines = [f"trials: {counts}; {summary.reused} had a plan that was known"]
+    if summary.seeds_best is not None and summary.tuned_best is not None:
+        change = summary.tuned_best / summary.seeds_best - 1 if summary.seeds_best > 0 else 0.0
+        lines.append(f"best of the front {summary.seeds_best:.4f}, best tuned {summary.tuned_best:.4f} ({change:+.1%})")
+    lines += summary.remarks[:SHOWN_REMARKS]
+    if len(summary.remarks) > SHOWN_REMARKS:
+        lines.append(f"... and {len(summary.remarks) - SHOWN_REMARKS} more remarks")
+    return lines
