@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moa_search.errors import MoAError
     from moa_search.formats import ModelSignature, Plan, Profile
     from moa_search.modeling.loading import load_model
-    from moa_search.runtime import MoACache, apply_plan, from_pretrained, remove_plan
+    from moa_search.runtime import MoACache, applied, apply_plan, from_pretrained, remove_plan
     from moa_search.spans import SpanRule
 
 _HOMES = {
@@ -40,6 +40,7 @@ _HOMES = {
     "Plan": "moa_search.formats",
     "Profile": "moa_search.formats",
     "SpanRule": "moa_search.spans",
+    "applied": "moa_search.runtime",
     "apply_plan": "moa_search.runtime",
     "compare_searchers": "moa_search.api",
     "evaluate_model": "moa_search.api",
@@ -67,6 +68,7 @@ __all__ = [
     "Profile",
     "SpanRule",
     "__version__",
+    "applied",
     "apply_plan",
     "compare_searchers",
     "evaluate_model",

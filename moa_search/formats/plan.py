@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -386,6 +387,14 @@ class Plan(_Strict, PlanViews):
                 raise PlanFormatError(f"{name}: {error}") from None
             return cls.loads(text, source=name)
         raise ConfigError(f"{name}: a {type(plan).__name__} is no plan; give a Plan, a plan file or its content")
+
+    def applied(
+        self, model: Any, *, impl: Literal["auto", "triton", "cpu", "torch"] = "auto"
+    ) -> AbstractContextManager[Any]:
+        """``with plan.applied(model):`` puts a model under this plan for the block, as `moa_search.applied` does."""
+        import moa_search
+
+        return moa_search.applied(model, self, impl=impl)
 
     def _searchable_rules(self) -> list[SpanRule]:
         native = self.native_layers

@@ -29,6 +29,9 @@ CHECKPOINTING_FUNCTION = "_gradient_checkpointing_func"
 PREPARE_CACHE = "_prepare_cache_for_generation"
 """Method of a model: makes the cache before `generate` starts. The runtime wraps it."""
 
+CANDIDATES = "_get_candidate_generator"
+"""Method of a model: makes what drafts tokens for assisted decoding. The runtime wraps it."""
+
 PREFILL = "_prefill"
 """Method of a model: runs the prompt, in chunks if asked. The runtime wraps it."""
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationMixin
 
 from moa_search.errors import ModelUnsupportedError
+from moa_search.formats import Plan
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.modeling.attention import attention_choice, set_attention
 from moa_search.modeling.private import attention_of, generates_with_dynamic_cache, tensor_parallel_ranks
 from moa_search.modeling.support import require_attention_interface
 from moa_search.modeling.text import attention_modules, text_config
 from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
-from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, give_cache
+from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, Hook, give_cache
 from moa_search.runtime.kernels import chosen
 from moa_search.runtime.rules import layer_rules
+from moa_search.runtime.wrappers import decoder_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from moa_kernels.backends import Impl
 
-    from moa_search.formats import Plan
+    from moa_search.formats.plan import PlanLike
 
 __all__ = ["applied", "apply_plan", "remove_plan"]
 
@@ -36,7 +37,7 @@ Without it, a plain reload would run dense in silence. With it, the reload asks 
 registered that, and an error in the first forward pass otherwise, since no plan is applied."""
 
 
-def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
+def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
     """Make a model attend as a plan says, in place.
 
     From then on `generate` and forward passes build a `MoACache` by themselves, and `save_pretrained` writes the plan
@@ -44,8 +45,8 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
     folder. A plan that was applied before is replaced.
 
     Args:
-        model: A transformers decoder.
-        plan: The plan, made for this model.
+        model: A transformers decoder, or a PEFT model of one, whose inner model is then put under the plan.
+        plan: The plan, made for this model: a `Plan`, its file, or the content of such a file.
         impl: What attends: ``"triton"`` kernels, the ``"cpu"`` library, plain ``"torch"``, or ``"auto"``, which is
             Triton on CUDA devices and the library on CPUs for whatever they can do and no gradient is asked of, and
             torch otherwise. The library is compiled at first use where the package doesn't carry it.
@@ -54,11 +55,13 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
         ``model``.
 
     Raises:
-        ConfigError: The plan's rules aren't anchored at positions, or ``impl`` is unknown.
+        ConfigError: The plan's rules aren't anchored at positions, ``impl`` is unknown, or there is no such file.
+        PlanFormatError: The file or content is no valid plan.
         ModelMismatchError: The plan was made for another model.
-        ModelUnsupportedError: The model's attention can't be replaced.
+        ModelUnsupportedError: The model's attention can't be replaced, or it is wrapped in something other than PEFT.
         BackendUnavailableError: What ``impl`` names can't run on the model's device or type.
     """
+    plan, given, model = Plan.of(plan), model, decoder_within(model)
     text = text_config(model.config)
     rules = layer_rules(plan, model.config)
     modules = _attention_modules(model)
@@ -69,23 +72,23 @@ def apply_plan(model: Any, plan: Plan, *, impl: Impl = "auto") -> Any:
     if state is None:
         if attention_of(text) == NAME:  # a plain reload of a model that was saved under a plan
             set_attention(model, None)
-        state = Applied(plan, impl, attention=attention_of(text), overridden={})
+        state = Applied(plan, rules, impl, attention=attention_of(text), overridden={})
     set_attention(model, NAME)
-    state.plan, state.impl = plan, impl
+    state.plan, state.rules, state.impl = plan, rules, impl
     for module in modules:
         setattr(module, RULES_ATTRIBUTE, rules[module.layer_idx])
         setattr(module, IMPL_ATTRIBUTE, impl)
     setattr(text, CONFIG_ATTRIBUTE, plan.model_dump(mode="json", by_alias=True))
     setattr(model.config, SAVED_ATTENTION_ATTRIBUTE, attention_choice(model, NAME))
     if getattr(model, STATE_ATTRIBUTE, None) is None:
-        for name, hook in HOOKS.items():
+        for name in HOOKS:
             if name in vars(model):
                 state.overridden[name] = vars(model)[name]
-            # A bound method, unlike a closure, is bound to the copy when the model is deep-copied.
-            setattr(model, name, MethodType(hook, model))
-        state.giving = model.register_forward_pre_hook(give_cache, with_kwargs=True)
+            setattr(model, name, Hook(model, name))
         setattr(model, STATE_ATTRIBUTE, state)
-    return model
+    if give_cache not in model._forward_pre_hooks.values():
+        state.giving = model.register_forward_pre_hook(give_cache, with_kwargs=True)
+    return given
 
 
 def remove_plan(model: Any) -> Any:
@@ -94,9 +97,10 @@ def remove_plan(model: Any) -> Any:
     Returns:
         ``model``.
     """
+    given, model = model, decoder_within(model)
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:
-        return model
+        return given
     text = text_config(model.config)
     if attention_of(text) == NAME:
         set_attention(model, state.attention)
@@ -106,22 +110,23 @@ def remove_plan(model: Any) -> Any:
     vars(text).pop(CONFIG_ATTRIBUTE, None)
     vars(model.config).pop(SAVED_ATTENTION_ATTRIBUTE, None)
     for name in HOOKS:
-        delattr(model, name)
-        if name in state.overridden:
-            setattr(model, name, state.overridden[name])
+        if isinstance(vars(model).get(name), Hook):  # someone else may have put something in its place
+            delattr(model, name)
+            if name in state.overridden:
+                setattr(model, name, state.overridden[name])
     assert state.giving is not None
     state.giving.remove()
     delattr(model, STATE_ATTRIBUTE)
-    return model
+    return given
 
 
 @contextmanager
-def applied(model: Any, plan: Plan, *, impl: Impl = "auto") -> Iterator[Any]:
+def applied(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Iterator[Any]:
     """Put a model under a plan for the duration of a ``with`` block, then under what it had before.
 
     Args:
-        model: A transformers decoder.
-        plan: The plan, made for this model.
+        model: As in `apply_plan`.
+        plan: As in `apply_plan`.
         impl: As in `apply_plan`.
 
     Raises:
@@ -129,7 +134,7 @@ def applied(model: Any, plan: Plan, *, impl: Impl = "auto") -> Iterator[Any]:
         ModelMismatchError: The plan was made for another model.
         ModelUnsupportedError: The model's attention can't be replaced.
     """
-    state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
+    state: Applied | None = getattr(decoder_within(model), STATE_ATTRIBUTE, None)
     before = None if state is None else (state.plan, state.impl)
     apply_plan(model, plan, impl=impl)
     try:

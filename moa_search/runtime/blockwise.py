@@ -69,8 +69,9 @@ def attend(
     sink_end = min(max(rules.sink - int(start.min()), 0), keys)
 
     blocks: list[list[torch.Tensor]] = [[] for _ in rules.rules]
-    for rule, heads in rules.heads_by_rule.items():
-        oldest = rules.oldest_key(query_at, rule)
+    windows_from = rules.head_spans.oldest_key(query_at)  # [kv_heads, batch or 1, query]
+    for heads in rules.heads_by_rule.values():
+        oldest = windows_from[heads[0]]
         begins = (oldest[:, tops] - start[:, None]).amin(0).tolist()
         for top, begin, end in zip(tops, begins, ends, strict=True):
             block = slice(top, top + ROW_BLOCK)

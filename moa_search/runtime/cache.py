@@ -9,14 +9,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from moa_search.errors import ConfigError, ModelUnsupportedError
-from moa_search.modeling.text import text_config
-from moa_search.runtime.layer import MoACacheLayer
+from moa_search.formats import Plan
+from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
 from moa_search.runtime.report import CacheReport, LayerReport
 from moa_search.runtime.rules import layer_rules
 from moa_search.runtime.static import StaticMoACacheLayer
 
 if TYPE_CHECKING:
-    from moa_search.formats import Plan
+    from collections.abc import Sequence
+
+    from moa_search.formats.plan import PlanLike
     from moa_search.runtime.rules import LayerRules
 
 __all__ = ["MoACache"]
@@ -46,6 +48,17 @@ def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) ->
     return StaticMoACacheLayer(rules, max_length, checks=first)
 
 
+def _layers(rules: Sequence[LayerRules], config: Any, max_length: int | None) -> list[Any]:
+    """A layer for each one that transformers would make."""
+    layers: list[Any] = []
+    for layer, of_layer in zip(DynamicCache(config=config.get_text_config(decoder=True)).layers, rules, strict=True):
+        if max_length is None or not isinstance(layer, DynamicLayer):
+            layers.append(_ragged(layer, of_layer))
+        else:
+            layers.append(_fixed(layer, of_layer, max_length, layers))
+    return layers
+
+
 class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A cache for `generate` and `forward` of a model under a plan.
 
@@ -53,27 +66,35 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     Args:
         config: Configuration of the model.
-        plan: The plan applied to it.
+        plan: The plan applied to it: a `Plan`, its file, or the content of such a file.
         max_length: Tokens per sample, prompt and answer together, for a cache of fixed size: what `torch.compile` and
             CUDA graphs need. None for one that grows.
 
     Raises:
-        ConfigError: The plan's rules aren't anchored at positions, or ``max_length`` isn't positive.
+        ConfigError: The plan's rules aren't anchored at positions, ``max_length`` isn't positive, or there's no such
+            file.
+        PlanFormatError: The file or content is no valid plan.
         ModelMismatchError: The plan was made for another model.
         ModelUnsupportedError: The model can't follow a plan.
     """
 
-    def __init__(self, config: Any, plan: Plan, *, max_length: int | None = None) -> None:
+    def __init__(self, config: Any, plan: PlanLike, *, max_length: int | None = None) -> None:
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length} tokens; it must be positive, or None for a cache that grows")
-        stock = DynamicCache(config=text_config(config)).layers
-        layers: list[Any] = []
-        for layer, rules in zip(stock, layer_rules(plan, config, stock), strict=True):
-            if max_length is None or not isinstance(layer, DynamicLayer):
-                layers.append(_ragged(layer, rules))
-            else:
-                layers.append(_fixed(layer, rules, max_length, layers))
-        super().__init__(layers=layers)
+        super().__init__(layers=_layers(layer_rules(Plan.of(plan), config), config, max_length))
+
+    @classmethod
+    def following(cls, rules: Sequence[LayerRules], config: Any, *, max_length: int | None = None) -> MoACache:
+        """A cache by rules that were read off a plan already, as every `generate` needs one.
+
+        Args:
+            rules: Of every layer.
+            config: Configuration of the model.
+            max_length: As for the class.
+        """
+        cache = cls.__new__(cls)
+        Cache.__init__(cache, layers=_layers(rules, config, max_length))
+        return cache
 
     def copy(self) -> MoACache:
         """A cache of its own with the same tokens: fill one with a prefix, then continue copies of it.
@@ -104,10 +125,12 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Bytes allocated for keys and values in the layers that follow the plan."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, MoACacheLayer))
 
-    def activate_past_recording(self) -> None:
-        """Keep room for rollbacks of up to `ROLLBACK_TOKENS` tokens from now on."""
+    def activate_past_recording(self, tokens: int = ROLLBACK_TOKENS) -> None:
+        """Keep room for rollbacks of up to ``tokens`` tokens from now on, or of more if that was asked for before."""
         for layer in self.layers:
-            if hasattr(layer, "activate_past_recording"):
+            if isinstance(layer, MoACacheLayer):
+                layer.activate_past_recording(tokens)
+            elif hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:

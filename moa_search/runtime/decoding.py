@@ -180,9 +180,7 @@ def _masks(past: MoACacheLayer) -> torch.Tensor:
     Sets slots that hold nothing to 0.
     """
     position, last = past.positions(), past.lens[:, None] - 1
-    oldest = past.lens.new_empty(len(past.rules.rules), len(last))
-    for rule, heads in past.rules.heads_by_rule.items():
-        oldest[list(heads)] = past.rules.oldest_key(last[:, 0], rule)
+    oldest = past.rules.head_spans.oldest_key(last[:, 0])  # [kv_heads, batch]
     seen = (position <= last) & ((position >= oldest[past.layout.heads(past.device)].mT) | (position < past.rules.sink))
     if past.rules.sliding_window is not None:
         seen &= position > last - past.rules.sliding_window

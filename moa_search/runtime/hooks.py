@@ -15,11 +15,13 @@ from transformers.generation import GenerationMode
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats.checkpoint import PLAN_FILE
-from moa_search.modeling.private import PREFILL, PREPARE_CACHE, attention_of
+from moa_search.modeling.private import CANDIDATES, PREFILL, PREPARE_CACHE, attention_of
 from moa_search.modeling.text import text_config
-from moa_search.runtime.attention import NAME
+from moa_search.runtime import chunks
+from moa_search.runtime.attention import NAME, register
 from moa_search.runtime.cache import MoACache
-from moa_search.runtime.layer import MoACacheLayer
+from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
+from moa_search.runtime.wrappers import require_no_prefix
 
 if TYPE_CHECKING:
     import os
@@ -29,19 +31,14 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from moa_search.formats import Plan
+    from moa_search.runtime.rules import LayerRules
 
-__all__ = ["HOOKS", "PREFILL_CHUNK_TOKENS", "STATE_ATTRIBUTE", "Applied", "give_cache"]
+__all__ = ["HOOKS", "STATE_ATTRIBUTE", "Applied", "Hook", "give_cache"]
 
 STATE_ATTRIBUTE = "_moa_applied"
 
 CACHES = (None, "dynamic", "static")
 """What ``cache_implementation`` may be under a plan."""
-
-PREFILL_CHUNK_TOKENS = 4096
-"""Tokens per sample that `generate` prefills at once, unless its ``prefill_chunk_size`` says otherwise.
-
-A forward pass frees each layer's keys and values once the layer's rings have taken theirs. What still grows with the
-prompt is the activations of one layer, and chunks bound those."""
 
 
 @dataclass
@@ -50,6 +47,7 @@ class Applied:
 
     Attributes:
         plan: The plan.
+        rules: What it says, layer by layer.
         impl: What attends, as in `apply_plan`.
         attention: The attention implementation before.
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
@@ -58,11 +56,44 @@ class Applied:
     """
 
     plan: Plan
+    rules: tuple[LayerRules, ...]
     impl: Impl
     attention: str | None
     overridden: dict[str, Any]
     giving: RemovableHandle | None = None
     max_length: int | None = None
+
+
+class Hook:
+    """Stands in for a method of one model, as an attribute of that model.
+
+    A bound method would be pickled as a name to look up on a model that doesn't have it yet, and a closure not at all.
+    This is pickled and deep-copied with its model, and makes the plan's attention known where it is loaded.
+
+    Args:
+        model: The model.
+        name: Of the method; a key of `HOOKS`.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.__self__ = model
+        self.__name__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what stands in."""
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return HOOKS[self.__name__]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(_original(self.__self__, self.__name__))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        register()
 
 
 def _original(model: Any, name: str) -> Any:
@@ -84,9 +115,19 @@ def _prepare_cache_for_generation(
     state: Applied = getattr(model, STATE_ATTRIBUTE)
     under_plan = attention_of(text_config(model.config)) == NAME
     given = model_kwargs.get("past_key_values")
+    drafting = getattr(generation_config, "is_assistant", False)
+    # Drafts of a model for another one are taken back whole; those that this one gets ask for room themselves.
+    rollback = ROLLBACK_TOKENS + (generation_config.max_new_tokens or 0) if drafting else ROLLBACK_TOKENS
+    rolls_back = drafting or generation_mode == GenerationMode.ASSISTED_GENERATION
+    if under_plan:
+        # While PEFT generates, it stands in for this method.
+        require_no_prefix(getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None))
     if not under_plan or given is not None:
-        if under_plan and isinstance(given, MoACache) and given.is_compileable:
-            _check_room(given, max_cache_length)
+        if under_plan and isinstance(given, MoACache):
+            if given.is_compileable:
+                _check_room(given, max_cache_length)
+            if rolls_back:
+                given.activate_past_recording(rollback)
         return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     kind = generation_config.cache_implementation
     if kind not in CACHES:
@@ -100,19 +141,18 @@ def _prepare_cache_for_generation(
     if type(cache) is not DynamicCache:
         raise UnsupportedInputError(f"{type(model).__name__} generates with a {type(cache).__name__}, not a plan's")
     config, text = model.config, text_config(model.config)
-    drafting = getattr(generation_config, "is_assistant", False)
-    if drafting and text.num_hidden_layers < state.plan.model.num_hidden_layers:
+    if drafting and text.num_hidden_layers < len(state.rules):
         # For a model that drafts for itself with its first layers, transformers hides the others meanwhile.
         config = copy.copy(text)
-        config.num_hidden_layers = state.plan.model.num_hidden_layers
+        config.num_hidden_layers = len(state.rules)
     length = None
     if kind == "static":
         # As large as any before: what was compiled for that stays good.
         asked = getattr(generation_config, "max_cache_len", None) or 0
         length = state.max_length = max(max_cache_length, asked, state.max_length or 0)
-    model_kwargs["past_key_values"] = MoACache(config, state.plan, max_length=length)
-    if drafting or generation_mode == GenerationMode.ASSISTED_GENERATION:
-        model_kwargs["past_key_values"].activate_past_recording()
+    model_kwargs["past_key_values"] = MoACache.following(state.rules, config, max_length=length)
+    if rolls_back:
+        model_kwargs["past_key_values"].activate_past_recording(rollback)
     return result
 
 
@@ -139,28 +179,57 @@ def _prefill(
 ) -> Any:
     """Prefill a long prompt in chunks, and none of them compiled: prompts have too many lengths for that."""
     if isinstance(model_kwargs.get("past_key_values"), MoACache):
-        chunked = _wants_chunks(model, input_ids, generation_config, model_kwargs)
+        # Learned prompts of PEFT, for one, count the tokens of a pass to know what to put in front.
+        foreign = _has_foreign(model, "prepare_inputs_for_generation")
+        chunked = not foreign and chunks.wants_chunks(model, input_ids, generation_config, model_kwargs)
+        if generation_config.prefill_chunk_size is not None:
+            chunks.warn_of_chunks(model, input_ids, generation_config.prefill_chunk_size, model_kwargs)
         generation_config = copy.copy(generation_config)
         generation_config.disable_compile = True
         if chunked:
-            generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
+            generation_config.prefill_chunk_size = chunks.PREFILL_CHUNK_TOKENS
     return _original(model, PREFILL)(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
-def _wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
-    """Whether nobody has chosen the size of chunks, and chunks can't be told from the whole but by their memory."""
-    cache = model_kwargs["past_key_values"]
-    if generation_config.prefill_chunk_size is not None:
-        return False
-    # Not every linear-attention layer goes on from its state when it gets several tokens.
-    if any(not isinstance(layer, MoACacheLayer) or hasattr(layer, "update_conv_state") for layer in cache.layers):
-        return False
-    # Up to some version, transformers starts over where a cache holds tokens already.
-    if input_ids.shape[1] <= PREFILL_CHUNK_TOKENS or cache.get_seq_length() > 0:
-        return False
-    # It splits these two; images or embeddings would be repeated with every chunk.
-    inputs = {name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
-    return inputs <= {"attention_mask", "position_ids"} and not generation_config.output_hidden_states
+def _prepare_inputs_for_generation(
+    model: Any, input_ids: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+) -> Any:
+    """Let transformers prepare a pass; where it drops the cache to start over, empty the cache instead.
+
+    Phi-3 does that where its rotary table changes. A new cache would forget its fixed size and its room for rollbacks,
+    and leave the one that the user handed over behind.
+    """
+    original = _original(model, "prepare_inputs_for_generation")
+    inputs = original(input_ids, *args, past_key_values=past_key_values, **kwargs)
+    if isinstance(past_key_values, MoACache):
+        if inputs.get("past_key_values") is None and inputs.get("use_cache", True):
+            past_key_values.reset()
+            inputs["past_key_values"] = past_key_values
+        elif kwargs.get("is_first_iteration"):
+            mask = kwargs.get("attention_mask")
+            tokens = input_ids.shape[1] if mask is None else mask.shape[-1]
+            chunks.warn_of_continuing(model, past_key_values.get_seq_length(), tokens)
+    return inputs
+
+
+def _get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let every draft be preceded by room in the cache to roll back all of it."""
+    generator = _original(model, CANDIDATES)(*args, **kwargs)
+    cache, propose = kwargs["model_kwargs"].get("past_key_values"), generator.get_candidates
+
+    def propose_with_room(input_ids: torch.Tensor, *others: Any, **options: Any) -> Any:
+        candidates, scores = propose(input_ids, *others, **options)
+        cache.activate_past_recording(candidates.shape[1] - input_ids.shape[1] + 1)
+        return candidates, scores
+
+    if isinstance(cache, MoACache):
+        generator.get_candidates = propose_with_room
+    return generator
+
+
+def _has_foreign(model: Any, name: str) -> bool:
+    """Whether someone else has put a method of their own in the place of a model's."""
+    return name in getattr(model, STATE_ATTRIBUTE).overridden or not isinstance(vars(model).get(name), Hook)
 
 
 def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -172,7 +241,7 @@ def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
         free = "past_key_values" in names[len(args) :]
         if wanted and free and attention_of(text) == NAME:
-            cache = MoACache(model.config, getattr(model, STATE_ATTRIBUTE).plan)
+            cache = MoACache.following(getattr(model, STATE_ATTRIBUTE).rules, model.config)
             return args, {**kwargs, "past_key_values": cache}
     return args, kwargs
 
@@ -195,6 +264,8 @@ def _save_pretrained(
 HOOKS: dict[str, Callable[..., Any]] = {
     PREPARE_CACHE: _prepare_cache_for_generation,
     PREFILL: _prefill,
+    CANDIDATES: _get_candidate_generator,
+    "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "init_continuous_batching": _init_continuous_batching,
     "save_pretrained": _save_pretrained,
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import LinearAttentionLayer
 
-from moa_search.runtime.layer import MoACacheLayer
+from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,11 @@ class MoAHybridCacheLayer(LinearAttentionLayer, MoACacheLayer):  # type: ignore[
             MoACacheLayer.lazy_initialization(self, *states)
         else:
             LinearAttentionLayer.lazy_initialization(self, **linear)
+
+    def activate_past_recording(self, tokens: int = ROLLBACK_TOKENS) -> None:
+        """Keep room for rollbacks of so many tokens from now on."""
+        LinearAttentionLayer.activate_past_recording(self)
+        MoACacheLayer.activate_past_recording(self, tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens."""

@@ -37,7 +37,7 @@ EMPTY = 2**31 - 1
 """Position of a slot that holds no key: later than any query, so that causality hides it."""
 
 ROLLBACK_TOKENS = 256
-"""Tokens that can be rolled back while past states are recorded (assisted decoding)."""
+"""Least number of tokens that can be rolled back while past states are recorded (assisted decoding)."""
 
 
 class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -52,7 +52,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         lens: ``[batch]`` int64, tokens seen per sample.
         layout: Where every head's keys are.
         cumulative_length: Tokens seen including padding.
-        record_past: Whether room for a rollback of `ROLLBACK_TOKENS` is kept.
+        record_past: Whether room for a rollback is kept.
         step: The call of the CPU library that decodes, as it was last filled in.
     """
 
@@ -71,12 +71,14 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     _slack: int
     _table: DecodingTable | None
     step: Step | None
+    _rollback: int
 
     def __init__(self, rules: LayerRules) -> None:
         super().__init__()
         self.rules = rules
         self._spans = rules.head_spans
         self.record_past = False
+        self._rollback = ROLLBACK_TOKENS
         self._forget()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -223,9 +225,10 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """Length and offset of the mask that the plan's attention wants: of the new tokens only."""
         return query_length, self.cumulative_length
 
-    def activate_past_recording(self) -> None:
-        """Keep room for rollbacks from now on."""
+    def activate_past_recording(self, tokens: int = ROLLBACK_TOKENS) -> None:
+        """Keep room for rollbacks of so many tokens from now on, or of more if that was asked for before."""
         self.record_past = True
+        self._rollback = max(self._rollback, tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
@@ -256,14 +259,13 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             return self.cumulative_length
         if removed > self._unpadded:
             raise UnsupportedInputError(f"crop(-{removed}): some of the last {removed} tokens are padding")
-        lens, floor = self.lens - removed, self._oldest_held()
-        for rule, heads in self.rules.heads_by_rule.items():
-            needed = self.rules.oldest_key(lens, rule).clamp(min=self.rules.sink)
-            if bool(((needed < floor[:, heads[0]]) & (needed < lens)).any()):
-                raise UnsupportedInputError(
-                    f"crop(-{removed}): keys that the next tokens need are overwritten; to roll back up to "
-                    f"{ROLLBACK_TOKENS} tokens, call activate_past_recording() on the cache beforehand"
-                )
+        lens, floor = self.lens - removed, self._oldest_held()  # floor [batch, kv_heads]
+        needed = self._spans.oldest_key(lens).clamp(min=self.rules.sink)  # [kv_heads, batch]
+        if bool(((needed < floor.T) & (needed < lens)).any()):
+            raise UnsupportedInputError(
+                f"crop(-{removed}): keys that the next tokens need are overwritten; to keep them, call "
+                f"activate_past_recording({removed}) on the cache beforehand"
+            )
         return removed
 
     def reset(self) -> None:
@@ -300,7 +302,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
     def _reserve(self, length: int) -> None:
         """Make room for ``length`` tokens and one more, in steps that leave no head more than a block to spare."""
-        slack = ROLLBACK_TOKENS if self.record_past else 0
+        slack = self._rollback if self.record_past else 0
         if length < self._reserved and slack == self._slack:
             return
         reserved = self._reserved if length < self._reserved else self.rules.roomy_length(length)

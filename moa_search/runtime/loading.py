@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from moa_kernels.backends import Impl
     from transformers import PreTrainedModel
 
+    from moa_search.formats.plan import PlanLike
+
 __all__ = ["from_pretrained"]
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def from_pretrained(
-    name: str | os.PathLike[str], *, plan: Plan | str | None = None, impl: Impl = "auto", **options: Any
+    name: str | os.PathLike[str], *, plan: PlanLike | None = None, impl: Impl = "auto", **options: Any
 ) -> PreTrainedModel:
     """Load a model that `save_pretrained` wrote under a plan, and put it under that plan again.
 
@@ -33,7 +35,7 @@ def from_pretrained(
 
     Args:
         name: Folder or hub id.
-        plan: A plan, or its file, to use instead.
+        plan: The plan to use instead, as in `apply_plan`.
         impl: What attends, as in `apply_plan`.
         **options: For transformers' ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``device_map``.
             ``attn_implementation`` is what `remove_plan` goes back to.
@@ -56,8 +58,8 @@ def from_pretrained(
     if plan is None:
         file = optional_file(os.fspath(name), PLAN_FILE, **hub)
         plan = read_saved_plan(os.fspath(name), file, getattr(text_config(config), CONFIG_ATTRIBUTE, None))
-    elif not isinstance(plan, Plan):
-        plan = Plan.load(plan)
+    else:
+        plan = Plan.of(plan)
     layer_rules(plan, config)
     options.setdefault("attn_implementation", None)  # not what the configuration says, which is the plan's
     return apply_plan(AutoModelForCausalLM.from_pretrained(name, **options), plan, impl=impl)

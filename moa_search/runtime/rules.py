@@ -8,7 +8,6 @@ from functools import cached_property
 from operator import sub
 from typing import TYPE_CHECKING, Any
 
-import torch
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 from transformers import DynamicCache
@@ -81,23 +80,6 @@ class LayerRules:
     def layout(self, capacities: Sequence[int]) -> RingLayout:
         """Where a cache with so many slots per KV head keeps their keys."""
         return RingLayout(tuple(capacities), (self.sink,) * len(capacities))
-
-    def oldest_key(self, position: torch.Tensor, rule: SpanRule) -> torch.Tensor:
-        """Where the window of a query starts, the sink aside.
-
-        Args:
-            position: 0-based positions of queries, int64, of any shape.
-            rule: Rule of the head.
-
-        Returns:
-            Positions of the oldest attended key that isn't a sink token, of the same shape. It may lie beyond
-            the query itself or within the sink, where the window is smaller than its bound.
-        """
-        window = span(position + 1, rule, self.sink + self.block) - self.sink
-        oldest = position - window + 1
-        if self.sliding_window is not None:
-            oldest = oldest.maximum(position - self.sliding_window + 1)
-        return oldest
 
 
 def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> tuple[LayerRules, ...]:

@@ -105,7 +105,7 @@ class StaticMoACacheLayer(MoACacheLayer):
         """As `MoACacheLayer.get_mask_sizes`; the offset is a tensor, by which `moa_mask` knows these layers."""
         return query_length, self.get_seq_length()
 
-    def activate_past_recording(self) -> NoReturn:
+    def activate_past_recording(self, tokens: int = 0) -> NoReturn:
         """Refuse: what the rings have overwritten can't be brought back."""
         raise UnsupportedInputError(
             "a MoACache of fixed size can't be rolled back, as assisted decoding does; leave max_length unset"

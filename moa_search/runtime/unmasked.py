@@ -56,7 +56,7 @@ def attend(
         for top in range(0, rows, ROW_BLOCK):
             block = slice(top, min(top + ROW_BLOCK, rows))
             first, end = keys - rows + block.start, keys - rows + block.stop
-            columns, mask = _mask(first, end, rule, rules, query)
+            columns, mask = _mask(first, end, rule, rules, heads[0], query)
             stacked = rule_query[:, :, :, block].flatten(2, 3)
             near_key, near_value = (_columns(states, columns) for states in (rule_key, rule_value))
             out = scaled_dot_product_attention(stacked, near_key, near_value, mask.repeat(group, 1), scale=scale)
@@ -80,7 +80,7 @@ def _columns(states: torch.Tensor, columns: list[slice]) -> torch.Tensor:
 
 
 def _mask(
-    first: int, end: int, rule: SpanRule, rules: LayerRules, like: torch.Tensor
+    first: int, end: int, rule: SpanRule, rules: LayerRules, head: int, like: torch.Tensor
 ) -> tuple[list[slice], torch.Tensor]:
     """Keys that the queries at positions ``first`` to ``end`` read, and what is added to their logits.
 
@@ -95,14 +95,14 @@ def _mask(
         columns, ahead = [slice(0, rules.sink), slice(begin, end)][not rules.sink :], rules.sink
     # Column `ahead` is now position `begin`, and all columns before it are sink tokens.
     mask = like.new_zeros(end - first, ahead + end - begin)
-    left = torch.arange(begin, max(min(last, end), begin)) < rules.oldest_key(at, rule)
+    left = torch.arange(begin, max(min(last, end), begin)) < rules.head_spans.oldest_key(at)[head]
     mask[:, ahead : ahead + left.shape[1]].masked_fill_(left, -torch.inf)
     mask[:, first - end :].masked_fill_(at.mT > at, -torch.inf)
     return columns, mask
 
 
 def _oldest_key(position: int, rule: SpanRule, rules: LayerRules) -> int:
-    """`LayerRules.oldest_key` of one position."""
+    """`HeadSpans.oldest_key` of one position."""
     window = span(position + 1, rule, rules.sink + rules.block) - rules.sink
     if rules.sliding_window is not None:
         window = min(window, rules.sliding_window)

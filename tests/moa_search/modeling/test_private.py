@@ -102,6 +102,7 @@ def model():
 def test_the_installed_version_has_what_the_runtime_wraps():
     assert callable(getattr(LlamaForCausalLM, private.PREPARE_CACHE))
     assert callable(getattr(LlamaForCausalLM, private.PREFILL))
+    assert callable(getattr(LlamaForCausalLM, private.CANDIDATES))
 
 
 def test_the_installed_version_recomputes_by_the_attribute_that_is_set():

@@ -289,12 +289,12 @@ def test_slots_hold_the_positions_they_say_through_growth_and_rollback():
             if length == 0:
                 continue
             positions = layer.positions()[0]
-            for head, (rule, slots) in enumerate(zip(RULES, layer.slots(only_sink=False), strict=True)):
+            for head, slots in enumerate(layer.slots(only_sink=False)):
                 mine = positions[slots]
                 held = mine[mine != EMPTY]
                 assert len(set(held.tolist())) == len(held)
                 assert torch.equal(layer.keys[0, slots, 0][mine != EMPTY], held.double()), head
-                oldest = int(rules.oldest_key(torch.tensor(length), rule))
+                oldest = int(rules.head_spans.oldest_key(torch.tensor(length))[head])
                 assert {*range(min(4, length)), *range(max(oldest, 0), length)} <= set(held.tolist())
 
 

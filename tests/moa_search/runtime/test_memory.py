@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from moa_search.formats import ModelSignature, Plan
-from moa_search.runtime import MoACache, apply_plan, hooks
+from moa_search.runtime import MoACache, apply_plan, chunks
 from moa_search.runtime.rules import LayerRules
 from moa_search.spans import BLOCK_TOKENS, DENSE, SpanRule
 
@@ -105,7 +105,7 @@ def test_the_peak_of_a_long_prefill_does_not_grow_with_the_prompt(monkeypatch):
     plan = Plan.uniform(SpanRule(60, 0), ModelSignature.of(model.config), sink=4, block=8)
     reference = explicit(model, plan)
     apply_plan(model, plan)
-    monkeypatch.setattr(hooks, "PREFILL_CHUNK_TOKENS", 128)
+    monkeypatch.setattr(chunks, "PREFILL_CHUNK_TOKENS", 128)
     short, _ = peak_of(model, 384)
     long, chunked = peak_of(model, 1536)
     whole_short, _ = peak_of(model, 384, prefill_chunk_size=10_000)
@@ -142,7 +142,7 @@ def chunks_of(model, **options):
 def test_only_long_prompts_are_cut_and_only_where_nobody_chose(monkeypatch):
     model = tiny_model()
     apply_plan(model, tiny_plan(model))
-    monkeypatch.setattr(hooks, "PREFILL_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(chunks, "PREFILL_CHUNK_TOKENS", 32)
     assert chunks_of(model, inputs=tokens(1, 32)) == [32, 1]
     assert chunks_of(model, inputs=tokens(1, 70)) == [32, 32, 6, 1]
     assert chunks_of(model, inputs=tokens(1, 70), prefill_chunk_size=50) == [50, 20, 1]
@@ -163,7 +163,7 @@ def test_padded_batches_and_beams_are_cut_without_a_trace(monkeypatch):
         real[sample, :padding] = 0
     options = {"attention_mask": real, "max_new_tokens": 20, "do_sample": False, "num_beams": 2}
     expected = model.generate(prompt, **options)
-    monkeypatch.setattr(hooks, "PREFILL_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(chunks, "PREFILL_CHUNK_TOKENS", 32)
     assert torch.equal(model.generate(prompt, **options), expected)
 
 
@@ -172,7 +172,7 @@ def test_a_long_turn_on_a_kept_cache_stays_exact(monkeypatch):
     plan = tiny_plan(model)
     reference = explicit(model, plan)
     apply_plan(model, plan)
-    monkeypatch.setattr(hooks, "PREFILL_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(chunks, "PREFILL_CHUNK_TOKENS", 32)
     cache = MoACache(model.config, plan)
     sequence = model.generate(tokens(1, 50), max_new_tokens=10, do_sample=False, past_key_values=cache)
     sequence = torch.cat([sequence, tokens(1, 60, seed=1)], 1)

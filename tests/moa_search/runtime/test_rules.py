@@ -14,8 +14,7 @@ from .explicit import RULES, tiny_model, tiny_plan
 def test_windows_are_those_of_the_masks(sliding_window):
     rules = LayerRules(RULES, sink=4, block=8, sliding_window=sliding_window)
     i, j = torch.arange(150)[:, None], torch.arange(150)
-    for rule in RULES:
-        oldest = rules.oldest_key(i, rule)
+    for rule, oldest in zip(RULES, rules.head_spans.oldest_key(i), strict=True):
         mask = torch.from_numpy(span_mask(rule, 150, sink=4, min_span=12))
         if sliding_window is not None:
             mask = mask & (i - j < sliding_window)

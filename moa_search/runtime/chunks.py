@@ -1,0 +1,108 @@
+"""Whether a prompt may be prefilled in chunks: where that changes nothing but memory."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from moa_search.modeling.text import text_config
+from moa_search.runtime.layer import MoACacheLayer
+
+__all__ = ["PREFILL_CHUNK_TOKENS", "constant_rope_tokens", "wants_chunks", "warn_of_chunks", "warn_of_continuing"]
+
+PREFILL_CHUNK_TOKENS = 4096
+"""Tokens per sample that `generate` prefills at once, unless its ``prefill_chunk_size`` says otherwise.
+
+A forward pass frees each layer's keys and values once the layer's rings have taken theirs. What still grows with the
+prompt is the activations of one layer, and chunks bound those."""
+
+CONSTANT_ROPES = ("default", "linear", "llama3", "mrope", "proportional", "yarn")
+"""Types of rotary tables that are the same in every forward pass."""
+
+
+def constant_rope_tokens(config: Any) -> int | None:
+    """Up to which context length a model's rotary table is the same in every forward pass.
+
+    ``longrope`` and ``dynamic`` choose a table by the longest position of the pass; beyond this length a prompt in
+    chunks gives other logits than in one pass, with or without a plan.
+
+    Returns:
+        Tokens; 0 for a type of table that isn't known, None if the table never changes.
+    """
+    text = text_config(config)
+    found = getattr(text, "rope_parameters", None) or vars(text).get("rope_scaling") or {}
+    per_layer_type = [entry for entry in found.values() if isinstance(entry, dict)]
+    limits = [_constant_tokens(text, rope) for rope in per_layer_type or [found]]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _constant_tokens(text: Any, rope: dict[str, Any]) -> int | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    # PhiMoE scales by one of two factors, whatever the type.
+    if kind in CONSTANT_ROPES and (kind == "default" or "long_mscale" not in rope):
+        return None
+    if "dynamic" not in kind and kind != "longrope" and kind not in CONSTANT_ROPES:
+        return 0
+    named = [
+        rope.get("original_max_position_embeddings"),
+        getattr(text, "original_max_position_embeddings", None),
+        getattr(text, "max_position_embeddings", None),
+    ]
+    return min((tokens for tokens in named if tokens), default=0)
+
+
+def wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether to prefill in chunks: the user set no chunk size, and chunking changes nothing but memory."""
+    cache = model_kwargs["past_key_values"]
+    if generation_config.prefill_chunk_size is not None:
+        return False
+    # Not every linear-attention layer goes on from its state when it gets several tokens.
+    if any(not isinstance(layer, MoACacheLayer) or hasattr(layer, "update_conv_state") for layer in cache.layers):
+        return False
+    # Up to some version, transformers starts over where a cache holds tokens already.
+    if input_ids.shape[1] <= PREFILL_CHUNK_TOKENS or cache.get_seq_length() > 0:
+        return False
+    if _exceeded_rope(model, _context(input_ids, model_kwargs)) is not None:
+        return False
+    # It splits these two; images or embeddings would be repeated with every chunk.
+    inputs = {name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
+    return inputs <= {"attention_mask", "position_ids"} and not generation_config.output_hidden_states
+
+
+def warn_of_chunks(model: Any, input_ids: torch.Tensor, chunk_tokens: int, model_kwargs: dict[str, Any]) -> None:
+    """Tell the user who has chosen a chunk size where it changes the output."""
+    exceeded = _exceeded_rope(model, _context(input_ids, model_kwargs))
+    if exceeded is not None and input_ids.shape[1] > chunk_tokens:
+        warnings.warn(
+            f"prefill_chunk_size={chunk_tokens} changes the output: beyond {exceeded} tokens the model's rotary table "
+            "depends on the length of each forward pass; leave it unset for what one pass gives",
+            stacklevel=2,
+        )
+
+
+def warn_of_continuing(model: Any, past_tokens: int, tokens: int) -> None:
+    """Tell the user who continues a cache where that isn't what one pass over everything gives."""
+    exceeded = _exceeded_rope(model, tokens)
+    if exceeded is not None and 0 < past_tokens <= exceeded:
+        warnings.warn(
+            f"the cache holds {past_tokens} tokens and grows to {tokens}: beyond {exceeded} tokens the model's rotary "
+            "table changes, but not for keys in the cache; start without it for what one pass gives",
+            stacklevel=2,
+        )
+
+
+def _exceeded_rope(model: Any, tokens: int) -> int | None:
+    """The length up to which the rotary table is constant, if ``tokens`` are more."""
+    limit = constant_rope_tokens(model.config)
+    return limit if limit is not None and tokens > limit else None
+
+
+def _context(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int:
+    """Tokens of the longest sample, those in the cache included."""
+    given = [model_kwargs[name].shape[-1] for name in ("attention_mask",) if model_kwargs.get(name) is not None]
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        given.append(int(positions.max()) + 1)
+    return max(input_ids.shape[1], *given) if given else input_ids.shape[1]
