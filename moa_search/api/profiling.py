@@ -35,6 +35,9 @@ def profile_model(
     checkpointing: bool = True,
     seed: int = 0,
     impl: Literal["auto", "triton", "torch"] = "auto",
+    tiers: Sequence[int] = (),
+    positions: int | None = None,
+    transforms: str | Profile | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
@@ -65,6 +68,11 @@ def profile_model(
         checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         seed: Of the calibration samples.
         impl: What computes the statistics: triton kernels, torch, or auto, which is Triton on GPUs.
+        tiers: Bits that keys and values may be stored in, such as 16 8 4 2; their influence is measured in the same
+            passes. None measures spans alone.
+        positions: Longest context in tokens that the transforms of keys for 4 bits and fewer are meant for; the model's
+            own by default.
+        transforms: Profile of this model whose transforms to use, so that both can be merged; none measures them.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
         progress: Told the work done and in all.
 
@@ -78,6 +86,7 @@ def profile_model(
     from moa_search.data import require_samples_folder
     from moa_search.data import save_samples as save
     from moa_search.errors import ConfigError
+    from moa_search.formats import Profile
     from moa_search.modeling.support import require_context
     from moa_search.parallel import joined
     from moa_search.profiling import discard_results, profile_samples, require_profilable, results_folder
@@ -92,6 +101,9 @@ def profile_model(
         workers.by_first(lambda: require_writable(output))
         if save_samples is not None:
             workers.by_first(lambda: require_samples_folder(save_samples))
+        given = workers.from_first(
+            workers.by_first(lambda: Profile.load(transforms) if isinstance(transforms, str) else transforms)
+        )
         placed = {"device": device, "device_map": device_map, "local_rank": workers.local_rank}
         placed["trust_remote_code"] = trust_remote_code
         network, tokenizer = workers.together(lambda: model_and_tokenizer(model, dtype=dtype, **placed))
@@ -131,6 +143,9 @@ def profile_model(
             partial=partial,
             resume=resume,
             impl=impl,
+            tiers=tiers,
+            positions=positions,
+            transforms=given,
             progress=profiling_progress,
         )
         if output is not None and partial is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats.files import sha256_of
@@ -16,8 +17,11 @@ from moa_search.formats.profile import (
     Profile,
     ProfileHeader,
 )
+from moa_search.formats.tiers import TierLength, TierStatistics
 
 __all__ = ["merge"]
+
+Floats = npt.NDArray[np.float32]
 
 SETTINGS = ("weights_hash", "dtype", "sink", "block", "native_layers")
 
@@ -46,13 +50,16 @@ def merge(profiles: Sequence[Profile]) -> Profile:
                 if getattr(part.header, setting) != getattr(parts[0].header, setting):
                     raise ConfigError(f"the profiles' {setting} at length {length} differ; profile with equal settings")
         by_length[length] = _pooled(parts)
+    tiers = _pooled_tiers(profiles, list(by_length))
+    grids = () if tiers is None else tuple(entry.header for entry in tiers.by_length.values())
     header = first.model_copy(
         update={
             "calibration": _calibration(headers),
             "lengths": tuple(entry.header for entry in by_length.values()),
+            "tiers": None if first.tiers is None else first.tiers.model_copy(update={"lengths": grids}),
         }
     )
-    return Profile(header, by_length)
+    return Profile(header, by_length, tiers=tiers)
 
 
 def _require_equal(first: ProfileHeader, other: ProfileHeader, number: int, settings: Sequence[str]) -> None:
@@ -89,6 +96,48 @@ def _calibration(headers: Sequence[ProfileHeader]) -> dict[str, Any]:
         "hash": sha256_of(*(str(part.get("hash")).encode() for part in parts)),
         "sample_hashes": hashes,
     }
+
+
+def _pooled_tiers(profiles: Sequence[Profile], lengths: Sequence[int]) -> TierStatistics | None:
+    """The changes of all samples, at each of the lengths.
+
+    Raises:
+        ConfigError: The profiles' tiers or transforms differ.
+    """
+    first = profiles[0]
+    for number, profile in enumerate(profiles[1:], 2):
+        ours, theirs = (None if x.header.tiers is None else list(x.header.tiers.bits) for x in (first, profile))
+        if ours != theirs:
+            raise ConfigError(
+                f"profile {number} has {_tiers_text(theirs)}, the first has {_tiers_text(ours)}; profile with equal "
+                "--tiers"
+            )
+        if first.tiers is not None and profile.tiers is not None and not first.tiers.same_transforms(profile.tiers):
+            raise ConfigError(
+                f"profile {number} has other transforms of keys than the first; profile it with --transforms and the "
+                "first one's file"
+            )
+    if first.tiers is None:
+        return None
+    by_length = {}
+    for length in lengths:
+        parts = [p.tiers.by_length[length] for p in profiles if p.tiers is not None and length in p.tiers.by_length]
+        by_length[length] = TierLength(
+            parts[0].header, _joined([part.keys for part in parts]), _joined([part.values for part in parts])
+        )
+    return TierStatistics(first.tiers.mean, first.tiers.balance, by_length)
+
+
+def _joined(parts: Sequence[dict[int, dict[str, Floats]]]) -> dict[int, dict[str, Floats]]:
+    """Changes by bits and statistic, of all samples."""
+    return {
+        bits: {name: np.concatenate([part[bits][name] for part in parts]) for name in statistics}
+        for bits, statistics in parts[0].items()
+    }
+
+
+def _tiers_text(bits: Sequence[int] | None) -> str:
+    return "no tiers" if bits is None else f"tiers {', '.join(map(str, bits))}"
 
 
 def _pooled(parts: Sequence[LengthProfile]) -> LengthProfile:

@@ -12,6 +12,8 @@ statistic      definition (design section 3)                                    
 ``elementwise`` sum over masked keys of |A (g - D) / (1 - A)| (MoA's criterion)       mean, standard error
 ``recall``     attention mass kept                                                    mean, standard error
 =============  =====================================================================  ==================
+
+Version 2 adds what `moa_search.formats.tiers` describes; a profile without it is written as version 1.
 """
 
 from __future__ import annotations
@@ -41,11 +43,12 @@ from moa_search.formats.files import (
 from moa_search.formats.plan import own_window
 from moa_search.formats.profile_views import ProfileViews
 from moa_search.formats.signature import ModelSignature
+from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, require_transforms
 from moa_search.version import __version__
 
 __all__ = [
     "MEAN_STATISTICS",
-    "PROFILE_SCHEMA",
+    "PROFILE_SCHEMAS",
     "SAMPLE_STATISTICS",
     "LengthHeader",
     "LengthProfile",
@@ -54,7 +57,8 @@ __all__ = [
     "RunSummary",
 ]
 
-PROFILE_SCHEMA: Final = "moa-profile/1"
+PROFILE_SCHEMAS: Final = ("moa-profile/1", "moa-profile/2")
+"""Without tiers, and with them."""
 METADATA_KEY = "moa-profile"
 SAMPLE_STATISTICS = ("squared", "signed")
 """Not linear over rows or samples, so kept per sample: ``[sample, layer, kv_head, bucket, window]``."""
@@ -96,11 +100,12 @@ class ProfileHeader(BaseModel):
     Attributes:
         native_layers: Layers whose attention has a sliding window of its own, increasing. They weren't measured
             (their statistics are zero), a search leaves them alone, and a file without any doesn't name them.
+        tiers: What was measured of tiers; a file without them doesn't name them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_: Literal["moa-profile/1"] = Field(default=PROFILE_SCHEMA, alias="schema")
+    schema_: Literal["moa-profile/1", "moa-profile/2"] = Field(default="moa-profile/1", alias="schema")
     library_version: str = __version__
     model: ModelSignature
     model_name: str = Field(description="the specification given to load_model")
@@ -114,6 +119,15 @@ class ProfileHeader(BaseModel):
     native_layers: tuple[int, ...] = ()
     weights_hash: str | None = Field(default=None, description="tells checkpoints of one architecture apart")
     weights_bytes: int | None = Field(default=None, ge=1, description="memory of the model's weights at 16 bits each")
+    tiers: TiersHeader | None = None
+
+    @model_validator(mode="after")
+    def _tiers_fit(self) -> ProfileHeader:
+        if self.schema_ != PROFILE_SCHEMAS[self.tiers is not None]:
+            raise ValueError(f"{self.schema_} {'has no' if self.tiers else 'needs'} tiers")
+        if self.tiers is not None and [x.length for x in self.tiers.lengths] != [x.length for x in self.lengths]:
+            raise ValueError("the tiers' lengths aren't the profile's")
+        return self
 
     @model_validator(mode="after")
     def _lengths_increase(self) -> ProfileHeader:
@@ -203,11 +217,13 @@ class Profile(ProfileViews):
         header: Model, calibration, settings.
         by_length: Statistics by length in tokens.
         run: How it was made, in the process that made it.
+        tiers: What is known of tiers; None where nothing was measured.
     """
 
     header: ProfileHeader
     by_length: dict[int, LengthProfile]
     run: RunSummary | None = field(default=None, compare=False, repr=False)
+    tiers: TierStatistics | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -259,8 +275,8 @@ class Profile(ProfileViews):
                 f"{path}: not a moa-search profile, or a truncated one ({type(error).__name__}: {one_line(error)})"
             ) from None
         if not isinstance(schema, str) or not schema.startswith("moa-profile/"):
-            raise ProfileFormatError(f'{path}: not a moa-search profile (no "schema": "{PROFILE_SCHEMA}")')
-        if schema != PROFILE_SCHEMA:
+            raise ProfileFormatError(f'{path}: not a moa-search profile (no "schema": "{PROFILE_SCHEMAS[0]}")')
+        if schema not in PROFILE_SCHEMAS:
             raise ProfileVersionError(
                 f"{path}: schema {one_line(schema)} is unknown to moa-search {__version__}; upgrade it"
             )
@@ -269,7 +285,8 @@ class Profile(ProfileViews):
             header = ProfileHeader.model_validate_json(json.dumps(content), strict=True)
             if checksum != _checksum(content, tensors):
                 raise ValueError("damaged, its content doesn't match its checksum; make it again")
-            return cls(header, _unpack(header, tensors))
+            by_length, tiers = _unpack(header, tensors)
+            return cls(header, by_length, tiers=tiers)
         except ValidationError as error:
             raise ProfileFormatError(f"{path}: {describe_invalid(error, _keys())}") from None
         except (ValueError, RecursionError) as error:
@@ -277,7 +294,7 @@ class Profile(ProfileViews):
 
     def _header_json(self) -> dict[str, Any]:
         content = self.header.model_dump(mode="json", by_alias=True)
-        for later in ("native_layers", "weights_hash", "weights_bytes"):
+        for later in ("native_layers", "weights_hash", "weights_bytes", "tiers"):
             if not content[later]:
                 del content[later]  # as in files from before it: equal profiles give equal bytes
         return content
@@ -293,6 +310,11 @@ class Profile(ProfileViews):
             for name in MEAN_STATISTICS:
                 tensors[f"{length}/{name}"] = _single(entry.mean[name])
                 tensors[f"{length}/{name}_error"] = _single(entry.error[name])
+        for name, values in ({} if self.tiers is None else self.tiers.arrays()).items():
+            if values.ndim == 5:  # statistics; transforms keep their precision
+                tensors[name], tensors[f"{name}_scale"] = _halve(_single(values))
+            else:
+                tensors[name] = _single(values)
         return tensors
 
 
@@ -316,7 +338,9 @@ def _halve(values: Floats) -> tuple[npt.NDArray[np.float16], Floats]:
         return (values / scale).astype(np.float16), scale[..., 0, 0]
 
 
-def _unpack(header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]) -> dict[int, LengthProfile]:
+def _unpack(
+    header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]
+) -> tuple[dict[int, LengthProfile], TierStatistics | None]:
     """The arrays that ``header`` announces.
 
     Raises:
@@ -328,11 +352,8 @@ def _unpack(header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]) -> dict
     by_length = {}
     for entry in header.lengths:
         grid = (*layers_heads, entry.row_buckets, len(entry.windows))
-        per_sample = {}
-        for name in SAMPLE_STATISTICS:
-            half = _take(left, f"{entry.length}/{name}", (entry.samples, *grid), np.float16)
-            scale = _take(left, f"{entry.length}/{name}_scale", (entry.samples, *layers_heads))
-            per_sample[name] = half.astype(np.float32) * scale[..., None, None]
+        shape = (entry.samples, *grid)
+        per_sample = {name: _take_halved(left, f"{entry.length}/{name}", shape) for name in SAMPLE_STATISTICS}
         by_length[entry.length] = LengthProfile(
             header=entry,
             loss=_take(left, f"{entry.length}/loss", (entry.samples,)),
@@ -341,9 +362,48 @@ def _unpack(header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]) -> dict
             error={name: _take(left, f"{entry.length}/{name}_error", grid) for name in MEAN_STATISTICS},
         )
         _require_zeros(by_length[entry.length], header.native_layers)
+    tiers = None if header.tiers is None else _unpack_tiers(header, header.tiers, left)
     if left:
         raise ValueError(f"tensor {min(left)} belongs to no length in the header")
-    return by_length
+    return by_length, tiers
+
+
+def _unpack_tiers(header: ProfileHeader, tiers: TiersHeader, left: dict[str, npt.NDArray[Any]]) -> TierStatistics:
+    """The arrays that ``tiers`` announces, taken out of ``left``.
+
+    Raises:
+        ValueError: As `_unpack`, or a transform can't be undone.
+    """
+    model = header.model
+    heads, width = (model.num_hidden_layers, model.num_key_value_heads), model.head_dim
+    mean = _take(left, "transforms/mean", (*heads, width))
+    balance = _take(left, "transforms/balance", (*heads, width, width))
+    require_transforms(mean, balance)
+    by_length = {}
+    for entry, grid in zip(header.lengths, tiers.lengths, strict=True):
+        shape = (entry.samples, *heads, grid.row_buckets, len(grid.windows))
+        sides: list[dict[int, dict[str, Floats]]] = [
+            {
+                bits: {
+                    name: _take_halved(left, f"{grid.length}/{side}{bits}/{name}", shape) for name in SAMPLE_STATISTICS
+                }
+                for bits in tiers.bits
+            }
+            for side in SIDES
+        ]
+        by_length[grid.length] = TierLength(grid, *sides)
+        for by_bits in sides:
+            for statistics in by_bits.values():
+                _require_zero_layers(statistics, header.native_layers, grid.length)
+    return TierStatistics(mean, balance, by_length)
+
+
+def _take_halved(tensors: dict[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...]) -> Floats:
+    """What `_halve` made two tensors of."""
+    half = _take(tensors, name, shape, np.float16)
+    scale = _take(tensors, f"{name}_scale", shape[:3])
+    values: Floats = half.astype(np.float32) * scale[..., None, None]
+    return values
 
 
 def _take(
@@ -363,13 +423,17 @@ def _take(
 
 def _require_zeros(entry: LengthProfile, native_layers: tuple[int, ...]) -> None:
     for statistics in (entry.per_sample, entry.mean, entry.error):
-        for name, values in statistics.items():
-            for layer in native_layers:
-                if values[..., layer, :, :, :].any():
-                    raise ValueError(f"{name} at length {entry.header.length} isn't zero in native layer {layer}")
+        _require_zero_layers(statistics, native_layers, entry.header.length)
+
+
+def _require_zero_layers(statistics: dict[str, Floats], native_layers: tuple[int, ...], length: int) -> None:
+    for name, values in statistics.items():
+        for layer in native_layers:
+            if values[..., layer, :, :, :].any():
+                raise ValueError(f"{name} at length {length} isn't zero in native layer {layer}")
 
 
 def _keys() -> set[str]:
     """Every key that may appear in the header."""
-    kinds = (ProfileHeader, LengthHeader, ModelSignature)
+    kinds = (ProfileHeader, LengthHeader, TiersHeader, TierGrid, ModelSignature)
     return {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}

@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from moa_search.errors import ModelUnsupportedError
 from moa_search.modeling.attention import swapped
+from moa_search.profiling.tiers import TierMeter
 
-__all__ = ["Recorder", "observed", "record_into"]
+__all__ = ["Recorder", "dense", "no_mask", "observed", "record_into"]
 
 IMPLEMENTATION = "moa_profile"
 """Name under which the function is registered with transformers."""
@@ -36,8 +37,11 @@ class Recorder:
         bucket_rows: Rows per slice.
         sink: First tokens always kept.
         native: The layers that have a sliding window of their own, in tokens; they aren't measured.
+        length: Target length of the sample, in tokens.
         impl: Which implementation computes the statistics, as in `moa_kernels.backends`.
-        layers: By layer index, each statistic as ``[kv_heads, bucket, window]`` on the CPU.
+        tiers: Measures the changes by codecs, too; None for spans alone.
+        layers: By layer index, each statistic as ``[kv_heads, bucket, window]`` on the CPU; those of tiers have
+            buckets and windows of their own.
     """
 
     windows: tuple[int, ...]
@@ -45,7 +49,9 @@ class Recorder:
     bucket_rows: int
     sink: int
     native: dict[int, int]
+    length: int
     impl: Impl = "auto"
+    tiers: TierMeter | None = None
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -81,7 +87,12 @@ class _Observed(torch.autograd.Function):
             impl=recorder.impl,
             **ctx.options,
         )
-        recorder.layers[ctx.module.layer_idx] = {name: value.cpu() for name, value in statistics.items()}
+        layer, sink = ctx.module.layer_idx, recorder.sink
+        if recorder.tiers is not None:
+            statistics |= recorder.tiers.changes(
+                layer, query, key, value, grads[0], length=recorder.length, sink=sink, **ctx.options
+            )
+        recorder.layers[layer] = {name: value.cpu() for name, value in statistics.items()}
         return grads[0], None, None, None, None, None
 
 
@@ -118,6 +129,63 @@ def profile_attention(
     Returns:
         ``([1, N, heads, head_dim], None)``.
     """
+    recorder: Recorder = getattr(module, ATTRIBUTE)
+    out, options, window = dense(
+        module,
+        query,
+        key,
+        value,
+        recorder.native,
+        scaling=scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        s_aux=s_aux,
+        position_bias=position_bias,
+    )
+    if window is None:
+        out = _Observed.apply(out, query[0], key[0], value[0], module, options)  # type: ignore[no-untyped-call]
+    return out.transpose(0, 1)[None].contiguous(), None
+
+
+def dense(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    native: dict[int, int],
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, dict[str, Any], int | None]:
+    """The model's own attention over one unpadded sample.
+
+    Args:
+        module: The attention module.
+        query: ``[1, heads, N, head_dim]``.
+        key: ``[1, kv_heads, N, head_dim]``.
+        value: ``[1, kv_heads, N, head_dim]``.
+        native: The layers that have a sliding window of their own, in tokens.
+        scaling: As for `profile_attention`, like all that follows.
+        dropout: Must be 0.
+        softcap: Score soft cap.
+        sliding_window: The model's own window in tokens.
+        s_aux: Learned sink logits, ``[heads]``.
+        position_bias: Not supported.
+        kwargs: Further arguments of transformers that change nothing here.
+
+    Returns:
+        The output, ``[heads, N, head_dim]``, scale, soft cap and sink logits as the kernels name them, and the layer's
+        own window.
+
+    Raises:
+        ModelUnsupportedError: Spans can't express this attention.
+    """
     kind = type(module).__name__
     if position_bias is not None:
         raise ModelUnsupportedError(f"{kind} adds a bias to its scores, which spans can't express")
@@ -135,17 +203,13 @@ def profile_attention(
         "softcap": softcap,
         "sink_logits": None if s_aux is None else s_aux.detach(),
     }
-    recorder: Recorder = getattr(module, ATTRIBUTE)
-    window = recorder.native.get(module.layer_idx)
+    window = native.get(module.layer_idx)
     if sliding_window is not None and sliding_window < query.shape[2] and sliding_window != window:
         raise ModelUnsupportedError(
             f"{kind}: layer {module.layer_idx} attends {sliding_window} tokens, its configuration says "
             f"{window or 'all'}"
         )
-    out = dense_attention(query[0], key[0], value[0], window=window, **options)
-    if window is None:
-        out = _Observed.apply(out, query[0], key[0], value[0], module, options)  # type: ignore[no-untyped-call]
-    return out.transpose(0, 1)[None].contiguous(), None
+    return dense_attention(query[0], key[0], value[0], window=window, **options), options, window
 
 
 @contextmanager
@@ -158,7 +222,7 @@ def observed(model: Any) -> Iterator[list[Any]]:
     Raises:
         ModelUnsupportedError: The model refuses it.
     """
-    with swapped(model, IMPLEMENTATION, profile_attention, _no_mask) as modules:
+    with swapped(model, IMPLEMENTATION, profile_attention, no_mask) as modules:
         try:
             yield modules
         finally:
@@ -172,5 +236,5 @@ def record_into(modules: list[Any], recorder: Recorder) -> None:
         setattr(module, ATTRIBUTE, recorder)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: Any, **kwargs: Any) -> None:
     """Samples are unpadded and the attention function is causal by itself."""

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from moa_kernels.backends import Impl
-from moa_kernels.influence import STATISTICS
 from torch.nn import functional
 
 from moa_search.data import Sample
@@ -20,6 +19,7 @@ from moa_search.formats import ModelSignature
 from moa_search.profiling.attention import Recorder, record_into
 from moa_search.profiling.grid import window_grid
 from moa_search.profiling.results import SampleResult
+from moa_search.profiling.tiers import TierMeter
 
 __all__ = ["SampleMeter", "answer_loss"]
 
@@ -54,6 +54,7 @@ class SampleMeter:
         row_buckets: Equal slices of the rows.
         native: Layers with a sliding window of their own, in tokens; they aren't measured.
         impl: Which implementation computes the statistics, as in `moa_kernels.backends`.
+        tiers: Measures the changes by codecs, too; None for spans alone.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class SampleMeter:
     row_buckets: int
     native: dict[int, int]
     impl: Impl = "auto"
+    tiers: TierMeter | None = None
 
     def measure(self, modules: list[Any], sample: Sample, number: int) -> SampleResult:
         """Loss and statistics of one sample.
@@ -109,7 +111,9 @@ class SampleMeter:
             bucket_rows=-(-length // self.row_buckets),
             sink=self.sink,
             native=self.native,
+            length=length,
             impl=self.impl,
+            tiers=self.tiers,
         )
 
     def _backward(self, sample: Sample, scale: float) -> float:
@@ -125,9 +129,10 @@ class SampleMeter:
         if missing:
             name = type(self.model).__name__
             raise ModelUnsupportedError(f"{name}: layers {missing} never called the attention interface")
-        zeros = torch.zeros(self.signature.num_key_value_heads, recorder.row_buckets, len(recorder.windows))
         by_statistic = {}
-        for statistic in STATISTICS:
-            each = [recorder.layers[i][statistic].float() if i in recorder.layers else zeros for i in layers]
-            by_statistic[statistic] = torch.stack(each).div_(scale ** LOSS_POWER[statistic]).numpy()
+        for statistic in next(iter(recorder.layers.values())):
+            found = {layer: values[statistic].float() for layer, values in recorder.layers.items()}
+            zeros = torch.zeros_like(next(iter(found.values())))
+            power = LOSS_POWER[statistic.rpartition("/")[2]]  # a change is named after its statistic
+            by_statistic[statistic] = torch.stack([found.get(i, zeros) for i in layers]).div_(scale**power).numpy()
         return by_statistic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from moa_kernels import backends as kernels
 from moa_kernels.backends import Impl, choose
+from moa_kernels.codes import BITS, token_bytes
 
 from moa_search.data import Sample, hash_samples
 from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
 from moa_search.formats import ModelSignature
-from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
+from moa_search.formats.profile import PROFILE_SCHEMAS, LengthProfile, Profile, ProfileHeader, RunSummary
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.support import (
     native_windows,
@@ -24,7 +26,7 @@ from moa_search.modeling.support import (
     require_context,
     require_own_keys,
 )
-from moa_search.modeling.text import dtype_name
+from moa_search.modeling.text import context_length, dtype_name
 from moa_search.parallel import ALONE, Workers
 from moa_search.profiling.accumulate import LengthAccumulator
 from moa_search.profiling.attention import observed
@@ -33,6 +35,8 @@ from moa_search.profiling.grid import ROW_BUCKETS, window_grid
 from moa_search.profiling.measure import SampleMeter
 from moa_search.profiling.memory import on_gpu, peak_memory_bytes, reset_peak_memory
 from moa_search.profiling.results import Results
+from moa_search.profiling.tiers import TierAccumulator, TierMeter
+from moa_search.profiling.transforms import measure_transforms
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 from moa_search.version import __version__
 
@@ -60,6 +64,9 @@ def profile_samples(
     partial: Path | None = None,
     resume: bool = True,
     impl: Impl = "auto",
+    tiers: Sequence[int] = (),
+    positions: int | None = None,
+    transforms: Profile | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Measure the influence of shorter windows on every KV head.
@@ -82,6 +89,10 @@ def profile_samples(
             memory. It stays until `discard_results`.
         resume: Go on from what ``partial`` holds; False starts anew.
         impl: What computes the statistics: ``"triton"`` kernels, ``"torch"``, or ``"auto"``, Triton on GPUs.
+        tiers: Bits of keys and values whose influence is measured, too; 16 goes without saying. That of codecs is
+            computed by torch whatever ``impl``.
+        positions: Tokens of the longest context that the keys' transforms are meant for; the model's own by default.
+        transforms: A profile of this model whose transforms are used instead of measuring some.
         progress: Told after each sample.
 
     Returns:
@@ -96,11 +107,17 @@ def profile_samples(
     if not samples:
         raise ConfigError("there are no calibration samples to profile")
     native = require_profilable(model, impl)
-    meter = SampleMeter(model, ModelSignature.of(model.config), sink, block, row_buckets, native, impl)
-    require_context(model.config, max(sample.length for sample in samples))
+    signature, longest = ModelSignature.of(model.config), max(sample.length for sample in samples)
+    require_context(model.config, longest)
+    bits = coded_bits(tiers, signature.head_dim)
+    if not bits and (positions is not None or transforms is not None):
+        raise ConfigError(
+            "positions and transforms are about keys in fewer bits; name some with --tiers, such as 16 8 4 2"
+        )
+    positions = transform_positions(model.config, positions, longest) if transforms is None else _given(transforms)
     settings = {
         "library_version": __version__,
-        "model": meter.signature.model_dump(mode="json"),
+        "model": signature.model_dump(mode="json"),
         "weights": weights_hash(model),
         "dtype": dtype_name(model),
         "sink": sink,
@@ -113,9 +130,22 @@ def profile_samples(
             "hash": hash_samples(samples),
             "sample_hashes": [hash_samples([sample]).removeprefix("sha256:")[:16] for sample in samples],
         },
+        **({"tiers": {"bits": list(bits), "positions": positions}} if bits else {}),
+        **({} if transforms is None else {"transforms": transforms.checksum}),
     }
     # Only the first process keeps results, so the others needn't reach its disk.
     results = workers.together(lambda: Results(partial if workers.is_first else None, settings, resume=resume))
+    meter = SampleMeter(model, signature, sink, block, row_buckets, native, impl)
+    if bits:
+
+        def measured() -> dict[str, Any]:
+            if transforms is not None:
+                return _transforms_of(transforms, model, signature)
+            return measure_transforms(model, samples, sink=sink, native=native, positions=positions)
+
+        fixed = workers.from_first(workers.by_first(lambda: results.once("transforms", measured)))
+        assert fixed is not None
+        meter = dataclasses.replace(meter, tiers=TierMeter(bits, positions, fixed, block, row_buckets))
     seconds = _measure_all(meter, samples, results, workers, checkpointing, progress)
 
     pooled = workers.by_first(lambda: _pool(meter, samples, results, settings, model_name, seconds))
@@ -151,6 +181,57 @@ def require_profilable(model: Any, impl: Impl = "auto") -> dict[int, int]:
     except kernels.BackendUnavailableError as error:
         raise BackendUnavailableError(str(error)) from None
     return native
+
+
+def coded_bits(tiers: Sequence[int], head_dim: int) -> tuple[int, ...]:
+    """The bits below 16 among ``tiers``, decreasing.
+
+    Args:
+        tiers: As a user gave them.
+        head_dim: Numbers in a key.
+
+    Raises:
+        ConfigError: Bits that nothing stores, or that heads of this width don't pack into.
+    """
+    for bits in tiers:
+        if bits not in BITS:
+            raise ConfigError(f"tiers are {', '.join(map(str, tiers))}; choose from {', '.join(map(str, BITS))}")
+        try:
+            token_bytes(bits, head_dim)
+        except ValueError as error:
+            raise ConfigError(f"tier {bits}: {error}; leave it out of --tiers") from None
+    return tuple(sorted({bits for bits in tiers if bits < 16}, reverse=True))
+
+
+def transform_positions(config: Any, positions: int | None, longest: int) -> int:
+    """Tokens of the longest context that the keys' transforms are meant for.
+
+    Args:
+        config: Of a transformers model.
+        positions: As a user gave them.
+        longest: Tokens of the longest sample.
+
+    Raises:
+        ConfigError: There are fewer than the longest sample has, or more than the model's context.
+    """
+    if positions is None:
+        return max(context_length(config) or 0, longest)
+    require_context(config, positions)
+    if positions < longest:
+        raise ConfigError(f"positions is {positions}, but samples have up to {longest} tokens; ask for at least these")
+    return positions
+
+
+def _given(transforms: Profile) -> int:
+    if transforms.header.tiers is None:
+        raise ConfigError("the profile given for --transforms has none; profile it with --tiers")
+    return transforms.header.tiers.positions
+
+
+def _transforms_of(profile: Profile, model: Any, signature: ModelSignature) -> dict[str, Any]:
+    profile.header.model.require(signature, "the profile given for --transforms")
+    assert profile.tiers is not None
+    return {"mean": profile.tiers.mean, "balance": profile.tiers.balance}
 
 
 def _measure_all(
@@ -193,14 +274,18 @@ def _pool(
     import transformers
 
     gathered: dict[int, LengthAccumulator] = {}
+    tiers = None if meter.tiers is None else TierAccumulator(meter.tiers)
     for sample, result in zip(samples, results.in_order(), strict=True):
         length = sample.target_length
         pool = gathered.setdefault(
             length, LengthAccumulator(length, window_grid(length, meter.block), meter.row_buckets)
         )
         pool.add(result.loss, result.statistics)
+        if tiers is not None:
+            tiers.add(length, result.statistics)
     by_length: dict[int, LengthProfile] = {length: pool.result() for length, pool in sorted(gathered.items())}
     header = ProfileHeader(
+        schema=PROFILE_SCHEMAS[meter.tiers is not None],
         model=meter.signature,
         model_name=model_name,
         dtype=settings["dtype"],
@@ -211,6 +296,7 @@ def _pool(
         lengths=tuple(entry.header for entry in by_length.values()),
         native_layers=tuple(meter.native),
         weights_hash=settings["weights"],
+        tiers=None if meter.tiers is None else meter.tiers.header(list(by_length)),
         weights_bytes=BYTES_PER_WEIGHT * sum(parameter.numel() for parameter in meter.model.parameters()),
         versions={
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -225,4 +311,4 @@ def _pool(
         peak_memory_bytes=peak_memory_bytes(meter.model),
         on_gpu=on_gpu(meter.model),
     )
-    return Profile(header, by_length, run)
+    return Profile(header, by_length, run, None if tiers is None else tiers.result())

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from moa_search.errors import ConfigError
 from moa_search.formats.files import atomic_write
@@ -31,7 +31,8 @@ class SampleResult:
 
     Attributes:
         loss: Loss in nats per answer token, dense or under the plan that is profiled under.
-        statistics: Each ``[layer, kv_head, bucket, window]``, float32; zero in native layers.
+        statistics: Each ``[layer, kv_head, bucket, window]``, float32; zero in native layers. Changes by codecs have a
+            grid of their own.
         seconds: Time it took, not kept in the folder.
     """
 
@@ -78,9 +79,7 @@ class Results:
         Raises:
             ConfigError: The folder can't be written.
         """
-        if self._folder is not None and not (self._folder / SETTINGS_FILE).exists():
-            with atomic_write(self._folder / SETTINGS_FILE) as file:
-                file.write(json.dumps(self._settings, indent=2, sort_keys=True).encode())
+        self._write_settings()
         for number, result in results.items():
             if self._folder is None:
                 self._kept[number] = result
@@ -90,6 +89,27 @@ class Results:
                     file.write(save(tensors))
             self._done.add(number)
 
+    def once(self, name: str, make: Callable[[], dict[str, npt.NDArray[np.float32]]]) -> dict[str, Any]:
+        """What every sample's results depend on: made once, and taken from the folder by a run that goes on.
+
+        Args:
+            name: Of its file.
+            make: Called if the folder doesn't hold it.
+
+        Raises:
+            ConfigError: The folder can't be written.
+        """
+        if self._folder is None:
+            return make()
+        path = self._folder / f"{name}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError):
+            return dict(load_file(path))
+        made = make()
+        self._write_settings()
+        with atomic_write(path) as file:
+            file.write(save(made))
+        return made
+
     def in_order(self) -> Iterator[SampleResult]:
         """Every result, by sample number: sums come out the same in whatever order they were measured."""
         for number in self.numbers:
@@ -97,6 +117,11 @@ class Results:
             if result is None:
                 raise ConfigError(f"{self._path(number)}: it vanished or was damaged while profiling; run again")
             yield result
+
+    def _write_settings(self) -> None:
+        if self._folder is not None and not (self._folder / SETTINGS_FILE).exists():
+            with atomic_write(self._folder / SETTINGS_FILE) as file:
+                file.write(json.dumps(self._settings, indent=2, sort_keys=True).encode())
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None

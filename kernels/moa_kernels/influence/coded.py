@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moa_kernels.influence.reference import _attention, _chunks, _narrow_products, _product, _within
+from moa_kernels.influence.reference import _attention, _chunks, _narrow_products, _product
 
 __all__ = ["CODED_STATISTICS", "coded_influence"]
 
@@ -75,33 +75,30 @@ def coded_influence(
     sizes = torch.tensor(windows, device=query.device)
     unit = math.gcd(*(window for window in windows if window < n)) or n
     chunks = _chunks(n, group, query.device.type)
-    most = max(group * (stop - start) * stop for start, stop in chunks)
-    scratch = query.new_empty(3 + len(values), most, dtype=wide)
+    most = max(group * (stop - start) * _width(stop, unit) for start, stop in chunks)
+    scratch = query.new_empty(1 + sum(pairs) + 1, most, dtype=wide)
     for head in range(kv_heads):
         shared = slice(head * group, (head + 1) * group)
         queries, grads = query[shared].to(wide), grad_out[shared].to(wide)
-        # Column c is key n-1-c: [codec, head_dim, n].
-        turned_keys, turned_values = (x[:, head].to(wide).flip(1).mT.contiguous() for x in (keys, values))
+        turned_keys, turned_values = (_turned(x[:, head].to(wide), unit) for x in (keys, values))
         for start, stop in chunks:
-            near = slice(n - stop, n)  # keys stop-1, stop-2, ..., 0
-            rooms = [part[: group * (stop - start) * stop].view(group, stop - start, stop) for part in scratch]
+            shape = (group, stop - start, _width(stop, unit))
+            rooms = scratch[:, : math.prod(shape)].view(-1, *shape)
+            scores, attention, gains = rooms[0], rooms[1 : 1 + len(keys)], rooms[1 + len(keys) :]
+            near = slice(n - stop, n - stop + shape[2])  # keys stop-1, stop-2, ..., 0, then padding
+            kept: list[Tensor | float] = []
             with _narrow_products(query):
-                gains = [
+                for key, room in zip(turned_keys, attention, strict=True):
+                    _product(queries[:, start:stop], key[:, near], scores).mul_(scale)
+                    if softcap is not None:
+                        scores.div_(softcap).tanh_().mul_(softcap)
+                    scores[..., stop:] = -torch.inf
+                    kept.append(_attention(scores, None, None if logits is None else logits[head], room)[1])
+                for value, room in zip(turned_values, gains, strict=False):
                     _product(grads[:, start:stop], value[:, near], room)
-                    for value, room in zip(turned_values, rooms[3:], strict=True)
-                ]
-            deltas = []
-            row_gain = torch.empty(0)
-            for codec, key in enumerate(turned_keys):
-                with _narrow_products(query):
-                    scores = _product(queries[:, start:stop], key[:, near], rooms[0]).mul_(scale)
-                attention, kept = _attention(scores, softcap, None if logits is None else logits[head], rooms[1])
-                if codec == 0:
-                    row_gain = torch.mul(attention, gains[0], out=rooms[2]).sum(-1, keepdim=True)  # D
-                deltas.append(_deltas(attention, gains, row_gain, kept, rooms[2], start, sink, sizes, unit))
-            # [group, row, window, key_codec, value_codec] -> [statistic, row, window * pairs]
-            delta = torch.stack(deltas, -2)
-            by_row = torch.stack([delta.square().sum(0), delta.sum(0)]).flatten(2)
+            gains[-1] = 1  # the sum of A is that of A g with g = 1
+            delta = _deltas(attention, gains, kept, start, stop, sink, sizes, unit)
+            by_row = torch.stack([delta.square().sum(0), delta.sum(0)]).flatten(2)  # [statistic, row, window * pairs]
             first, last = start // bucket_rows, (stop - 1) // bucket_rows + 1
             bucket = torch.arange(start, stop, device=query.device) // bucket_rows
             member = (bucket == torch.arange(first, last, device=query.device)[:, None]).to(wide)
@@ -110,32 +107,61 @@ def coded_influence(
     return dict(zip(CODED_STATISTICS, shaped.unbind(), strict=True))
 
 
+def _width(stop: int, unit: int) -> int:
+    """Columns of a chunk's matrices: its keys, and padding up to one more than whole units."""
+    return -(-stop // unit) * unit + 1
+
+
+def _turned(x: Tensor, unit: int) -> Tensor:
+    """``[codec, n, head_dim]`` as ``[codec, head_dim, column]``: column c is token n-1-c; zeros follow."""
+    return torch.nn.functional.pad(x.flip(1), (0, 0, 0, unit + 1)).mT.contiguous()
+
+
 def _deltas(
     attention: Tensor,
-    gains: list[Tensor],
-    row_gain: Tensor,
-    kept: Tensor | float,
-    room: Tensor,
+    gains: Tensor,
+    kept: list[Tensor | float],
     start: int,
+    stop: int,
     sink: int,
     sizes: Tensor,
     unit: int,
 ) -> Tensor:
-    """``delta`` of one key codec, ``[group, row, window, value_codec]``. Overwrites ``attention`` and ``room``."""
-    stop = attention.shape[2]
+    """``delta`` of every row, ``[group, row, window, key_codec, value_codec]``. Overwrites ``attention``.
+
+    Args:
+        attention: ``[key_codec, group, row, column]``.
+        gains: ``g``, ``[value_codec + 1, group, row, column]``; the last are ones.
+        kept: By key codec the weight of the sink logits, ``[group, row, 1]``.
+        start: First row.
+        stop: One past the last row.
+        sink: First tokens that are always kept.
+        sizes: Windows.
+        unit: Divides every window but those that keep everything.
+    """
+    group, rows, width = attention.shape[1:]
     sunk = slice(max(0, stop - sink), stop)
-    kept_gains, whole_gains = [], []
-    for gain in gains:
-        weighted = torch.mul(attention, gain, out=room)
-        whole_gains.append(weighted.sum(-1, keepdim=True))
-        sunk_gain = weighted[..., sunk].sum(-1, keepdim=True)
-        kept_gains.append(_within(weighted, sunk, sizes, unit).add_(sunk_gain))
-    mass = attention[..., sunk].sum(-1, keepdim=True)
-    mass = mass + _within(attention, sunk, sizes, unit) + kept
-    # Windows that keep everything aren't summed to their end; their weights, the sink logit's included, add up to 1.
-    whole = (sizes > torch.arange(start, stop, device=sizes.device)[:, None] - sink)[..., None]
-    partly = torch.stack(kept_gains, -1) / mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None]
-    return torch.where(whole, torch.stack(whole_gains, -1), partly) - row_gain[..., None]
+    always = attention[..., sunk].permute(1, 2, 0, 3) @ gains[..., sunk].permute(1, 2, 3, 0)
+    attention[..., sunk] = 0
+    # Row r's key at distance d stands in column d + rows - 1 - r, and rows are one longer than whole units. So from
+    # column rows - 1 of the first row on, memory is one unit of distances after the other, row by row: what runs over
+    # a row's end are the masked zeros of the next.
+    blocks = (width - 1) // unit
+    span = slice(rows - 1, rows - 1 + rows * blocks * unit)
+    attention, gains = (x.flatten(2)[..., span].unflatten(-1, (-1, unit)) for x in (attention, gains))
+    by_block = attention.new_empty(group, rows * blocks, len(attention), len(gains))
+    for head in range(group):  # [row * block, key_codec, unit] @ [row * block, unit, value_codec + 1]
+        torch.bmm(attention[:, head].transpose(0, 1), gains[:, head].permute(1, 2, 0), out=by_block[head])
+    sums = by_block.unflatten(1, (rows, blocks)).cumsum_(2)  # [group, row, block, key_codec, value_codec + 1]
+    last = torch.div(sizes, unit, rounding_mode="floor").clamp_max(blocks) - 1
+    whole = sizes > torch.arange(start, stop, device=sizes.device)[:, None] - sink
+    sums = torch.where(whole[..., None, None], sums[:, :, -1:], sums.index_select(2, last.clamp_min(0)))
+    sums = torch.cat([sums, by_block.unflatten(1, (rows, blocks))[:, :, -1:]], 2) + always[:, :, None]
+    weights = sums[..., -1:]
+    if isinstance(kept[0], Tensor):
+        weights = weights + torch.stack([part for part in kept if isinstance(part, Tensor)], -2)[:, :, None]
+    outcome = sums[..., :-1] / weights.clamp_min(torch.finfo(sums.dtype).tiny)  # dO . o~
+    return outcome[:, :, :-1] - outcome[:, :, -1:, :1, :1]
 
 
 def _check(

@@ -16,6 +16,7 @@ from moa_search.formats.profile import (
     LengthProfile,
     ProfileHeader,
 )
+from moa_search.formats.tiers import TierGrid, TierLength, TiersHeader, TierStatistics
 from moa_search.spans import DENSE, SpanRule
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -104,6 +105,38 @@ def profile_1() -> Profile:
     return Profile(header, by_length)
 
 
+def profile_2() -> Profile:
+    """The same with two tiers."""
+    profile = profile_1()
+    lengths = tuple(TierGrid(length=n, windows=(64, n), row_buckets=1) for n in profile.lengths)
+    tiers = TiersHeader(bits=(8, 2), positions=8192, lengths=lengths)
+
+    def counting(start: int, *shape: int) -> np.ndarray:
+        values = (np.arange(start, start + np.prod(shape), dtype=np.float32) / 8).reshape(shape)
+        largest = values.max(axis=(-2, -1), keepdims=True)
+        return (values / largest).astype(np.float16).astype(np.float32) * largest
+
+    by_length = {}
+    for grid, entry in zip(lengths, profile.header.lengths, strict=True):
+        keys, values = (
+            {
+                bits: {
+                    name: counting(100 * side + 10 * bits + i, entry.samples, 2, 2, 1, 2)
+                    for i, name in enumerate(SAMPLE_STATISTICS)
+                }
+                for bits in tiers.bits
+            }
+            for side in (1, 2)
+        )
+        by_length[grid.length] = TierLength(grid, keys, values)
+    mean = np.arange(2 * 2 * 16, dtype=np.float32).reshape(2, 2, 16) / 8
+    balance = np.eye(16, dtype=np.float32) * (1 + mean[..., None])
+    header = ProfileHeader.model_validate(
+        {**profile.header.model_dump(by_alias=True), "schema": "moa-profile/2", "tiers": tiers}
+    )
+    return Profile(header, profile.by_length, tiers=TierStatistics(mean, balance, by_length))
+
+
 def native_profile_1() -> Profile:
     """The same with nothing measured in the first layer."""
     profile = profile_1()
@@ -150,6 +183,14 @@ def test_profile_1(tmp_path: Path) -> None:
     golden = GOLDEN / "moa-profile-1.safetensors"
     loaded = Profile.load(golden)
     assert loaded == profile_1()
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
+
+
+def test_profile_2(tmp_path: Path) -> None:
+    golden = GOLDEN / "moa-profile-2.safetensors"
+    loaded = Profile.load(golden)
+    assert loaded == profile_2()
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
 

@@ -150,7 +150,7 @@ def test_errors_say_what_and_where(path: Path, change: Callable[[Content, Tensor
 
 
 def test_another_schema_asks_for_an_upgrade(path: Path) -> None:
-    rewrite(path, lambda content, tensors: content.update(schema="moa-profile/2", new=1))
+    rewrite(path, lambda content, tensors: content.update(schema="moa-profile/3", new=1))
     assert error_of(path, ProfileVersionError).endswith("upgrade it")
 
 

@@ -1,0 +1,156 @@
+"""What seeing keys, or values, in fewer bits adds to the influence of every window, from the same backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from moa_kernels.codes import Codec, Transform, wants_transform
+from moa_kernels.influence.coded import CODED_STATISTICS, coded_influence
+from torch import Tensor
+
+from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, tier_grid
+from moa_search.profiling.grid import window_grid
+
+__all__ = ["TierAccumulator", "TierMeter", "tier_statistic"]
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+def tier_statistic(side: str, bits: int, statistic: str) -> str:
+    """What a sample's results call a change.
+
+    Args:
+        side: ``key`` or ``value``.
+        bits: Of its codec.
+        statistic: One of `CODED_STATISTICS`.
+    """
+    return f"{side}{bits}/{statistic}"
+
+
+@dataclass(frozen=True)
+class TierMeter:
+    """Measures the changes of one model's layers.
+
+    Attributes:
+        bits: Below 16, decreasing.
+        positions: What the transforms are meant for, in tokens.
+        transforms: ``mean`` and ``balance`` of keys, as `measure_transforms` gives them.
+        block: Smallest window in tokens.
+        row_buckets: Of the profile.
+    """
+
+    bits: tuple[int, ...]
+    positions: int
+    transforms: Arrays
+    block: int
+    row_buckets: int
+
+    def grid(self, length: int) -> TierGrid:
+        """Windows and buckets at a length in tokens."""
+        return tier_grid(length, window_grid(length, self.block), self.row_buckets)
+
+    @property
+    def statistics(self) -> list[str]:
+        """Names of what `changes` gives."""
+        return [tier_statistic(side, bits, name) for side in SIDES for bits in self.bits for name in CODED_STATISTICS]
+
+    def changes(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        *,
+        length: int,
+        sink: int,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """By name each ``[kv_heads, bucket, window]``.
+
+        Args:
+            layer: Whose tensors they are.
+            query: ``[heads, N, head_dim]``.
+            key: ``[kv_heads, N, head_dim]``.
+            value: As ``key``.
+            grad: Gradient of the attention's output, ``[heads, N, head_dim]``.
+            length: The sample's target length.
+            sink: First tokens, kept and stored in 16 bits.
+            options: Of the attention, as for `coded_influence`.
+        """
+        grid = self.grid(length)
+        mean, balance = (torch.from_numpy(self.transforms[name][layer]) for name in ("mean", "balance"))
+        of_keys = Transform.balanced(balance, mean).to(key.device)
+        of_values = Transform.rotation(len(value), value.shape[-1]).to(value.device)
+        found = coded_influence(
+            query,
+            self._seen(key, of_keys, sink),
+            self._seen(value, of_values, sink),
+            grad,
+            windows=grid.windows,
+            row_buckets=grid.row_buckets,
+            bucket_rows=-(-length // grid.row_buckets),
+            sink=sink,
+            **options,
+        )
+        changes = {}
+        for name, values in found.items():
+            plain = values[..., 0, 0]
+            for number, bits in enumerate(self.bits, 1):
+                changes[tier_statistic("key", bits, name)] = values[..., number, 0] - plain
+                changes[tier_statistic("value", bits, name)] = values[..., 0, number] - plain
+        return changes
+
+    def _seen(self, x: Tensor, transform: Transform, sink: int) -> Tensor:
+        """``x`` and what each codec gives back, ``[codec, kv_heads, N, head_dim]``."""
+        positions = torch.arange(x.shape[1], device=x.device)
+        codecs = [Codec(bits, transform if wants_transform(bits) else None) for bits in self.bits]
+        return torch.stack([x, *(codec.seen(x, positions, sink) for codec in codecs)])
+
+    def header(self, lengths: Sequence[int]) -> TiersHeader:
+        """For a profile of these lengths."""
+        return TiersHeader(
+            bits=self.bits, positions=self.positions, lengths=tuple(self.grid(length) for length in lengths)
+        )
+
+
+class TierAccumulator:
+    """Gathers the changes of samples, by length.
+
+    Args:
+        meter: What measured them.
+    """
+
+    def __init__(self, meter: TierMeter) -> None:
+        self._meter = meter
+        self._samples: dict[int, list[dict[str, npt.NDArray[np.floating]]]] = {}
+
+    def add(self, length: int, statistics: dict[str, npt.NDArray[np.floating]]) -> None:
+        """Add one sample.
+
+        Args:
+            length: Its target length in tokens.
+            statistics: By name each ``[layer, kv_head, bucket, window]``.
+        """
+        self._samples.setdefault(length, []).append({name: statistics[name] for name in self._meter.statistics})
+
+    def result(self) -> TierStatistics:
+        """Everything gathered so far."""
+        by_length = {}
+        for length, samples in sorted(self._samples.items()):
+            keys, values = ({bits: _stacked(samples, side, bits) for bits in self._meter.bits} for side in SIDES)
+            by_length[length] = TierLength(self._meter.grid(length), keys, values)
+        return TierStatistics(self._meter.transforms["mean"], self._meter.transforms["balance"], by_length)
+
+
+def _stacked(samples: list[dict[str, npt.NDArray[np.floating]]], side: str, bits: int) -> Arrays:
+    """A codec's changes of all samples, ``[sample, layer, kv_head, bucket, window]`` by statistic."""
+    return {
+        name: np.stack([sample[tier_statistic(side, bits, name)] for sample in samples]).astype(np.float32)
+        for name in CODED_STATISTICS
+    }

@@ -1,0 +1,201 @@
+"""Profiling with tiers: changes of each layer's own tensors, transforms over all positions, resuming, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from moa_kernels.codes import Codec, Moments, Transform
+from moa_kernels.influence.coded import coded_influence
+from transformers import Gemma2Config, Qwen3Config
+
+from moa_search.errors import ConfigError, ModelMismatchError, ProfilingError
+from moa_search.formats import Profile
+from moa_search.formats.merge import merge
+from moa_search.profiling import profile_samples
+from moa_search.profiling import profiler as module
+from moa_search.profiling.transforms import first_position
+
+from .test_profiler import catch_attention, make_model, make_samples
+
+SETTINGS = {"sink": 4, "block": 16, "row_buckets": 5}
+
+
+def test_changes_are_those_of_each_layers_own_tensors():
+    """Hooks catch Q, K, V and the output's gradient of one layer; the profile holds what codes of them cost."""
+    model, samples = make_model().double(), make_samples(count=1)
+    profile = profile_samples(model, samples, tiers=[16, 2, 4], **SETTINGS)
+    entry = profile.tiers.by_length[150]
+    assert profile.header.tiers.bits == (4, 2)
+    for layer in (0, 1):
+        query, key, value, grad = catch_attention(model, layer, samples[0])
+        mean, balance = (torch.from_numpy(x[layer]) for x in (profile.tiers.mean, profile.tiers.balance))
+        transforms = Transform.balanced(balance, mean), Transform.rotation(2, 8)
+        seen = [
+            torch.stack([x, *(Codec(bits, transform).seen(x, torch.arange(150), 4) for bits in (4, 2))])
+            for x, transform in zip((key, value), transforms, strict=True)
+        ]
+        rows = -(-150 // entry.header.row_buckets)
+        sizes = {"windows": entry.header.windows, "row_buckets": entry.header.row_buckets, "bucket_rows": rows}
+        expected = coded_influence(query, *seen, grad, **sizes, sink=4, scale=8**-0.5)
+        for name, values in expected.items():
+            for number, bits in enumerate((4, 2), 1):
+                for found, pair in ((entry.keys, (number, 0)), (entry.values, (0, number))):
+                    wanted = values[..., pair[0], pair[1]] - values[..., 0, 0]
+                    recorded = torch.from_numpy(found[bits][name][0, layer]).double()
+                    torch.testing.assert_close(recorded, wanted, rtol=1e-4, atol=1e-10)
+
+
+def test_spans_alone_are_measured_the_same():
+    plain, tiered = (profile_samples(make_model(), make_samples(), tiers=tiers) for tiers in ((), (8, 4, 2)))
+    assert plain.by_length[150] == tiered.by_length[150]
+    assert plain.tiers is None
+    assert profile_samples(make_model(), make_samples(), tiers=[16]).checksum == plain.checksum
+
+
+def test_fewer_bits_cost_more():
+    profile = profile_samples(make_model(), make_samples(count=4), tiers=(8, 4, 3, 2))
+    entry = profile.tiers.by_length[150]
+    for side in (entry.keys, entry.values):
+        costs = [side[bits]["squared"][..., -1].sum() for bits in (8, 4, 3, 2)]
+        assert costs == sorted(costs)
+        assert costs[0] > 0
+
+
+@pytest.mark.parametrize("config", [{}, {"kind": Qwen3Config}])
+def test_transforms_are_those_of_keys_over_all_positions(config):
+    """Of a model that sees the same tokens at the first and at the last positions of its context."""
+    model, samples = make_model(**config), make_samples(count=2)
+    profile = profile_samples(model, samples, tiers=[2], **SETTINGS)
+    assert profile.header.tiers.positions == 512
+    caught = {}
+
+    def spy(layer, query, key, value):
+        moments = Moments.of(query[0, :, 4:], key[0, :, 4:], value[0, :, 4:])
+        caught[layer] = caught[layer] + moments if layer in caught else moments
+
+    with Spied(model, spy), torch.no_grad():
+        for sample, first in zip(samples, (0, 512 - 150), strict=True):
+            positions = torch.arange(first, first + 150)[None]
+            model(torch.from_numpy(sample.ids)[None], position_ids=positions, use_cache=False)
+    for layer, moments in caught.items():
+        balance, mean = moments.key_statics()
+        np.testing.assert_allclose(profile.tiers.mean[layer], mean, rtol=1e-3, atol=1e-5)
+        found = torch.from_numpy(profile.tiers.balance[layer])
+        signs = (found * balance).sum(1, keepdim=True).sign()  # columns are eigenvectors
+        torch.testing.assert_close(found * signs, balance, rtol=5e-2, atol=5e-3)
+
+
+class Spied:
+    """Sees every layer's tensors during a forward pass."""
+
+    def __init__(self, model, spy):
+        self.model, self.spy = model, spy
+
+    def __enter__(self):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        def attention(module, query, key, value, attention_mask, **kwargs):
+            self.spy(module.layer_idx, query, key, value)
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS.register("spy", attention)
+        self.before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("spy")
+
+    def __exit__(self, *args):
+        self.model.set_attn_implementation(self.before)
+
+
+@pytest.mark.parametrize(("length", "positions"), [(1024, 8192), (1024, 131072), (150, 512), (150, 150), (150, 90)])
+def test_samples_cover_all_positions_and_low_ones_more_densely(length, positions):
+    firsts = [first_position(number / 15, length, positions) for number in range(16)]
+    assert (firsts[0], firsts[-1]) == (0, max(positions - length, 0))
+    steps = np.diff(firsts)
+    assert (np.diff(steps) >= -1).all(), "steps grow, but for rounding"
+    if positions <= 8 * length:
+        assert (steps <= 1.1 * length).all(), "hardly a gap"
+
+
+def test_positions_may_be_fewer_than_the_context():
+    profile = profile_samples(make_model(), make_samples(), tiers=[4], positions=200)
+    assert profile.header.tiers.positions == 200
+    whole = profile_samples(make_model(), make_samples(), tiers=[4])
+    assert not np.array_equal(profile.tiers.mean, whole.tiers.mean)
+
+
+def test_native_layers_are_left_out(tmp_path):
+    model = make_model(Gemma2Config, query_pre_attn_scalar=8, sliding_window=40)
+    profile = profile_samples(model, make_samples(), sink=0, block=16, tiers=[4])
+    keys = profile.tiers.by_length[150].keys[4]["squared"]
+    assert not keys[:, 0].any()
+    assert keys[:, 1].all(axis=-1).any()
+    assert np.array_equal(profile.tiers.balance[0, 0], np.eye(8))
+    profile.save(tmp_path / "native.safetensors")
+    assert Profile.load(tmp_path / "native.safetensors").header.tiers == profile.header.tiers
+
+
+def test_a_run_that_goes_on_keeps_its_transforms(tmp_path, monkeypatch):
+    expected = profile_samples(make_model(), make_samples(), tiers=[4, 2])
+    measure, calls = module.SampleMeter.measure, []
+
+    def stop_at_two(self, modules, sample, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return measure(self, modules, sample, number)
+
+    monkeypatch.setattr(module.SampleMeter, "measure", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        profile_samples(make_model(), make_samples(), tiers=[4, 2], partial=tmp_path / "partial")
+    monkeypatch.setattr(module.SampleMeter, "measure", measure)
+    monkeypatch.setattr(module, "measure_transforms", lambda *args, **kwargs: calls.append(1))
+    with pytest.raises(ConfigError, match=r"tiers.bits was \[4, 2\], is \[4\]"):
+        profile_samples(make_model(), make_samples(), tiers=[4], partial=tmp_path / "partial")
+    found = profile_samples(make_model(), make_samples(), tiers=[4, 2], partial=tmp_path / "partial")
+    assert found.checksum == expected.checksum
+    assert not calls
+
+
+def test_profiles_under_the_same_transforms_merge():
+    one = profile_samples(make_model(), make_samples(), tiers=[4])
+    samples = make_samples(149)  # drawn from another seed
+    for sample in samples:
+        object.__setattr__(sample, "target_length", 150)
+    with pytest.raises(ConfigError, match="other transforms"):
+        merge([one, profile_samples(make_model(), samples, tiers=[4])])
+    two = profile_samples(make_model(), samples, tiers=[4], transforms=one)
+    assert merge([one, two]).tiers.by_length[150].keys[4]["signed"].shape[0] == 6
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"tiers": [5]}, "tiers are 5; choose from 16, 8, 4, 3, 2"),
+            ({"tiers": [4], "positions": 1000}, "1000 is over the model's context of 512"),
+            ({"tiers": [16], "positions": 200}, "name some with --tiers, such as 16 8 4 2"),
+            ({"tiers": [4], "positions": 100}, "positions is 100, but samples have up to 150 tokens"),
+        ],
+    )
+    def test_options_that_cannot_be(self, options, says):
+        with pytest.raises(ConfigError, match=says):
+            profile_samples(make_model(), make_samples(), **options)
+
+    def test_heads_that_do_not_pack(self):
+        with pytest.raises(ConfigError, match=r"tier 3: vectors of 12 numbers don't pack .* leave it out of --tiers"):
+            profile_samples(make_model(head_dim=12), make_samples(), tiers=[8, 3])
+
+    def test_transforms_of_another_profile(self):
+        plain = profile_samples(make_model(), make_samples())
+        with pytest.raises(ConfigError, match="the profile given for --transforms has none; profile it with --tiers"):
+            profile_samples(make_model(), make_samples(), tiers=[4], transforms=plain)
+        wider = profile_samples(make_model(head_dim=16), make_samples(), tiers=[4])
+        with pytest.raises(ModelMismatchError, match="the profile given for --transforms"):
+            profile_samples(make_model(), make_samples(), tiers=[4], transforms=wider)
+
+    def test_keys_that_are_not_finite(self):
+        model = make_model()
+        model.model.layers[1].self_attn.k_proj.weight.data[:] = float("nan")
+        with pytest.raises(ProfilingError, match="layer 1: keys have no transform"):
+            profile_samples(model, make_samples(), tiers=[4])
