@@ -31,16 +31,17 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-impls", action="store_true", help="run the runtime's matrix by every implementation, whole")
+    parser.addoption("--all-seeds", action="store_true", help="run every random case of the kernels, not some of them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only `--all-impls` runs."""
-    if config.getoption("--all-impls"):
-        return
-    left = [item for item in items if item.get_closest_marker("all_impls") is None]
-    if len(left) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("all_impls")])
-        items[:] = left
+    """Leave out what only `--all-impls` and `--all-seeds` run."""
+    extra = {"all_impls": "--all-impls", "seeds": "--all-seeds"}
+    missing = [marker for marker, option in extra.items() if not config.getoption(option)]
+    left_out = {item for item in items if any(item.get_closest_marker(marker) for marker in missing)}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

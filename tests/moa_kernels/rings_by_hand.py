@@ -1,4 +1,4 @@
-"""Ragged caches written token by token, and attention over whole histories: what kernels are held against."""
+"""Ragged caches written token by token, and whole histories under explicit masks: what kernels are held against."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moa_kernels.rings import RingLayout
 from moa_kernels.spans import FOREVER, HeadSpans
 from torch import Tensor
 
-from .yardstick import DEVICE, randn
+from .yardstick import DEVICE, Masked, randn
 
-__all__ = ["Case", "attention", "poisoned_empty", "written"]
+__all__ = ["Case", "poisoned_empty", "written"]
 
 _empty = torch.empty
 
@@ -97,6 +97,18 @@ class Case:
         """What it takes by name."""
         return {"softcap": self.softcap, "sink_logits": self.sink_logits, "scale": self.scale}
 
+    def masked(self) -> Masked:
+        """Attention of the newest tokens over the whole history, by a mask written out entry by entry."""
+        new, tokens = self.query.shape[2], self.history[0].shape[2]
+        visible = torch.zeros(len(self.lens), len(self.spans.heads), new, tokens, dtype=torch.bool)
+        for sample, length in enumerate(self.lens):
+            for head, rule in enumerate(self.spans.heads):
+                for row in range(new):
+                    at = length - new + row
+                    seen = [j for j in range(at + 1) if _attends(rule, self.spans.sliding_window, at, j)]
+                    visible[sample, head, row, seen] = True
+        return Masked(self.query, *self.history, visible.to(DEVICE), self.scale, self.softcap, self.sink_logits)
+
 
 def written(
     history: tuple[Tensor, Tensor], lens: list[int], layout: RingLayout, wide: bool = False
@@ -129,33 +141,6 @@ def written(
                 first += capacity
         caches.append(cache)
     return caches[0], caches[1]
-
-
-def attention(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Output and LSE in ``dtype`` from the histories, row by row."""
-    batch, heads, new, head_dim = case.query.shape
-    group = heads // len(case.spans.heads)
-    scale = head_dim**-0.5 if case.scale is None else case.scale
-    output = torch.zeros(batch, heads, new, head_dim, dtype=dtype, device=DEVICE)
-    lse = torch.full((batch, heads, new), -torch.inf, dtype=dtype, device=DEVICE)
-    for sample, length in enumerate(case.lens):
-        for head, rule in enumerate(case.spans.heads):
-            key, value = (states[sample, head].to(dtype) for states in case.history)
-            rows = slice(head * group, (head + 1) * group)
-            sinks = None if case.sink_logits is None else case.sink_logits[rows].to(dtype)
-            for row in range(new):
-                at = length - new + row
-                seen = [j for j in range(at + 1) if _attends(rule, case.spans.sliding_window, at, j)]
-                logits = case.query[sample, rows, row].to(dtype) @ key[seen].mT * scale
-                if case.softcap is not None:
-                    logits = case.softcap * torch.tanh(logits / case.softcap)
-                if sinks is not None:
-                    logits = torch.cat([logits, sinks[:, None]], -1)
-                if logits.shape[-1]:
-                    weights = logits.softmax(-1)[:, : len(seen)]
-                    output[sample, rows, row] = weights @ value[seen]
-                    lse[sample, rows, row] = logits.logsumexp(-1)
-    return output, lse
 
 
 def _window(rule: tuple[int, int, int, int], context: int) -> int:

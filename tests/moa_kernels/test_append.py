@@ -11,6 +11,7 @@ from moa_kernels.backends import BackendUnavailableError
 from moa_kernels.rings import RingLayout
 
 from .rings_by_hand import written
+from .seeds import seeds
 from .yardstick import DEVICE, DTYPES, randn
 
 launch = pytest.importorskip("moa_kernels.append.launch", reason="needs Triton")
@@ -40,7 +41,7 @@ def drawn(seed):
     return layout, lens, counts, new, history, draw
 
 
-@pytest.mark.parametrize("seed", range(220))
+@pytest.mark.parametrize("seed", seeds(220))
 def test_kernel_and_reference_equal_writing_token_by_token(seed, monkeypatch):
     layout, lens, counts, new, history, draw = drawn(seed)
     wide = draw.random() < 0.3

@@ -13,8 +13,9 @@ from moa_kernels.launch import LaunchConfig, overridden
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 
-from .rings_by_hand import Case, attention, poisoned_empty, written
-from .yardstick import DEVICE, DTYPES, assert_within_yardstick, randn
+from .rings_by_hand import Case, poisoned_empty, written
+from .seeds import DEFAULT_SEEDS, seeds
+from .yardstick import DEVICE, DTYPES, Batch, assert_within, randn
 
 launch = pytest.importorskip("moa_kernels.decode.launch", reason="needs Triton")
 
@@ -35,27 +36,17 @@ def tiles_of(monkeypatch, tiles, block_n=16, block_m=16):
     return overridden("decode", LaunchConfig(block_m, block_n, 4, 2))
 
 
-def check(case, found, note):
-    exact, exact_lse = attention(case, torch.float64)
-    plain, plain_lse = attention(case, case.query.dtype)
-    output, lse = found
-    assert output.dtype == case.query.dtype
-    assert lse.dtype == torch.float32
-    dead = exact_lse == -torch.inf
-    assert torch.equal(lse == -torch.inf, dead), note
-    assert not output[dead].any(), note
-    assert_within_yardstick(output, exact, plain, note)
-    if not dead.all():
-        assert_within_yardstick(lse[~dead], exact_lse[~dead], plain_lse[~dead], note)
+BATCH = Batch(lambda: (Case.drawn(seed, DTYPES[seed % 3]).masked() for seed in range(DEFAULT_SEEDS)))
 
 
-@pytest.mark.parametrize("seed", range(210))
+@pytest.mark.parametrize("seed", seeds(210))
 def test_kernel_and_reference_equal_attention_over_the_whole_history(seed, monkeypatch, poison):
     case = Case.drawn(seed, DTYPES[seed % 3])
     draw = random.Random(seed)
-    check(case, span_decode(*case.arguments, **case.options, impl="torch"), "torch")
+    masked = case.masked()
+    assert_within(span_decode(*case.arguments, **case.options, impl="torch"), masked, BATCH, "torch")
     with tiles_of(monkeypatch, draw.choice([1, 2, 3, 5]), draw.choice([16, 32]), draw.choice([16, 64])):
-        check(case, span_decode(*case.arguments, **case.options, impl="triton"), "triton")
+        assert_within(span_decode(*case.arguments, **case.options, impl="triton"), masked, BATCH, "triton")
 
 
 def small(new=1, head_dim=16, lens=(70, 45), dtype=torch.float32):
@@ -158,7 +149,7 @@ def test_a_sink_logit_alone_takes_all_weight(impl):
 def test_float64_is_computed_as_such():
     case = Case.drawn(5, torch.float64)
     output, _ = span_decode(*case.arguments, **case.options)
-    torch.testing.assert_close(output, attention(case, torch.float64)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output, case.masked().exactly().output, rtol=1e-12, atol=1e-12)
 
 
 WRONG = [
