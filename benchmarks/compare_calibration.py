@@ -23,6 +23,7 @@ from moa_search.data import Sample
 from moa_search.evaluation.compare import uniform_like
 from moa_search.evaluation.scoring import score_answer
 from moa_search.evaluation.statistics import bootstrap_interval
+from moa_search.inspection.printing import Table, column, to_markdown
 from moa_search.tasks import build_samples
 
 LENGTH, DENSITY, ITEMS, CALIBRATION_SAMPLES = 1024, 0.25, 20, 16
@@ -128,19 +129,25 @@ def compare_sources(folder: Path) -> None:
 def table(folder: Path) -> None:
     sources = pd.concat([pd.read_csv(path) for path in sorted(folder.glob("sources-*.csv"))])
     sizes = pd.concat([pd.read_csv(path) for path in sorted(folder.glob("samples-*.csv"))])
-    tasks = list(sources["task"].unique())
     print(f"n = {ITEMS} items per cell; answer NLL [95 % bootstrap interval] / share of answer tokens ranked first\n")
-    print(f"| calibration | {' | '.join(tasks)} |\n|---|{'---|' * len(tasks)}")
-    for kind in ("dense", "uniform", *KINDS):
-        cells = [cell(sources[(sources["calibration"] == kind) & (sources["task"] == task)]) for task in tasks]
-        print(f"| {kind} | {' | '.join(cells)} |")
-    tasks = list(sizes["task"].unique())
-    print(f"\n| samples | draws | {' | '.join(tasks)} | worst draw |\n|---|---|{'---|' * (len(tasks) + 1)}")
+    rows = [{"calibration": kind, **cells(sources, "calibration", kind)} for kind in ("dense", "uniform", *KINDS)]
+    print_frame(pd.DataFrame(rows))
+    rows = []
     for size in DRAWS:
         here = sizes[sizes["samples"] == size]
         worst = here.groupby("draw")["nll"].mean().max()
-        cells = [cell(here[here["task"] == task]) for task in tasks]
-        print(f"| {size} | {here['draw'].nunique()} | {' | '.join(cells)} | {worst:.2f} |")
+        draws = {"samples": size, "draws": here["draw"].nunique()}
+        rows.append({**draws, **cells(sizes, "samples", size), "worst draw": f"{worst:.2f}"})
+    print_frame(pd.DataFrame(rows))
+
+
+def print_frame(frame: pd.DataFrame) -> None:
+    print(to_markdown(Table(frame, [column(name, name) for name in frame.columns])))
+
+
+def cells(items: pd.DataFrame, name: str, value: object) -> dict[str, str]:
+    mine = items[items[name] == value]
+    return {task: cell(mine[mine["task"] == task]) for task in items["task"].unique()}
 
 
 def cell(items: pd.DataFrame) -> str:

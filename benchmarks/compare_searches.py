@@ -9,6 +9,7 @@ first stopped, and several at once share the work. ``table`` prints Markdown fro
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 from functools import partial
@@ -20,6 +21,8 @@ from transformers.utils import logging
 from moa_search import Plan, Profile, load_model, search_plan
 from moa_search.evaluation import compare_variants, summarise
 from moa_search.evaluation.compare import Variant, uniform_like, uniform_name
+from moa_search.inspection.frames.scores import score_frame
+from moa_search.inspection.printing import column, to_markdown
 
 MEASURED = {"predict_lengths": ()}
 """Criteria and anchors are told apart by what was profiled, without looking ahead."""
@@ -78,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = load_model("demo")
     variants = make_variants(profile, options.rows, folder, options.densities)
     if options.only:
-        variants = [variant for variant in variants if variant.name.split(" @ ")[0] in options.only]
+        variants = [variant for variant in variants if _kind(variant.name) in options.only]
     for variant, length, task in itertools.product(variants, options.lengths or profile.lengths, options.tasks):
         target = folder / f"{length}-{task}-{variant.name.replace(' @ ', '-')}.csv"
         claim = target.with_suffix(f".{os.getpid()}.claim")
@@ -96,39 +99,45 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(rows: str, folder: Path) -> None:
-    items = pd.concat([pd.read_csv(path) for path in sorted(folder.glob("*.csv"))])
-    summary = summarise(items)
+    summary = summarise(pd.concat([pd.read_csv(path) for path in sorted(folder.glob("*.csv"))]))
     print("Means [95 % bootstrap interval]; left of gap = share of uniform's extra NLL over dense that remains\n")
-    for task, length in itertools.product(TASKS, sorted(items["length"].unique())):
-        here = summary[(summary["task"] == task) & (summary["length"] == length)].set_index("variant")
-        if here.empty:  # a run may have been stopped midway
-            continue
-        counts = sorted(set(here["n"]))
-        metric = items[items["task"] == task]["metric"].iloc[0]
-        print(f"**{task}, {length} tokens, n = {' or '.join(map(str, counts))}**\n")
-        print(f"| plan | KV kept | answer NLL | left of gap | {metric} |\n|---|---|---|---|---|")
-        for name in _ordered(here.index, rows):
-            row, dense = here.loc[name], here.loc["dense"]
-            left = ""
-            uniform = f"uniform @ {name.split(' @ ')[-1]}"
-            if name != "dense" and uniform in here.index:
-                left = f"{(row['nll'] - dense['nll']) / (here.loc[uniform]['nll'] - dense['nll']):.0%}"
-            print(
-                f"| {name} | {row['density']:.1%} | {row['nll']:.2f} [{row['nll_low']:.2f}, {row['nll_high']:.2f}] "
-                f"| {left} | {row['score']:.2f} [{row['score_low']:.2f}, {row['score_high']:.2f}] |"
-            )
-        print()
+    for (task, length), here in summary.groupby(["task", "length"], sort=False):
+        shown = score_frame(_ordered(_with_gap(here), rows), f"{task}, {length} tokens", titled=("tokens",))
+        gap = column("left_of_gap", "left of gap", "{:.0%}".format)
+        print(to_markdown(dataclasses.replace(shown, columns=[*shown.columns, gap])))
 
 
-def _ordered(measured: pd.Index, rows: str) -> list[str]:
-    """The variants that were measured, by density, in the order of the rows; others, such as a tuned plan, last."""
-    known = ["uniform", *ROWS[rows]]
+def _with_gap(here: pd.DataFrame) -> pd.DataFrame:
+    """One task and length with the column ``left_of_gap``, empty where dense or uniform spans weren't measured."""
+    nll = here.set_index("variant")["nll"]
+
+    def left(name: str) -> float | None:
+        uniform = uniform_name(f"exact @ {_density(name):g}")
+        if name in ("dense", uniform) or not {"dense", uniform} <= set(nll.index):
+            return None
+        return float((nll[name] - nll["dense"]) / (nll[uniform] - nll["dense"]))
+
+    return here.assign(left_of_gap=here["variant"].map(left))
+
+
+def _kind(name: str) -> str:
+    """The row of a variant: dense, uniform, or one of `ROWS`."""
+    return name.partition(" @ ")[0].split()[0]
+
+
+def _density(name: str) -> float:
+    return float(name.partition(" @ ")[2] or 1)
+
+
+def _ordered(here: pd.DataFrame, rows: str) -> pd.DataFrame:
+    """By density, in the order of the rows; others, such as a tuned plan, last."""
+    known = ["dense", "uniform", *ROWS[rows]]
 
     def place(name: str) -> tuple[float, int, str]:
-        kind, _, density = name.partition(" @ ")
-        return -float(density or 1), known.index(kind) if kind in known else len(known), kind
+        kind = _kind(name)
+        return -_density(name), known.index(kind) if kind in known else len(known), kind
 
-    return sorted(measured, key=place)
+    return here.set_index("variant").loc[sorted(here["variant"], key=place)].reset_index()
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError
 from moa_search.formats.files import nearest, one_line, parse_plan_json, sha256_of
-from moa_search.formats.folding import envelope, fold_groups
+from moa_search.formats.gqa import envelope, to_kv_heads
 from moa_search.formats.imported import imported
 from moa_search.formats.plan import Plan
 from moa_search.formats.signature import ModelSignature
@@ -35,7 +35,7 @@ def read_moa(text: str | bytes, model: ModelSignature, *, source: str, fold_leng
     """A plan with ``anchor: prompt`` from the text of a file of MoA's.
 
     Rules are rounded to whole tokens and multiples of 1/256, to the nearest and from the middle upwards. Query heads
-    that share a KV head get the least rule that is enough for all of them (see `fold_rules`). The plan's notes say
+    that share a KV head get the least rule that is enough for all of them (see `merge_rules`). The plan's notes say
     what either changed, and the densities before and after.
 
     Args:
@@ -53,7 +53,7 @@ def read_moa(text: str | bytes, model: ModelSignature, *, source: str, fold_leng
     values = [[*zip(*layer, strict=True)] for layer in zip(alphas, betas, strict=True)]
     rules = [[SpanRule(_round(alpha), _round(BETA_ONE * beta)) for alpha, beta in layer] for layer in values]
     min_span = MOA_SINK_TOKENS + MOA_BLOCK_TOKENS
-    folded = fold_groups(rules, model.group, min_span, fold_lengths)
+    folded = to_kv_heads(rules, model.group, min_span, fold_lengths)
     plan = Plan.from_rules(folded, model, sink=MOA_SINK_TOKENS, block=MOA_BLOCK_TOKENS, anchor="prompt")
     lengths = sorted(set(fold_lengths)) or model.usual_lengths
     raw = text.encode() if isinstance(text, str) else text

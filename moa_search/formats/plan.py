@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,7 @@ from pydantic import (
 
 from moa_search import spans
 from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
+from moa_search.formats import plan_views
 from moa_search.formats.files import (
     atomic_write,
     canonical_json,
@@ -29,7 +30,6 @@ from moa_search.formats.files import (
     parse_plan_json,
     sha256_of,
 )
-from moa_search.formats.plan_views import PlanViews
 from moa_search.formats.signature import ModelSignature
 from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SINK_TOKENS, SpanRule
 from moa_search.version import __version__
@@ -154,10 +154,10 @@ class LengthMetrics(_Strict):
     attention_density: float = Field(description="share of causal pairs computed in a prefill, native layers aside")
     loss: float | None = Field(default=None, description="predicted loss, in the criterion's unit")
     loss_error: float | None = Field(default=None, description="standard error of that loss")
-    extrapolated: bool = Field(default=False, description="told from the losses at other lengths, not profiled here")
+    extrapolated: bool = Field(default=False, description="extrapolated from the losses at other lengths")
 
 
-class Plan(_Strict, PlanViews):
+class Plan(_Strict):
     """For every layer and KV head, a span rule, with the model it was made for.
 
     Layers whose attention has a sliding window of its own may be native: they stay as the model made them, and
@@ -187,6 +187,18 @@ class Plan(_Strict, PlanViews):
     provenance: Provenance | None = None
     predicted: tuple[LengthMetrics, ...] = ()
     validated: tuple[Validation, ...] = ()
+
+    # Frames and pictures, in a module of their own.
+    cell_texts: ClassVar = plan_views.cell_texts
+    diff: ClassVar = plan_views.diff
+    plot_density: ClassVar = plan_views.plot_density
+    plot_diff: ClassVar = plan_views.plot_diff
+    plot_mask: ClassVar = plan_views.plot_mask
+    plot_spans: ClassVar = plan_views.plot_spans
+    rule_text: ClassVar = plan_views.rule_text
+    shares: ClassVar = plan_views.shares
+    to_frame: ClassVar = plan_views.to_frame
+    _repr_html_: ClassVar = plan_views.to_html
 
     @model_validator(mode="after")
     def _shape_matches_model(self) -> Plan:
@@ -233,6 +245,16 @@ class Plan(_Strict, PlanViews):
         """A plan that gives every head the same rule; ``fields`` as for `from_rules`."""
         rules = [[rule] * model.num_key_value_heads for _ in range(model.num_hidden_layers)]
         return cls.from_rules(rules, model, **fields)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths in tokens that the plan was made for, else a quarter, half and all of the model's context."""
+        return plan_views.usual_lengths(self)
+
+    @property
+    def density_lengths(self) -> list[int]:
+        """From 64 tokens up to the model's context, eight per octave: where `plot_density` draws by default."""
+        return plan_views.density_lengths(self)
 
     @property
     def rules(self) -> list[list[SpanRule]]:

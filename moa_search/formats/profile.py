@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from moa_search.errors import ConfigError, ProfileFormatError, ProfileVersionError
+from moa_search.formats import profile_views
 from moa_search.formats.files import (
     atomic_write,
     canonical_json,
@@ -41,7 +42,6 @@ from moa_search.formats.files import (
     sha256_of,
 )
 from moa_search.formats.plan import own_window
-from moa_search.formats.profile_views import ProfileViews
 from moa_search.formats.signature import ModelSignature
 from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, require_transforms
 from moa_search.version import __version__
@@ -210,7 +210,7 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Profile(ProfileViews):
+class Profile:
     """Influence statistics of one model at one or more lengths.
 
     Attributes:
@@ -224,6 +224,12 @@ class Profile(ProfileViews):
     by_length: dict[int, LengthProfile]
     run: RunSummary | None = field(default=None, compare=False, repr=False)
     tiers: TierStatistics | None = None
+
+    # A frame and pictures, in a module of their own.
+    influence = profile_views.influence
+    plot_influence = profile_views.plot_influence
+    to_frame = profile_views.to_frame
+    _repr_html_ = profile_views.to_html
 
     @property
     def lengths(self) -> list[int]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moa_search.pictures.templates import load_macros, render
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["cell_grid", "hex_colours"]
+__all__ = ["cell_grid", "hex_colours", "notebook_html"]
 
 CELL, GAP, LEFT, TOP, BOTTOM = 20, 1, 26, 4, 34
 MISSING = "#d3d3d3"
@@ -42,25 +43,47 @@ def cell_grid(fills: Sequence[Sequence[str]], titles: Sequence[Sequence[str]], *
     """
     layers, heads = len(fills), len(fills[0])
     width, height = LEFT + layers * CELL, TOP + heads * CELL + BOTTOM
-    parts = [
-        f'<svg class="cells" role="group" aria-label="{escape(label)}" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" xmlns="http://www.w3.org/2000/svg" '
-        'style="max-width:100%;height:auto;font:10px sans-serif;fill:currentColor">'
-    ]
+    texts: list[tuple[str, str, str, object]] = []
     for head in range(0, heads, -(-heads // 16)):
-        y = TOP + head * CELL + CELL * 0.68
-        parts.append(f'<text x="{LEFT - 4}" y="{y:g}" text-anchor="end">{head}</text>')
+        texts.append((f"{LEFT - 4}", f"{TOP + head * CELL + CELL * 0.68:g}", "end", head))
     for layer in range(0, layers, -(-layers // 40)):
-        x = LEFT + layer * CELL + CELL / 2
-        parts.append(f'<text x="{x:g}" y="{TOP + heads * CELL + 13}" text-anchor="middle">{layer}</text>')
-    parts.append(f'<text x="{LEFT}" y="{height - 6}">layers across, KV heads down</text>')
-    for layer, row in enumerate(fills):
-        for head, fill in enumerate(row):
-            says = escape(titles[layer][head])
-            stop = f' tabindex="{0 if layer == head == 0 else -1}"' if focusable else ""
-            parts.append(
-                f'<rect x="{LEFT + layer * CELL}" y="{TOP + head * CELL}" width="{CELL - GAP}" '
-                f'height="{CELL - GAP}" fill="{fill}" data-layer="{layer}" data-head="{head}" role="img" '
-                f'aria-label="{says}"{stop}><title>{says}</title></rect>'
-            )
-    return "".join([*parts, "</svg>"])
+        texts.append((f"{LEFT + layer * CELL + CELL / 2:g}", f"{TOP + heads * CELL + 13}", "middle", layer))
+    texts.append((f"{LEFT}", f"{height - 6}", "", "layers across, KV heads down"))
+    cells = [
+        {
+            "layer": layer,
+            "head": head,
+            "x": LEFT + layer * CELL,
+            "y": TOP + head * CELL,
+            "fill": fill,
+            "says": titles[layer][head],
+            "stop": 0 if layer == head == 0 else -1,
+        }
+        for layer, row in enumerate(fills)
+        for head, fill in enumerate(row)
+    ]
+    drawn = render(
+        "moa_search.pictures",
+        "cells.svg",
+        label=label,
+        width=width,
+        height=height,
+        texts=texts,
+        cells=cells,
+        size=CELL - GAP,
+        focusable=focusable,
+    )
+    return drawn.strip()
+
+
+def notebook_html(kind: str, about: str, grid: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """What a notebook shows of an object: a line, a grid and a small table.
+
+    Args:
+        kind: Of the object.
+        about: What it is, after its kind.
+        grid: As `cell_grid` returns it.
+        columns: Headings of the table.
+        rows: Its cells.
+    """
+    return str(load_macros("moa_search.pictures", "notebook.html").shown(kind, about, grid, columns, rows))

@@ -9,7 +9,7 @@ import numpy as np
 
 from moa_search.errors import ConfigError
 from moa_search.formats import Profile
-from moa_search.formats.profile_views import DECADES
+from moa_search.formats.profile_views import DECADES, influence_colours, influence_texts
 from moa_search.inspection.charts import chart, draw_window_losses
 from moa_search.inspection.frames.profiles import curve_frame, profile_frame, profile_provenance
 from moa_search.inspection.pages.page import (
@@ -79,8 +79,8 @@ def _influence_blocks(profile: Profile, lengths: Sequence[int], criterion: str) 
         blocks += [
             heading(f"{length} tokens, a window of {window}"),
             grid_block(
-                profile.influence_colours(losses),
-                profile.influence_texts(losses),
+                influence_colours(losses),
+                influence_texts(losses),
                 f"{criterion.capitalize()} loss when one head attends {window} of {length} tokens, the others all",
                 colours="cividis",
                 scale=(f"{top / 10**DECADES:.2g} or less", f"{top:.3g}", f"{criterion} loss, logarithmic"),

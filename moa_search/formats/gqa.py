@@ -8,10 +8,10 @@ import numpy as np
 
 from moa_search.spans import BETA_ONE, SpanRule, span
 
-__all__ = ["envelope", "fold_groups", "fold_rules"]
+__all__ = ["envelope", "merge_rules", "to_kv_heads"]
 
 
-def fold_groups(
+def to_kv_heads(
     rules: Sequence[Sequence[SpanRule]], group: int, min_span: int, lengths: Sequence[int] = ()
 ) -> list[list[SpanRule]]:
     """Rules ``[layer][kv_head]`` from rules ``[layer][query head]``, of which ``group`` consecutive ones share keys.
@@ -20,22 +20,22 @@ def fold_groups(
         rules: One rule per layer and query head.
         group: Query heads per KV head.
         min_span: Smallest span in tokens.
-        lengths: As for `fold_rules`.
+        lengths: As for `merge_rules`.
     """
     known: dict[frozenset[SpanRule], SpanRule] = {}
-    folded = []
+    merged = []
     for layer in rules:
         heads = []
         for first in range(0, len(layer), group):
             members = frozenset(layer[first : first + group])
             if members not in known:
-                known[members] = fold_rules(members, min_span, lengths)
+                known[members] = merge_rules(members, min_span, lengths)
             heads.append(known[members])
-        folded.append(heads)
-    return folded
+        merged.append(heads)
+    return merged
 
 
-def fold_rules(rules: frozenset[SpanRule], min_span: int, lengths: Sequence[int] = ()) -> SpanRule:
+def merge_rules(rules: frozenset[SpanRule], min_span: int, lengths: Sequence[int] = ()) -> SpanRule:
     """A rule whose span is at least that of every one of ``rules``.
 
     If one of them has both the largest alpha and the largest beta, it is the answer. Otherwise the rules cross.
