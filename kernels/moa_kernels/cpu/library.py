@@ -10,7 +10,7 @@ import torch  # its OpenMP must be loaded first: the library uses the same
 
 from moa_kernels.cpu.build import UnavailableError, find_library
 
-__all__ = ["DTYPES", "Call", "Strided", "library", "unavailable"]
+__all__ = ["DTYPES", "Call", "Influence", "Strided", "library", "unavailable"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types that the library takes, by its numbers."""
@@ -34,6 +34,19 @@ class Call(Structure):
         ("sliding", c_int64),
         *((name, c_float) for name in ("scale", "softcap")),
         *((name, c_int32) for name in ("dtype", "item_bytes", "threads")),
+    )
+
+
+class Influence(Structure):
+    """``struct Influence`` of source/influence.h."""
+
+    _fields_ = (
+        *((name, Strided) for name in ("query", "grad", "key", "value")),
+        *((name, c_void_p) for name in ("windows", "sink_logits", "totals")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "rows", "dim", "sink", "buckets", "bucket_rows")),
+        ("window_count", c_int64),
+        *((name, c_float) for name in ("scale", "softcap")),
+        *((name, c_int32) for name in ("dtype", "threads")),
     )
 
 
@@ -67,11 +80,12 @@ def _loaded() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"{path} can't be loaded: {error}") from None
-    if loaded.moa_call_bytes() != ctypes.sizeof(Call):
+    sizes = loaded.moa_call_bytes(), loaded.moa_influence_bytes()
+    if sizes != (ctypes.sizeof(Call), ctypes.sizeof(Influence)):
         raise UnavailableError(f"{path} belongs to another version")
     if loaded.moa_tiles() < 0:
         raise UnavailableError("the system doesn't let this process use AMX; compile without -DMOA_AMX")
-    for name in ("moa_prefill", "moa_append", "moa_decode", "moa_step"):
+    for name in ("moa_prefill", "moa_append", "moa_decode", "moa_step", "moa_influence"):
         function = getattr(loaded, name)
         function.argtypes, function.restype = [c_void_p], None
     return loaded

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from moa_kernels.cpu.calls import LayerCall, place_rings, rows_contiguous, strided
-from moa_kernels.cpu.library import Call, library
+from moa_kernels.cpu.library import DTYPES, Call, Influence, Strided, library
 
 if TYPE_CHECKING:
     from moa_kernels.append.reference import Append
     from moa_kernels.decode.reference import Decode
+    from moa_kernels.influence.reference import Influence as InfluenceCall
     from moa_kernels.prefill.reference import Prefill
 
-__all__ = ["append_tokens", "span_decode", "span_prefill"]
+__all__ = ["append_tokens", "influence_totals", "span_decode", "span_prefill"]
 
 
 def span_prefill(call: Prefill) -> tuple[Tensor, Tensor]:
@@ -65,3 +66,25 @@ def append_tokens(call: Append) -> None:
     struct.lens, struct.rings = lens.data_ptr(), rings.data_ptr()
     struct.counts = None if counts is None else counts.data_ptr()
     library().moa_append(byref(struct))
+
+
+def influence_totals(call: InfluenceCall) -> Tensor:
+    """As `moa_kernels.influence.reference.influence_totals`, for types of at most 32 bits."""
+    query, key, value, grad_out = (rows_contiguous(x) for x in (call.query, call.key, call.value, call.grad_out))
+    scale = call.scale
+    if scale <= 0:
+        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+    kv_heads, window_count = key.shape[0], len(call.windows)
+    totals = query.new_empty(5, kv_heads, call.row_buckets, window_count, dtype=torch.float32)
+    windows = torch.tensor([min(window, 2**30) for window in call.windows], dtype=torch.int32)
+    logits = None if call.sink_logits is None else call.sink_logits.detach().float().contiguous()
+    struct = Influence(*(Strided(x.data_ptr(), 0, *x.stride()[:2]) for x in (query, grad_out, key, value)))
+    struct.windows, struct.totals = windows.data_ptr(), totals.data_ptr()
+    struct.sink_logits = None if logits is None else logits.data_ptr()
+    struct.heads, struct.rows, struct.dim = query.shape
+    struct.kv_heads, struct.sink, struct.window_count = kv_heads, call.sink, window_count
+    struct.buckets, struct.bucket_rows = call.row_buckets, call.bucket_rows
+    struct.scale, struct.softcap = scale, call.softcap or 0.0
+    struct.dtype, struct.threads = DTYPES[query.dtype], torch.get_num_threads()
+    library().moa_influence(byref(struct))
+    return totals

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import Backend, BackendUnavailableError, choose, on_device_of
+from moa_kernels.backends import Backend, choose, on_device_of
 from moa_kernels.influence import reference
 from moa_kernels.influence.reference import STATISTICS, Influence
 
@@ -49,7 +49,7 @@ def influence_statistics(
         softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         sink_logits: ``[heads]``, one more logit per head that takes weight but has no value (GPT-OSS); it is
             always kept.
-        impl: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on CUDA devices.
+        impl: ``"triton"``, ``"cpu"``, ``"torch"``, or ``"auto"``, as in `moa_kernels.backends`.
 
     Returns:
         `STATISTICS` (design section 3), each ``[kv_heads, bucket, window]`` in the accumulation type, summed
@@ -57,14 +57,12 @@ def influence_statistics(
 
     Raises:
         ValueError: Shapes or sizes don't fit together, or ``impl`` is unknown.
-        BackendUnavailableError: Triton was asked for and can't run.
+        BackendUnavailableError: What ``impl`` names can't run.
     """
     call = Influence(
         query, key, value, grad_out, tuple(windows), row_buckets, bucket_rows, sink, scale, softcap, sink_logits
     )
     _check(call)
-    if impl == "auto" and query.device.type == "cpu":
-        impl = "torch"  # the CPU library doesn't compute these
     backend = choose(impl, *call[:4], head_dim=key.shape[-1])
     totals: Tensor = _operator(*call, backend.value) if torch.compiler.is_compiling() else run(backend, call)
     return dict(zip(STATISTICS, totals.unbind(), strict=True))
@@ -72,13 +70,15 @@ def influence_statistics(
 
 def run(backend: str, call: Influence) -> Tensor:
     """Run an implementation that can."""
-    if backend == Backend.CPU:
-        raise BackendUnavailableError('the CPU kernels compute no influence; use impl="torch" or "auto"')
     implementation = reference.influence_totals
     if backend == Backend.TRITON:
         from moa_kernels.influence import launch
 
         implementation = launch.influence_totals
+    elif backend == Backend.CPU:
+        from moa_kernels.cpu import ops
+
+        implementation = ops.influence_totals
     with on_device_of(call.query):
         return implementation(call)
 

@@ -1,13 +1,14 @@
 // Attention under per-head spans over a ragged ring cache, on CPUs: a plain C interface, nothing of torch or Python.
 #include "append.h"
 #include "decode.h"
+#include "influence.h"
 #include "prefill.h"
 
 namespace moa {
 namespace {
 
-template <template <class> class Run>
-void by_type(const Call& a) {
+template <template <class> class Run, class C>
+void by_type(const C& a) {
   switch (a.dtype) {
     case 0: return Run<float>::run(a);
     case 1: return Run<bf16>::run(a);
@@ -23,6 +24,11 @@ struct Decode {
   static void run(const Call& a) { decode<T>(a); }
 };
 
+template <class T>
+struct Statistics {
+  static void run(const Influence& a) { influence<T>(a); }
+};
+
 void advance(const Call& a) {
   for (int64_t b = 0; b < a.batch; b++) a.lens[b] += a.counts ? a.counts[b] : a.new_keys;
 }
@@ -34,6 +40,7 @@ extern "C" {
 #define EXPORT __attribute__((visibility("default")))
 
 EXPORT int moa_call_bytes() { return sizeof(moa::Call); }
+EXPORT int moa_influence_bytes() { return sizeof(moa::Influence); }
 EXPORT int moa_lanes() { return moa::L; }
 EXPORT int moa_multiplies_bf16() { return moa::Pairs::PER == 2; }
 
@@ -62,4 +69,7 @@ EXPORT void moa_step(const moa::Call* a) {
   moa::advance(*a);
   moa::by_type<moa::Decode>(*a);
 }
+
+// What shorter windows would cost.
+EXPORT void moa_influence(const moa::Influence* a) { moa::by_type<moa::Statistics>(*a); }
 }
