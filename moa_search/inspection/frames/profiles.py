@@ -13,7 +13,7 @@ from moa_search.formats import Profile
 from moa_search.inspection.printing import Column, Table, column, digits, percent, with_error
 from moa_search.inspection.quality import heaviest_heads, profile_quality
 
-__all__ = ["curve_frame", "head_frame", "profile_facts", "profile_frame", "profile_provenance"]
+__all__ = ["curve_frame", "head_frame", "profile_facts", "profile_frame", "profile_provenance", "tier_frame"]
 
 
 def profile_frame(profile: Profile) -> Table:
@@ -30,6 +30,29 @@ def profile_frame(profile: Profile) -> Table:
         frame["seconds_per_sample"] = frame["length"].map(profile.run.seconds_per_sample)
         columns.append(column("seconds_per_sample", "s/sample", digits(1)))
     return Table(frame, columns, "Samples, loss, heads that look nearby only, and reliability of the rest")
+
+
+def tier_frame(profile: Profile) -> Table:
+    """What fewer bits add to the loss of heads that see the whole context: absolute net changes, summed over heads.
+
+    Args:
+        profile: With tiers.
+    """
+    assert profile.tiers is not None
+    rows = []
+    for length, entry in profile.tiers.by_length.items():
+        for bits in entry.keys:
+            # [sample, layer, kv_head, bucket, window] -> [sample, layer, kv_head]
+            added = [np.abs(side[bits]["signed"][..., -1].sum(-1)) for side in (entry.keys, entry.values)]
+            keys, values = (float(change.mean(0).sum()) for change in added)
+            rows.append({"length": length, "bits": bits, "keys": keys, "values": values})
+    columns = [
+        column("length", "tokens"),
+        column("bits"),
+        column("keys", None, "{:.3g}".format),
+        column("values", None, "{:.3g}".format),
+    ]
+    return Table(pd.DataFrame(rows), columns, "Loss that keys and values in fewer bits add, whole contexts, all heads")
 
 
 def head_frame(profile: Profile, length: int, criterion: str, most: int = 8) -> Table:
@@ -82,6 +105,9 @@ def profile_facts(profile: Profile) -> dict[str, str]:
     if profile.header.native_layers:
         layers = ", ".join(map(str, profile.header.native_layers))
         facts["native"] = f"layers {layers} have a sliding window of their own and aren't searched"
+    if profile.header.tiers is not None:
+        bits = ", ".join(map(str, (16, *profile.header.tiers.bits)))
+        facts["tiers"] = f"{bits} bits; transforms of keys for positions below {profile.header.tiers.positions:,}"
     run = profile.run
     if run is not None:
         tokens = sum(entry.header.samples * length for length, entry in profile.by_length.items())

@@ -6,9 +6,10 @@ import pytest
 from rich.console import Console
 
 from moa_search.formats.profile import RunSummary
-from moa_search.inspection.frames.profiles import profile_facts, profile_frame
+from moa_search.inspection.frames.profiles import profile_facts, profile_frame, tier_frame
 from moa_search.inspection.printing import fact_lines, to_rich
 from moa_search.inspection.quality import profile_quality, sample_advice
+from tests.moa_search.formats.test_tiers import tiered
 
 
 def with_signed(profile, make, samples):
@@ -117,3 +118,23 @@ def test_table_and_lines(tiny_profile):
     assert not any("run " in line for line in fact_lines(profile_facts(tiny_profile))), (
         "a profile from a file doesn't tell"
     )
+
+
+def test_tiers_are_told_with_what_they_add(tiny_profile):
+    profile = tiered(tiny_profile, (8, 2))
+    assert profile_facts(profile)["tiers"] == "16, 8, 2 bits; transforms of keys for positions below 4,096"
+    assert "tiers" not in profile_facts(tiny_profile)
+    for entry in profile.tiers.by_length.values():
+        for side in (entry.keys, entry.values):
+            for statistics in side.values():
+                statistics["signed"][:] = 0
+    keys = profile.tiers.by_length[1024].keys[2]["signed"]
+    keys[:, 1, 0, :, -1] = 0.25  # a head that loses in every bucket of every sample
+    keys[0, 2, 1, 0, -1] = -1  # one that gains in one of them
+    keys[:, 0, 0, :, 0] = 9  # short windows don't count
+    table = tier_frame(profile)
+    buckets, samples = keys.shape[3], keys.shape[0]
+    assert [(row["length"], row["bits"]) for row in table.rows] == [(512, 8), (512, 2), (1024, 8), (1024, 2)]
+    assert table.rows[-1]["keys"] == pytest.approx(0.25 * buckets + 1 / samples)
+    assert [row["values"] for row in table.rows] == [0] * 4
+    assert f"{0.25 * buckets + 1 / samples:.3g}" in text_of(to_rich(table))
