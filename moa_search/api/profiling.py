@@ -50,8 +50,8 @@ def profile_model(
         lengths: Tokens per calibration sample; one round of samples for each.
         samples: Calibration samples per length.
         sources: What calibration samples are drawn from, in turn: passkey, multikey, question, copy, lines, lookup or
-            tracking in built-in texts, passkey:FILE in other ones, or question-answer records from a JSONL, parquet or
-            CSV file or a Hub dataset, such as data.jsonl?context=passage.
+            tracking in built-in texts, passkey:FILE in other ones, or question-answer records or conversations from a
+            JSONL, parquet or CSV file or a Hub dataset, such as data.jsonl?context=passage.
         answers: model supervises on the dense model's own greedy answers and leaves out wrong ones; dataset on the
             reference answers.
         max_answer_tokens: Room for the model's own answers to free questions.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moa_search.data.rows import READERS, TEXT_FILES, Rows, arrow_rows, read_csv, read_text
+from moa_search.data.rows import COMPRESSED, READERS, TEXT_FILES, Rows, arrow_rows, ending, read_csv, read_text
 from moa_search.data.sources import SourceSpec
 from moa_search.data.texts import squeezed
 from moa_search.errors import ConfigError
@@ -83,10 +83,11 @@ def find(spec: SourceSpec) -> Found:
 def _of_files(splits: Mapping[str, Sequence[Path]], spec: SourceSpec) -> Found:
     """Texts or rows of local files, which are of one kind."""
     files = [file for some in splits.values() for file in some]
-    endings = {file.suffix.lower() for file in files}
+    endings = {ending(file) for file in files}
     unknown = sorted(endings - set(KINDS))
     if unknown:
-        raise ConfigError(f"{unknown[0] or 'a file without ending'} is not one of {', '.join(KINDS)}")
+        what, known = unknown[0] or "a file without ending", ", ".join(KINDS)
+        raise ConfigError(f"{what} is not one of {known} (or one of those and {' or '.join(COMPRESSED)})")
     if endings <= set(TEXT_FILES):
         _cut({"train": []}, spec.split)
         return Found(texts=[read_text(file) for file in files])
@@ -104,15 +105,15 @@ def _files_in(folder: Path) -> list[Path]:
     found.sort(key=lambda path: path.relative_to(folder).parts)
     if not found:
         raise ConfigError("the folder is empty")
-    if all(path.suffix.lower() in TEXT_FILES for path in found):
+    if all(ending(path) in TEXT_FILES for path in found):
         return found
     found = [path for path in found if path.name.lower() not in ABOUT]
-    return [path for path in found if path.suffix.lower() in READERS] or found
+    return [path for path in found if ending(path) in READERS] or found
 
 
 def _by_split(files: Sequence[Path], folder: Path) -> dict[str, list[Path]]:
     """Files by the split that their folders, else their own names, say; all are for training where none says so."""
-    if all(file.suffix.lower() in TEXT_FILES for file in files):
+    if all(ending(file) in TEXT_FILES for file in files):
         return {"train": list(files)}
     for names in (slice(-1), slice(-1, None)):
         splits: dict[str, list[Path]] = {}
@@ -148,7 +149,7 @@ def _cut(splits: Mapping[str, Sequence[Rows]], asked: str) -> list[Part]:
 
 
 def _looks_local(data: str) -> bool:
-    return data.startswith((".", "/", "~")) or data.count("/") > 1 or "*" in data or Path(data).suffix in KINDS
+    return data.startswith((".", "/", "~")) or data.count("/") > 1 or "*" in data or ending(Path(data)) in KINDS
 
 
 def _is_repository(folder: Path, spec: SourceSpec) -> bool:

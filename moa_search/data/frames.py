@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +16,14 @@ from moa_search.data.texts import encode
 from moa_search.errors import CalibrationError
 from moa_search.formats.files import one_line
 
-__all__ = ["Frame", "chat_frame", "plain_frame"]
+__all__ = ["Frame", "chat_frame", "chat_pieces", "plain_frame"]
 
 Tokens = npt.NDArray[np.int64]
 
 MARKER = "moaContentMarker"
 """Stands for the content when a chat template is rendered. Letters only, so that no template trims or escapes it."""
+
+HINT = "use chat 'never', or a tokenizer with another template"
 
 TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 """Templates that print today's date would give other samples tomorrow; thoughts would fill the room for answers."""
@@ -89,26 +94,49 @@ def chat_frame(tokenizer: Any) -> Frame:
     return Frame(encode(tokenizer, before), encode(tokenizer, after), ending, True)
 
 
+def chat_pieces(tokenizer: Any, roles: Sequence[str]) -> list[str]:
+    """What the chat template puts before each message of these roles, and before the answer to the last.
+
+    Raises:
+        CalibrationError: The template can't be rendered, or changes the messages or their order.
+    """
+    letters = itertools.product(string.ascii_lowercase, repeat=4)
+    marks = [f"{MARKER}{''.join(four)}" for _, four in zip(roles, letters, strict=False)]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    rest, pieces = _render(tokenizer, messages, add_generation_prompt=True), []
+    for mark in marks:
+        piece, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise CalibrationError(f"the chat template doesn't give every message once and in order; {HINT}")
+        pieces.append(piece)
+    return [*pieces, rest]
+
+
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> tuple[str, str]:
     """A rendered conversation before and after the marker."""
-    hint = "use chat 'never', or a tokenizer with another template"
+    text = _render(tokenizer, messages, **options)
+    if text.count(MARKER) != 1:
+        raise CalibrationError(f"the chat template gives a message {text.count(MARKER)} times instead of once; {HINT}")
+    before, after = text.split(MARKER)
+    return before, after
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
     drawn = random.getstate()
     random.seed(0)  # Jinja's `random` and `lipsum` draw from it
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = _fixed_clock() + template
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, **TEMPLATE_OPTIONS, **options
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, **TEMPLATE_OPTIONS, **options
+            )
         )
     except Exception as error:  # a template is a program of its model's maker
-        raise CalibrationError(f"the chat template can't be rendered ({one_line(error)}); {hint}") from error
+        raise CalibrationError(f"the chat template can't be rendered ({one_line(error)}); {HINT}") from error
     finally:
         random.setstate(drawn)
-    if text.count(MARKER) != 1:
-        raise CalibrationError(f"the chat template gives a message {text.count(MARKER)} times instead of once; {hint}")
-    before, after = text.split(MARKER)
-    return before, after
 
 
 def _fixed_clock() -> str:

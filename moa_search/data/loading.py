@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from moa_search.data.conversations import Conversation, messages_of, with_request_last
 from moa_search.data.finding import Found, find
 from moa_search.data.sources import ROLES, SourceSpec
 from moa_search.data.texts import Document, Split, documents, of_split, squeezed
@@ -59,15 +60,16 @@ def load_texts(spec: SourceSpec, split: Split) -> tuple[Document, ...]:
     return _side(texts, spec, split)
 
 
-def load_records(spec: SourceSpec, split: Split, *, answers: bool) -> tuple[Record, ...]:
-    """The question-answer records of one split. A context's side is that of all its questions.
+def load_records(spec: SourceSpec, split: Split, *, answers: bool) -> tuple[Record, ...] | tuple[Conversation, ...]:
+    """The records of one split: questions about contexts, or conversations.
 
-    Rows with an empty context or question are left out, and so are those with an empty answer.
+    A context's side is that of all its questions. Rows with an empty context or question are left out, and so are those
+    with an empty answer, or conversations with an empty message.
 
     Args:
         spec: The source.
         split: Which side.
-        answers: Whether a column of answers has to be there.
+        answers: Whether the data has to have answers.
 
     Raises:
         ConfigError: The data can't be read, or lacks a column.
@@ -75,9 +77,12 @@ def load_records(spec: SourceSpec, split: Split, *, answers: bool) -> tuple[Reco
     """
     data = find(spec)
     if data.texts:
-        raise ConfigError(
-            f"source {spec.typed!r}: text files hold no questions; passkey:{spec.data} hides some in them"
-        )
+        raise ConfigError(f"source {spec.typed!r}: text files hold no questions; passkey:{spec.data} hides one")
+    of_conversations = _conversation_columns(spec, data)
+    if of_conversations:
+        return _conversations(spec, data, of_conversations, split, answers=answers)
+    if spec.turns != "last":
+        raise ConfigError(f"source {spec.typed!r}: turns={spec.turns} is for conversations; its rows are questions")
     columns = [_column(spec, data, role) for role in ("context", "question")]
     answer = _column(spec, data, "answer", needed=answers or "answer" in spec.columns)
     wanted = [*columns, *([answer] if answer else [])]
@@ -93,6 +98,42 @@ def load_records(spec: SourceSpec, split: Split, *, answers: bool) -> tuple[Reco
             found.append(Record(name, context, question.strip(), accepted))
     mine = dict(_side([(record.document, record.context) for record in found], spec, split))
     return tuple(record for record in found if record.document in mine)
+
+
+def _conversation_columns(spec: SourceSpec, data: Found) -> list[str]:
+    """The column of messages, or those of prompts and completions; none where rows are questions about contexts."""
+    named = set(spec.columns)
+    if not named & {"messages", "prompt", "completion"} and (
+        named & {"context", "question", "answer"}
+        or all(_column(spec, data, role, needed=False) for role in ("context", "question"))
+    ):
+        return []
+    if "messages" in named or not named:
+        messages = _column(spec, data, "messages", needed="messages" in named)
+        if messages:
+            return [messages]
+    prompt, completion = (_column(spec, data, role, needed=bool(named)) for role in ("prompt", "completion"))
+    return [prompt, completion] if prompt and completion else []
+
+
+def _conversations(
+    spec: SourceSpec, data: Found, columns: Sequence[str], split: Split, *, answers: bool
+) -> tuple[Conversation, ...]:
+    found: dict[str, Conversation] = {}
+    for number, (place, cells) in enumerate(_rows(data, columns)):
+        roles = ("user", "assistant") if len(columns) == 2 else ("",)
+        try:
+            messages = [m for cell, role in zip(cells, roles, strict=True) for m in messages_of(cell, role)]
+            parts = with_request_last(messages, answered=answers)
+        except ValueError as error:
+            raise ConfigError(f"source {spec.typed!r}: {place}: column {columns[0]!r}: {error}") from None
+        for _, text in messages:
+            _text(text, spec, columns[0], place)
+        if parts is not None:
+            name = f"{spec.data}#{number}"
+            found[name] = Conversation(name, *parts)
+    mine = dict(_side([(name, conversation.text) for name, conversation in found.items()], spec, split))
+    return tuple(conversation for name, conversation in found.items() if name in mine)
 
 
 def _side(texts: list[Document], spec: SourceSpec, split: Split) -> tuple[Document, ...]:

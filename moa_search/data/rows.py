@@ -6,20 +6,23 @@ holds now. What can't be read for certain is refused, with its line.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from moa_search.errors import ConfigError
 from moa_search.formats.files import one_line
 
-__all__ = ["READERS", "TEXT_FILES", "Rows", "arrow_rows", "read_csv", "read_text"]
+__all__ = ["COMPRESSED", "READERS", "TEXT_FILES", "Rows", "arrow_rows", "ending", "read_csv", "read_text"]
 
 FIELD_CHARACTERS = 2**31 - 1
 """Longest CSV cell; the module's own limit is 128 Ki, less than a long document."""
@@ -57,6 +60,12 @@ class Rows:
         return f"{self.file}, {self.unit} {self.numbers[index]}"
 
 
+def ending(path: Path) -> str:
+    """A file's ending that says what it holds: ``.jsonl`` of ``a.jsonl`` and of ``a.jsonl.gz``."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
 def read_text(path: Path) -> str:
     """A whole text file; every line end becomes a line feed.
 
@@ -74,21 +83,47 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         ConfigError: A line isn't UTF-8, or holds a NUL character.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)), None)
-                if encoding is not None:
-                    raise ConfigError(f"{path} is {encoding}; save it as UTF-8")
-                line = line.removeprefix(b"\xef\xbb\xbf")
+    for number, line in _raw_lines(path):
+        if number == 1:
+            encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)), None)
+            if encoding is not None:
+                raise ConfigError(f"{path} is {encoding}; save it as UTF-8")
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            raise ConfigError(f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8; save it as UTF-8") from None
+        if "\0" in text:
+            raise ConfigError(f"{path}, line {number}: holds a NUL character; save it as UTF-8 text")
+        yield number, text
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a file, decompressed where its ending says that it is compressed."""
+    number = 0
+    with COMPRESSED.get(path.suffix.lower(), Path.open)(path, "rb") as file:
+        while True:
             try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise ConfigError(f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8; save it as UTF-8") from None
-            if "\0" in text:
-                raise ConfigError(f"{path}, line {number}: holds a NUL character; save it as UTF-8 text")
-            yield number, text
+                line = file.readline()
+            except (OSError, EOFError, zlib.error) as error:
+                raise ConfigError(f"{path}: can't be read after line {number} ({one_line(error)})") from None
+            if not line:
+                return
+            number += 1
+            yield number, line
+
+
+@contextlib.contextmanager
+def _open_zstandard(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    import pyarrow  # type: ignore[import-untyped]
+
+    with pyarrow.input_stream(str(path), compression="zstd") as stream, io.BufferedReader(stream) as file:
+        yield file
+
+
+COMPRESSED: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".zst": _open_zstandard}
+"""How compressed files are opened, by their last ending."""
 
 
 def read_csv(path: Path, delimiter: str) -> Rows:
@@ -176,7 +211,7 @@ def _parsed(text: str, path: Path, line: int | None) -> Any:
 
 
 def _read_parquet(path: Path) -> Rows:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     def read(name: str) -> Any:
@@ -238,6 +273,7 @@ def _require_unique(names: Sequence[str], file: object) -> None:
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": lambda path: read_csv(path, ","),

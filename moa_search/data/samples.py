@@ -26,6 +26,7 @@ class Sample:
         target_length: Tokens asked for; a model's own answer can be shorter than the room kept for it. By
             default the sample's own length.
         source: What a user typed for the source it comes from; empty for the built-in tasks over built-in text.
+        supervised: Which of the answer's tokens count, ``[answer_tokens]``; None for all of them.
     """
 
     ids: npt.NDArray[np.int64]
@@ -35,11 +36,13 @@ class Sample:
     document: str
     target_length: int = 0
     source: str = ""
+    supervised: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if not self.target_length:
             object.__setattr__(self, "target_length", len(self.ids))
         assert 0 < self.answer_tokens <= len(self.ids) <= self.target_length
+        assert self.supervised is None or (len(self.supervised) == self.answer_tokens and self.supervised.any())
 
     @property
     def length(self) -> int:
@@ -58,5 +61,10 @@ class Sample:
 
 
 def hash_samples(samples: Iterable[Sample]) -> str:
-    """A hash over the tokens and answer lengths of ``samples``, in order."""
-    return sha256_of(*(f"{s.task} {s.answer_tokens}".encode() + s.ids.tobytes() for s in samples))
+    """A hash over the tokens, answer lengths and supervised tokens of ``samples``, in order."""
+    return sha256_of(*map(_content, samples))
+
+
+def _content(sample: Sample) -> bytes:
+    mask = b"" if sample.supervised is None else b" supervised" + np.packbits(sample.supervised).tobytes()
+    return f"{sample.task} {sample.answer_tokens}".encode() + sample.ids.tobytes() + mask

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["ROLES", "SourceSpec"]
+__all__ = ["ROLES", "TURNS", "SourceSpec"]
+
+TURNS = ("last", "all")
+"""Which answers of a conversation can be supervised."""
 
 ROLES: dict[str, tuple[str, ...]] = {
     "context": ("context", "passage", "document", "article", "text", "story"),
     "question": ("question", "query", "instruction", "input", "prompt"),
     "answer": ("answer", "answers", "output", "target", "response"),
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt",),
+    "completion": ("completion",),
     "text": ("text", "content", "document", "article", "context", "passage", "body", "story"),
 }
 """What a column is for, and the names that are tried in this order where none is given."""
@@ -26,6 +32,7 @@ class SourceSpec:
         subset: Configuration of a Hugging Face dataset.
         split: Its split, such as ``train`` or ``train[:1000]``.
         columns: Names of columns by role; see `ROLES`.
+        turns: Which answers of a conversation are supervised; one of `TURNS`.
         hint: Ends the error of data that can't be read, such as a task with a name like it.
     """
 
@@ -35,4 +42,5 @@ class SourceSpec:
     subset: str | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
+    turns: str = "last"
     hint: str = field(default="", compare=False)

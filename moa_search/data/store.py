@@ -85,6 +85,8 @@ def save_samples(
     if not replace:
         require_samples_folder(target)
     columns: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in samples] for name in COLUMNS}
+    if any(sample.supervised is not None for sample in samples):
+        columns["supervised"] = [sample.supervised for sample in samples]
     columns["prompt"] = [_readable(tokenizer, sample.prompt) for sample in samples]
     columns["answer"] = [_readable(tokenizer, sample.answer) for sample in samples]
     metadata = {
@@ -151,10 +153,13 @@ def _read(path: Path) -> list[Sample]:
     import datasets
 
     rows = datasets.load_from_disk(str(path), keep_in_memory=True)
-    return [
-        Sample(**{**{name: row[name] for name in COLUMNS}, "ids": np.asarray(row["ids"], dtype=np.int64)})
-        for row in rows
-    ]
+    return [_sample(row) for row in rows]
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    mask = row.get("supervised")  # only folders with such samples have the column
+    values = {name: row[name] for name in COLUMNS} | {"ids": np.asarray(row["ids"], dtype=np.int64)}
+    return Sample(**values, supervised=None if mask is None else np.asarray(mask, dtype=bool))
 
 
 def _readable(tokenizer: Any, ids: Any) -> str:

@@ -28,7 +28,8 @@ class AnswerScore:
     """How a model rates one answer.
 
     Attributes:
-        losses: Negative log-likelihood in nats of each answer token, ``[answer]``; not numbers where it was generated.
+        losses: Negative log-likelihood in nats of each supervised answer token, ``[answer]``; not numbers where it was
+            generated.
         correct: Whether each answer token is ranked first, or was generated, ``[answer]``.
     """
 
@@ -85,7 +86,8 @@ def score_answer(model: Any, sample: Sample) -> AnswerScore:
     for rows, wanted in zip(predicted.split(ROWS_AT_ONCE), answer.split(ROWS_AT_ONCE), strict=True):
         losses.append(torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="none").double())
         correct.append(rows.argmax(-1) == wanted)
-    return AnswerScore(torch.cat(losses).cpu().numpy(), torch.cat(correct).cpu().numpy())
+    counts = slice(None) if sample.supervised is None else sample.supervised
+    return AnswerScore(torch.cat(losses).cpu().numpy()[counts], torch.cat(correct).cpu().numpy()[counts])
 
 
 def generate_answer(model: Any, sample: Sample) -> AnswerScore:

@@ -39,7 +39,11 @@ def answer_loss(model: Any, sample: Sample) -> torch.Tensor:
     embeddings = embed(ids).detach().requires_grad_(True)
     logits = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=sample.answer_tokens + 1).logits
     predicted = logits[0, -sample.answer_tokens - 1 : -1].float()
-    return functional.cross_entropy(predicted, ids[0, -sample.answer_tokens :].to(predicted.device))
+    wanted = ids[0, -sample.answer_tokens :].to(predicted.device)
+    if sample.supervised is not None:
+        counts = torch.from_numpy(sample.supervised).to(predicted.device)
+        predicted, wanted = predicted[counts], wanted[counts]
+    return functional.cross_entropy(predicted, wanted)
 
 
 @dataclass(frozen=True)

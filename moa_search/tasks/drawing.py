@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moa_search.data.conversations import Conversation
 from moa_search.data.frames import Frame
-from moa_search.data.loading import load_records, load_texts
+from moa_search.data.loading import Record, load_records, load_texts
 from moa_search.data.samples import Sample, hash_samples
 from moa_search.data.sources import SourceSpec
 from moa_search.data.store import load_samples
@@ -14,6 +15,7 @@ from moa_search.data.texts import Split, TextSource
 from moa_search.errors import CalibrationError, ConfigError
 from moa_search.formats.files import canonical_json, nearest, sha256_of
 from moa_search.tasks.base import DrawnTask
+from moa_search.tasks.conversations import ConversationTask
 from moa_search.tasks.items import Generator, Item
 from moa_search.tasks.records import RecordTask
 from moa_search.tasks.registry import SOURCE_TASKS
@@ -120,10 +122,8 @@ class Drawing:
             self._saved[name], self.data[name] = stored.samples, hash_samples(stored.samples)
         elif source.task == "records":
             records = load_records(source, self._split, answers=self._free_room is None)
-            self.data[name] = sha256_of(
-                *(canonical_json([record.context, record.question, *record.answers]) for record in records)
-            )
-            task = RecordTask(records, label)
+            self.data[name] = sha256_of(*(canonical_json(_content(record)) for record in records))
+            task = self._task(source, records)
             self._makers[name] = self._maker(task, task.texts(self._tokenizer))
         else:
             texts = load_texts(source, self._split)
@@ -135,8 +135,24 @@ class Drawing:
             )
             self._makers[name] = self._maker(SOURCE_TASKS[source.task], filler)
 
+    def _task(self, source: SourceSpec, records: Sequence[Record | Conversation]) -> DrawnTask:
+        label, every_turn = f"source {source.typed!r}", source.turns == "all"
+        conversations = [record for record in records if isinstance(record, Conversation)]
+        if not conversations:
+            return RecordTask([record for record in records if isinstance(record, Record)], label)
+        if every_turn and self._free_room is not None:
+            raise ConfigError(f"{label}: turns=all supervises the data's own answers; take --answers dataset")
+        return ConversationTask(conversations, label, every_turn=every_turn)
+
     def _maker(self, task: DrawnTask, source: TextSource) -> Generator:
         return Generator(task, self._tokenizer, source, self._frame, self._free_room)
+
+
+def _content(record: Record | Conversation) -> list[Any]:
+    """What of a record its data's hash is over."""
+    if isinstance(record, Record):
+        return [record.context, record.question, *record.answers]
+    return [list(record.messages), record.answer]
 
 
 def build_samples(

@@ -54,6 +54,7 @@ class Item:
         depth: Where the sought text stands, 0 to 1.
         document: Text it comes from.
         target_length: Tokens of the prompt and of the room for the answer.
+        supervised: Which tokens of the ``reference`` count, ``[reference]``; None for all of them.
     """
 
     prompt: Tokens
@@ -65,11 +66,14 @@ class Item:
     depth: float
     document: str
     target_length: int
+    supervised: npt.NDArray[np.bool_] | None = None
 
     def answered(self, answer: Tokens, source: str = "") -> Sample:
         """The sample with this answer."""
         ids = np.concatenate([self.prompt, answer])
-        return Sample(ids, len(answer), self.task, self.depth, self.document, self.target_length, source)
+        return Sample(
+            ids, len(answer), self.task, self.depth, self.document, self.target_length, source, self.supervised
+        )
 
 
 class NoMoreRecordsError(CalibrationError):
@@ -81,12 +85,13 @@ class Generator:
 
     Attributes:
         task: What is drawn.
+        tokenizer: A Hugging Face tokenizer.
         source: Filler text.
         frame: Tokens around the content.
 
     Args:
         task: See above.
-        tokenizer: A Hugging Face tokenizer.
+        tokenizer: See above.
         source: See above.
         frame: By default plain text; left aside by tasks that are no request.
         free_room: Tokens kept for answers in the model's own words; by default as many as the data's answer has.
@@ -103,7 +108,7 @@ class Generator:
         self.task = task
         self.source = source
         self.frame = plain_frame(tokenizer) if frame is None or not task.in_chat else frame
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._free_room = free_room
 
     def draw(self, length: int, depth: float, rng: np.random.Generator) -> Item:
@@ -112,7 +117,11 @@ class Generator:
 
     def encode(self, text: str) -> Tokens:
         """Token ids of a text alone, ``[tokens]``."""
-        return encode(self._tokenizer, text)
+        return encode(self.tokenizer, text)
+
+    def room(self, reference: Tokens) -> int:
+        """Tokens kept for an answer in the model's own words."""
+        return len(reference) if self._free_room is None else self._free_room
 
     def ending(self, asking: Asking) -> tuple[Tokens, Tokens, int]:
         """The prompt's end, the reference and the tokens of room for the answer."""
@@ -126,7 +135,7 @@ class Generator:
         reference = self.encode(text.lstrip() if own_words else text)
         if own_words:
             reference = np.concatenate([reference, self.frame.end])
-        room = self._free_room if asking.free and self._free_room is not None else len(reference)
+        room = self.room(reference) if asking.free else len(reference)
         return end, reference, room
 
     def hide(self, needles: Sequence[tuple[float, str]], asking: Asking, length: int, rng: np.random.Generator) -> Item:

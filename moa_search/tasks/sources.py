@@ -2,16 +2,16 @@
 
 * ``passkey``, ``copy``, ``lines`` and the others: a built-in task over the standard library's texts;
 * ``passkey:DATA``: the same over other texts;
-* ``records:DATA``, or ``DATA`` alone: question-answer records;
+* ``records:DATA``, or ``DATA`` alone: question-answer records, conversations, or prompts with completions;
 * ``samples:FOLDER``: samples that were saved before.
 
-DATA is a local ``.jsonl``, ``.json``, ``.parquet``, ``.csv``, ``.tsv``, ``.txt`` or ``.md`` file, a pattern such as
-``books/*.txt``, a folder, or a Hugging Face dataset id.
+DATA is a local ``.jsonl``, ``.ndjson``, ``.json``, ``.parquet``, ``.csv``, ``.tsv``, ``.txt`` or ``.md`` file, also
+with ``.gz`` or ``.zst``, a pattern such as ``books/*.txt``, a folder, or a Hugging Face dataset id.
 """
 
 from __future__ import annotations
 
-from moa_search.data.sources import ROLES, SourceSpec
+from moa_search.data.sources import ROLES, TURNS, SourceSpec
 from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
 from moa_search.tasks.registry import SOURCE_TASKS
@@ -47,12 +47,17 @@ def parse_source(text: str) -> SourceSpec:
         if key in options:
             raise ConfigError(f"{where}: key {key!r} stands twice")
         options[key] = value
+    turns = options.get("turns", TURNS[0])
+    if turns not in TURNS:
+        raise ConfigError(f"{where}: turns {turns!r} is unknown; choose from {', '.join(TURNS)}")
     columns = {role: options[role] for role in ROLES if role in options}
     hint = "" if colon else nearest(data, SOURCE_TASKS)
-    return SourceSpec(text, task, data, options.get("subset"), options.get("split", "train"), columns, hint)
+    return SourceSpec(text, task, data, options.get("subset"), options.get("split", "train"), columns, turns, hint)
 
 
 def _keys(task: str, data: str) -> tuple[str, ...]:
     if not data or task == "samples":
         return ()
-    return ("subset", "split", *(("context", "question", "answer") if task == "records" else ("text",)))
+    if task != "records":
+        return ("subset", "split", "text")
+    return ("subset", "split", "context", "question", "answer", "messages", "prompt", "completion", "turns")

@@ -181,7 +181,7 @@ def long_paragraphs(side):
     [
         ("passkey:{}/missing.txt", "", "missing.txt doesn't exist"),
         ("passkey:{}/none/*.txt", "", "doesn't exist"),
-        ("records:{}/a.docx", "x", ".docx is not one of .jsonl, .json, .parquet"),
+        ("records:{}/a.docx", "x", ".docx is not one of .jsonl, .ndjson, .json, .parquet"),
         (
             "records:{}/a.jsonl",
             '{"context": "c"}\n nonsense',

@@ -1,6 +1,8 @@
 """Files are read as they are written: no type, no missing value, no line end and no row is a reader's guess."""
 
 import csv
+import functools
+import gzip
 import json
 import os
 
@@ -24,12 +26,28 @@ CELLS = [
 ]
 """What readers of tables like to take for numbers, truth values, dates, missing values or the end of a row."""
 
-SOURCES = ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "saved", "repository"]
+SOURCES = [
+    *["a.csv", "a.tsv", "a.jsonl", "a.ndjson", "a.json", "a.parquet", "saved", "repository"],
+    *["a.jsonl.gz", "a.jsonl.zst", "a.csv.gz", "a.json.zst"],
+]
+
+
+PLAIN = [name for name in SOURCES if not name.endswith((".parquet", ".gz", ".zst"))]
+
+COMPRESS = {
+    ".gz": functools.partial(gzip.compress, mtime=0),
+    ".zst": lambda content: pa.compress(content, codec="zstd", asbytes=True),
+}
 
 
 def write(path, cells):
     """Rows with these answers, in the format that the path's name says; returns the file that holds them."""
     rows = [{"context": f"context {n}", "question": f"q{n}", "answer": cell} for n, cell in enumerate(cells)]
+    if path.suffix in COMPRESS:
+        plain = write(path.with_suffix(""), cells)
+        path.write_bytes(COMPRESS[path.suffix](plain.read_bytes()))
+        plain.unlink()
+        return path
     ending = path.suffix.removeprefix(".") or path.name
     if ending in ("csv", "tsv"):
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -47,7 +65,7 @@ def write(path, cells):
         return write(path / "rows.csv", cells)
     else:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_text("\n".join(lines) if ending == "jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
+        path.write_text("\n".join(lines) if ending != "json" else f"[{', '.join(lines)}]", encoding="utf-8")
     return path
 
 
@@ -64,7 +82,7 @@ def test_every_cell_is_its_text(tmp_path, name):
     assert answers_in(tmp_path / name) == CELLS
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "a.parquet"])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name in PLAIN])
 def test_what_is_read_is_what_the_file_holds_now(tmp_path, name):
     """The same name, size and time of change, as `cp -p` or a quick edit leaves them, but other rows."""
     file = write(tmp_path / name, ["old"] * 9)
@@ -79,8 +97,9 @@ def test_what_is_read_is_what_the_file_holds_now(tmp_path, name):
         answers_in(tmp_path / name)
 
 
-def test_a_parquet_file_that_was_replaced(tmp_path):
-    path = write(tmp_path / "a.parquet", ["old"] * 9)
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in PLAIN])
+def test_a_compressed_file_that_was_replaced(tmp_path, name):
+    path = write(tmp_path / name, ["old"] * 9)
     assert set(answers_in(path)) == {"old"}
     times = path.stat()
     write(path, ["new"] * 9)
@@ -264,6 +283,13 @@ GOOD = '{"context": "c", "question": "q", "answer": "a"}\n'
         ("a.txt", "fine\nca\u00e9".encode("latin-1"), r"a\.txt, line 2: byte 0xe9 is not UTF-8"),
         ("a.txt", "fine".encode("utf-16"), r"a\.txt is UTF-16"),
         ("a.parquet", "nonsense", r"a\.parquet: Parquet magic bytes"),
+        ("a.jsonl.gz", "nonsense", r"a\.jsonl\.gz: can't be read after line 0 \(Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 9000)[:-50], r"a\.jsonl\.gz: can't be read after line \d+"),
+        ("a.jsonl.zst", "nonsense", r"a\.jsonl\.zst: can't be read after line 0 \(ZSTD"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode("utf-16")), r"a\.jsonl\.gz is UTF-16; save it as UTF-8"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() + b"{"), r"a\.jsonl\.gz, line 2: is not a JSON value"),
+        ("a.parquet.gz", "nonsense", r"a\.parquet\.gz: Parquet magic bytes"),
+        ("a.gz", "nonsense", r"a file without ending is not one of .*\.gz or \.zst"),
         ("a.pkl", "nonsense", r"\.pkl is not one of \.jsonl"),
     ],
 )  # fmt: skip
