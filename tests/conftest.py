@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -42,6 +43,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, int]]]:
+    """What progress bars show, by what they say is done: how much is, and the total, as they go on."""
+    import io
+
+    import tqdm.auto
+
+    shown: dict[str, list[tuple[int, int]]] = {}
+
+    class Shown(tqdm.auto.tqdm):  # type: ignore[type-arg]
+        monitor_interval = 0
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            drawn = super().update(n)
+            shown.setdefault(self.desc, []).append((self.n, self.total))
+            return drawn
+
+        def close(self) -> None:
+            if not self.disable:
+                shown.setdefault(self.desc, []).append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Shown)
+    return shown
 
 
 @pytest.fixture

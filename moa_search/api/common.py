@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Criterion",
     "Dtype",
-    "Progress",
     "Searcher",
     "model_and_tokenizer",
     "require_depths",
@@ -29,9 +28,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Called with the work done and the work in all."""
 
 Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
 Searcher = Literal["exact", "moa", "duo", "per-layer", "recall", "uniform"]

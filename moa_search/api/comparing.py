@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 from moa_search.api.common import (
     Criterion,
-    Progress,
     Searcher,
     model_and_tokenizer,
     require_positive,
@@ -17,6 +16,7 @@ from moa_search.api.common import (
 )
 from moa_search.api.options import load_profile, search_options
 from moa_search.api.validating import held_out_loss
+from moa_search.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,6 @@ def compare_searchers(
     samples: int = 16,
     output: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Compare our search with the baselines at the same budget.
 
@@ -63,7 +62,6 @@ def compare_searchers(
         samples: Held-out samples per length.
         output: Folder to write every plan, compare.csv and measured losses to.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the work done and in all.
 
     Returns:
         One row per searcher: density and predicted loss at every profiled length, CPU seconds, and with ``validate``
@@ -106,7 +104,7 @@ def compare_searchers(
             cache_folder=None if output is None else Path(output) / "validation",
         )
     rows = []
-    candidates = compare(statistics, options, list(dict.fromkeys(searchers)), progress)
+    candidates = compare(statistics, options, list(dict.fromkeys(searchers)))
     for candidate in candidates:
         row: dict[str, object] = {"searcher": candidate.searcher}
         for length, (loss, error) in candidate.losses.items():
@@ -117,13 +115,11 @@ def compare_searchers(
             candidate.plan.save(Path(output) / f"{candidate.searcher}.json")
     table = pd.DataFrame(rows)
     if truth is not None:
-        for index, candidate in enumerate(candidates):
+        for index, candidate in enumerate(progress(candidates, what="Validating", unit="searcher")):
             losses = truth.loss(candidate.plan)
             for length in truth.lengths:
                 estimate = truth.mean(losses, length)
                 table.loc[index, [f"true_loss@{length}", f"true_error@{length}"]] = [estimate.value, estimate.error]
-            if progress is not None:
-                progress(index + 1, len(candidates))
     table.attrs |= {"lengths": list(candidates[0].losses), "true_lengths": truth.lengths if truth else []}
     if output is not None:
         write_csv(table, Path(output) / "compare.csv")

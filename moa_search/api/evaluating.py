@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
     Dtype,
-    Progress,
     model_and_tokenizer,
     require_depths,
     require_plans_fit,
@@ -39,7 +38,6 @@ def evaluate_model(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Score the model dense, under plans and under uniform spans, on held-out items.
 
@@ -59,7 +57,6 @@ def evaluate_model(
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the items.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the tokens done and in all.
 
     Returns:
         One row per variant and item; `moa_search.evaluation.summarise` gives means with intervals.
@@ -90,7 +87,6 @@ def evaluate_model(
         seed=seed,
         answers=answers,
         depths=depths,
-        progress=progress,
     )
     if output is not None:
         write_csv(items, output)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from moa_search.api.common import (
     Dtype,
-    Progress,
     model_and_tokenizer,
     require_plans_fit,
     require_positive,
@@ -18,6 +17,7 @@ from moa_search.api.common import (
 )
 from moa_search.api.variants import given_plans
 from moa_search.errors import ConfigError
+from moa_search.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,6 @@ def run_harness(
     dtype: Dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run EleutherAI's lm-evaluation-harness on the model dense and under plans.
 
@@ -70,7 +69,6 @@ def run_harness(
         dtype: Type of the weights, as for moa-profile.
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the variants done and in all.
 
     Returns:
         One row per variant, task and metric: the harness's value and standard error, and its difference from dense on
@@ -104,7 +102,7 @@ def run_harness(
         metadata=told | ({"max_seq_lengths": list(lengths)} if lengths else {}),
     )
     runs: dict[str, HarnessRun] = {}
-    for number, variant in enumerate(compared.variants, 1):
+    for variant in progress(compared.variants, what="Evaluating", unit="variant"):
         runs[variant.name] = harness.run(
             network,
             tokenizer,
@@ -115,8 +113,6 @@ def run_harness(
             batch_size=batch_size,
             apply_chat_template=apply_chat_template,
         )
-        if progress is not None:
-            progress(number, len(compared.variants))
     summary = harness_summary(runs)
     if output is not None:
         items = pd.concat([run.items.assign(variant=name) for name, run in runs.items()])

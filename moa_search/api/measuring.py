@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
     Dtype,
-    Progress,
     model_and_tokenizer,
     require_lengths,
     require_plans_fit,
@@ -45,7 +44,6 @@ def measure_throughput(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> Throughput:
     """Time prefill and decoding, and weigh memory, dense and under plans, side by side in one run.
 
@@ -71,7 +69,6 @@ def measure_throughput(
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the prompts and of random weights.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the rounds done and in all.
 
     Returns:
         Every run, how exact each plan was, and what the numbers depend on;
@@ -126,7 +123,6 @@ def measure_throughput(
         prefill_chunk=prefill_chunk,
         limit_bytes=None if memory_limit_gib is None else round(memory_limit_gib * 2**30),
         seed=seed,
-        progress=progress,
         keep=None if output is None else partial(_save, output=output),
     )
 

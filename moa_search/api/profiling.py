@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Dtype, Progress, model_and_tokenizer, require_positive, require_writable
+from moa_search.api.common import Dtype, model_and_tokenizer, require_positive, require_writable
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def profile_model(
     positions: int | None = None,
     transforms: str | Profile | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> Profile:
     """Measure what shortening each attention head's view would cost.
 
@@ -74,7 +73,6 @@ def profile_model(
             own by default.
         transforms: Profile of this model whose transforms to use, so that both can be merged; none measures them.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the work done and in all.
 
     Returns:
         The profile; its run tells times, memory and what was taken over from a stopped run.
@@ -109,7 +107,6 @@ def profile_model(
         network, tokenizer = workers.together(lambda: model_and_tokenizer(model, dtype=dtype, **placed))
         require_profilable(network, impl)
         require_context(network.config, max(lengths))
-        calibration_progress, profiling_progress = _split_progress(progress if workers.is_first else None)
         calibration = calibrate(
             network,
             tokenizer,
@@ -121,7 +118,6 @@ def profile_model(
             max_answer_tokens=max_answer_tokens,
             chat=chat,
             workers=workers,
-            progress=calibration_progress,
         )
         if save_samples is not None:
             made = calibration.settings
@@ -146,7 +142,6 @@ def profile_model(
             tiers=tiers,
             positions=positions,
             transforms=given,
-            progress=profiling_progress,
         )
         if output is not None and partial is not None:
             workers.by_first(lambda: profile.save(output))
@@ -175,10 +170,3 @@ def merge_profiles(profiles: Sequence[str | Profile], *, output: str | None = No
     if output is not None:
         pooled.save(output)
     return pooled
-
-
-def _split_progress(progress: Progress | None) -> tuple[Progress | None, Progress | None]:
-    """One bar for two stages: answering the samples, then profiling them, which takes about three times as long."""
-    if progress is None:
-        return None, None
-    return lambda done, total: progress(done, 4 * total), lambda done, total: progress(total + 3 * done, 4 * total)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
     Dtype,
-    Progress,
     Searcher,
     model_and_tokenizer,
     require_depths,
@@ -19,6 +18,7 @@ from moa_search.api.common import (
 )
 from moa_search.api.variants import given_plans, searched_plans
 from moa_search.errors import ConfigError
+from moa_search.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,6 @@ def report_model(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run dense attention, plans and baselines over tasks and lengths, and write a page about it.
 
@@ -85,7 +84,6 @@ def report_model(
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the items.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the tokens done and in all.
 
     Returns:
         What effective.csv holds: how far every variant carries on each retrieval task, with its multiples over uniform
@@ -120,8 +118,9 @@ def report_model(
     require_plans_fit(compared.plans, network)
     require_context(network.config, max(lengths))
     grid = Grid(counts, tuple(depths), seed, answers)
-    evaluator = Evaluator(network, tokenizer, Path(output) / "cells", _meter(progress, grid.work(kinds, len(names))))
-    measured = _measure(evaluator, compared, kinds, grid, windows=windows, refine=refine)
+    with progress(what="Evaluating", unit="token", total=grid.work(kinds, len(names))) as bar:
+        evaluator = Evaluator(network, tokenizer, Path(output) / "cells", bar.update)
+        measured = _measure(evaluator, compared, kinds, grid, windows=windows, refine=refine)
     settings = {
         "model": model if isinstance(model, str) else getattr(network.config, "name_or_path", "") or "a loaded model",
         "dtype": dtype_name(network),
@@ -141,18 +140,6 @@ def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
         raise ConfigError(f"samples: {len(samples)} numbers for {len(lengths)} lengths; give one, or one for each")
     each = list(samples) * len(lengths) if len(samples) == 1 else list(samples)
     return dict(sorted(zip(lengths, each, strict=True)))
-
-
-def _meter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def report(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if progress is not None:
-            progress(done, max(done, total))  # lengths in between and windows come on top
-
-    return report
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import (
     Criterion,
-    Progress,
     Searcher,
     model_and_tokenizer,
     require_positive,
@@ -48,7 +47,6 @@ def search_front(
     validate: str | None = None,
     output: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> Front:
     """Find the best spans for a memory budget.
 
@@ -83,7 +81,6 @@ def search_front(
             (moa-search validate has more options).
         output: Folder to write plan.json and front/ to.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the solves done and in all.
 
     Returns:
         The front with its chosen plan.
@@ -124,10 +121,7 @@ def search_front(
         time_limit_s=time_limit_s,
         front_steps=front_steps,
     )
-    if densities:
-        front = search_densities(statistics, options, list(densities), progress)
-    else:
-        front = search_profile(statistics, options, progress)
+    front = search_densities(statistics, options, list(densities)) if densities else search_profile(statistics, options)
     if output is not None:
         front.save(output)
         if densities:
@@ -135,7 +129,7 @@ def search_front(
 
             save_density_plot(front, Path(output) / "front" / "densities.png")
     if network is not None:
-        front, _ = try_front(front, network, folder=None if output is None else Path(output), progress=progress)
+        front, _ = try_front(front, network, folder=None if output is None else Path(output))
     return front
 
 

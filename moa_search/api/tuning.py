@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from moa_search.api.common import (
     Criterion,
     Dtype,
-    Progress,
     require_positive,
     require_profile_fits,
     require_writable_folder,
@@ -55,7 +54,6 @@ def tune_plan(
     seed: int = 0,
     time_limit_s: float = 20.0,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> Summary:
     """Search settings of the exact search by the true loss of the plans they lead to.
 
@@ -89,7 +87,6 @@ def tune_plan(
         seed: Of the samples and the sampler.
         time_limit_s: Seconds for each solve.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the trials done and in all.
 
     Returns:
         Where the study stands; the best plan is in the output folder.
@@ -157,9 +154,9 @@ def tune_plan(
     if workers == 1:
         run = setup.start(devices[0] if devices else "auto")
         cost = run.cost if tuning.with_cost else None
-        summary = tune(tuning, run.decode, run.evaluate, seeds, cost, progress=progress)
+        summary = tune(tuning, run.decode, run.evaluate, seeds, cost)
     else:
-        summary = tune_in_parallel(tuning, _worker, [setup], seeds, devices=devices, progress=progress)
+        summary = tune_in_parallel(tuning, _worker, [setup], seeds, devices=devices)
     _export(tuning, summary, setup)
     return summary
 
@@ -242,11 +239,13 @@ def _worker(index: int, device: str | None, tuning: Tuning, setup: _Setup) -> No
     """Run trials in a process of its own."""
     from transformers.utils import logging
 
+    from moa_search.progress import no_bars
     from moa_search.search.tuning import work
 
-    logging.disable_progress_bar()  # it would write across the bar of all workers
-    run = setup.start(device)
-    work(tuning, run.decode, run.evaluate, run.cost if tuning.with_cost else None, worker=index)
+    logging.disable_progress_bar()
+    with no_bars():  # they would write across the bar of all workers
+        run = setup.start(device)
+        work(tuning, run.decode, run.evaluate, run.cost if tuning.with_cost else None, worker=index)
 
 
 def _front_weights(lengths: int) -> list[tuple[float, ...]]:

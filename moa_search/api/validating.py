@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Dtype, Progress, model_and_tokenizer, require_positive, require_writable
+from moa_search.api.common import Dtype, model_and_tokenizer, require_positive, require_writable
 from moa_search.errors import ConfigError
+from moa_search.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,6 @@ def validate_front(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run every plan of a front on held-out samples, and choose the one that loses least.
 
@@ -60,7 +60,6 @@ def validate_front(
         device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
         seed: Of the held-out samples.
         trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        progress: Told the tokens done and in all.
 
     Returns:
         One row per plan and length: its ``true_loss`` in nats per answer token, the ``dense_loss`` of the same samples,
@@ -81,7 +80,7 @@ def validate_front(
     require_writable(str(Path(folder) / TABLE))
     network = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     drawn: dict[str, Any] = {"sources": sources, "samples": samples, "seed": seed, "answers": answers, "chat": chat}
-    return try_front(front, network, lengths=lengths, folder=Path(folder), progress=progress, **drawn)[1]
+    return try_front(front, network, lengths=lengths, folder=Path(folder), **drawn)[1]
 
 
 def try_front(
@@ -92,7 +91,6 @@ def try_front(
     folder: Path | None = None,
     sources: Sequence[str] = ("passkey", "copy"),
     samples: int = 16,
-    progress: Progress | None = None,
     **drawn: Any,
 ) -> tuple[Front, pd.DataFrame]:
     """Run every plan of a front on held-out samples; the one that loses least is chosen.
@@ -104,7 +102,6 @@ def try_front(
         folder: That the front lies in, where there is one: results are kept in it.
         sources: As for `held_out_loss`.
         samples: Samples per length.
-        progress: Told the tokens done and in all.
         drawn: Further arguments of `held_out_loss`.
 
     Returns:
@@ -129,7 +126,7 @@ def try_front(
         cache_folder=None if folder is None else folder / "validation",
         **drawn,
     )
-    tried = front.replaced(_measure(truth, front, folder, progress), front.chosen_index)
+    tried = front.replaced(_measure(truth, front, folder), front.chosen_index)
     best = min(_rivals(front), key=lambda index: truth.evaluate(front.plans[index]))
     rows = _rows(truth, front, best)
     tried = tried.replaced(tried.plans, best)
@@ -204,7 +201,7 @@ def _default_lengths(plans: Sequence[Plan], config: Any) -> list[int]:
     return [2 * longest if context is None else min(2 * longest, context)]
 
 
-def _measure(truth: TrueLoss, front: Front, folder: Path | None, progress: Progress | None) -> list[Plan]:
+def _measure(truth: TrueLoss, front: Front, folder: Path | None) -> list[Plan]:
     """The plans with what they lost. Dense attention is measured first, then the chosen plan, each distinct plan once.
 
     Each result is written at once where there is a folder.
@@ -212,10 +209,10 @@ def _measure(truth: TrueLoss, front: Front, folder: Path | None, progress: Progr
     alike: dict[str, list[int]] = {}
     for index in sorted(range(len(front.plans)), key=lambda index: not front.is_chosen(index)):
         alike.setdefault(front.plans[index].fingerprint, []).append(index)
-    runs, plans = 1 + len(alike), list(front.plans)
-    truth.loss(None, _part_of(progress, 0, runs))
-    for run, places in enumerate(alike.values(), 1):
-        truth.loss(plans[places[0]], _part_of(progress, run, runs))
+    plans = list(front.plans)
+    truth.loss(None)
+    for places in progress(alike.values(), what="Validating", unit="plan"):
+        truth.loss(plans[places[0]])
         for index in places:
             plans[index] = _validated(truth, plans[index])
             if folder is not None:
@@ -233,13 +230,6 @@ def _rivals(front: Front) -> list[int]:
     places = range(len(front.plans))
     allowed = {budgets(index) for index in places if front.chosen_index is None or front.is_chosen(index)}
     return [index for index in places if budgets(index) in allowed]
-
-
-def _part_of(progress: Progress | None, run: int, runs: int) -> Callable[[int, int], None] | None:
-    """Progress of one of several runs of the same length."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(run * total + done, runs * total)
 
 
 def _validated(truth: TrueLoss, plan: Plan) -> Plan:

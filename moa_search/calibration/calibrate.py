@@ -17,6 +17,7 @@ from moa_search.errors import ConfigError, FileFormatError, ModelMismatchError
 from moa_search.formats.files import canonical_json, sha256_of
 from moa_search.modeling.loading import cache_dir, weights_hash
 from moa_search.parallel import ALONE, Workers
+from moa_search.progress import progress
 from moa_search.tasks.collecting import Answerer, DataAnswers, collect
 from moa_search.tasks.drawing import Drawing
 from moa_search.tasks.sources import parse_source
@@ -26,7 +27,6 @@ __all__ = ["Answers", "Calibration", "Chat", "calibrate"]
 
 Answers = Literal["model", "dataset"]
 Chat = Literal["auto", "never"]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ def calibrate(
     max_answer_tokens: int = 64,
     chat: Chat = "auto",
     workers: Workers = ALONE,
-    progress: Progress | None = None,
     cache: bool = True,
 ) -> Calibration:
     """Draw samples, have them answered, and keep those that are answered rightly.
@@ -78,7 +77,6 @@ def calibrate(
         max_answer_tokens: Room for answers in the model's own words.
         chat: ``auto``: within the tokenizer's chat template, where it has one; ``never``: plain text.
         workers: Processes that share the answering.
-        progress: Told the tokens of samples done and in all.
         cache: Whether answers of the model are kept in the cache folder and used again.
 
     Raises:
@@ -107,11 +105,11 @@ def calibrate(
         "data": drawing.data,
     }
     if answers == "dataset":
-        return _collected(drawing, DataAnswers(), settings, progress)
+        return _collected(drawing, DataAnswers(), settings, workers)
     settings["max_answer_tokens"] = max_answer_tokens
 
     def work() -> Calibration:
-        return _collected(drawing, ModelAnswers(model, tokenizer, frame, workers), settings, progress)
+        return _collected(drawing, ModelAnswers(model, tokenizer, frame, workers), settings, workers)
 
     if not cache:
         return work()
@@ -120,16 +118,10 @@ def calibrate(
     return _cached(cache_dir() / "calibration" / key, tokenizer, split, workers, work)
 
 
-def _collected(drawing: Drawing, answer: Answerer, settings: dict[str, Any], progress: Progress | None) -> Calibration:
-    total, done = len(drawing.turns) * sum(drawing.saved), 0
-
-    def report(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if progress is not None:
-            progress(done, total)
-
-    samples, answered = collect(drawing, answer, report)
+def _collected(drawing: Drawing, answer: Answerer, settings: dict[str, Any], workers: Workers) -> Calibration:
+    total = len(drawing.turns) * sum(drawing.saved)
+    with progress(what="Calibrating", unit="token", total=total, show=workers.is_first) as bar:
+        samples, answered = collect(drawing, answer, bar.update)
     return Calibration(samples, answered, {**settings, "answered": answered})
 
 

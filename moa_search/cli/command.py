@@ -12,12 +12,14 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from moa_search.errors import ConfigError, MoAError
 from moa_search.formats.files import nearest
+from moa_search.progress import no_bars
 from moa_search.version import __version__
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EXIT_BAD_INPUT", "build_parser", "open_console", "parse", "run"]
 
-NOT_FLAGS = ("progress",)
 LOADING_OPTIONS = ("model", "random_weights", "validate")
 """Options that make a command load a model."""
 
@@ -60,9 +61,8 @@ def build_parser(
     )
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     for name, parameter in inspect.signature(function).parameters.items():
-        if name in NOT_FLAGS:
-            continue
         default = parameter.default
         options: dict[str, Any] = {
             "help": helps[name].replace("%", "%%"),
@@ -108,7 +108,6 @@ def run(
     show: Callable[..., None],
     *,
     first: str,
-    task: str | None = None,
     required: Sequence[str] = (),
     interrupted: str = "nothing was written",
     arguments: Sequence[str] | None = None,
@@ -123,7 +122,6 @@ def run(
         function: API function.
         show: Prints its result, given the result and the options.
         first: Name of the function's first parameter; "config" for the configuration file.
-        task: What a progress bar says, or None for no bar.
         required: Options that must be given.
         interrupted: What to say when the user stops it.
         arguments: Command line; ``sys.argv`` if None.
@@ -135,13 +133,17 @@ def run(
         options = vars(parse(build_parser(program, function, first=first, also=also), arguments, first=first))
         for name in ("config", "debug"):
             options.pop(name, None)
+        quiet = options.pop("quiet") or not prints
         parameter = inspect.signature(function).parameters.get(first)  # none is called "config"
         needed = parameter is not None and parameter.default is inspect.Parameter.empty
         for name in (*((first,) if needed else ()), *required):
             if not options.get(name):
                 given = name if name == first and name != "model" else f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{given} is required; see {program} --help")
-        result = _with_progress(function, task if prints else None, options)
+        if any(options.get(name) for name in LOADING_OPTIONS):  # a search alone needs no transformers
+            _quiet_transformers()
+        with no_bars() if quiet else nullcontext():
+            result = function(**options)
         if prints:
             show(result, **options)
     except MoAError as error:
@@ -170,45 +172,8 @@ def open_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
 
 
-def _with_progress(function: Callable[..., Any], task: str | None, options: dict[str, Any]) -> Any:
-    if task is None:
-        return function(**options)
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    if any(options.get(name) for name in LOADING_OPTIONS):  # a search alone needs no transformers
-        _quiet_transformers()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        row = bar.add_task(f"{task}: loading", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(row, description=task, completed=done, total=total)
-
-        try:
-            return function(**options, progress=progress)
-        except MoAError:
-            bar.live.transient = True  # a bar of what came to nothing isn't left above the error
-            raise
-
-
 def _quiet_transformers() -> None:
-    """Its bars for weights and shards would fight with ours."""
+    """Its warnings and its bars for weights and shards, which it draws outside of terminals, too."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -86,7 +86,6 @@ COMMANDS: dict[str, Subcommand] = {
         report_model,
         show_report,
         first="config",
-        task="measuring",
         required=("model", "output"),
         interrupted="what was measured is kept; the same command goes on from here",
     ),
@@ -95,7 +94,6 @@ COMMANDS: dict[str, Subcommand] = {
         measure_throughput,
         show_throughput,
         first="model",
-        task="measuring",
     ),
 }
 
@@ -103,4 +101,4 @@ COMMANDS: dict[str, Subcommand] = {
 def main() -> NoReturn:
     """Entry point."""
     run_subcommand("moa-eval", COMMANDS, otherwise="a model")
-    run("moa-eval", evaluate_model, show, first="model", task="evaluating", also=descriptions(COMMANDS))
+    run("moa-eval", evaluate_model, show, first="model", also=descriptions(COMMANDS))

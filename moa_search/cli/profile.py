@@ -54,7 +54,6 @@ def main() -> NoReturn:
         profile_model,
         show,
         first="model",
-        task="profiling",
         required=("output",),
         interrupted="the same command goes on from here",
     )

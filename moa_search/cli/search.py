@@ -90,19 +90,15 @@ COMMANDS = {
         validate_front,
         show_validation,
         first="folder",
-        task="validating",
         required=("model",),
         interrupted="what was measured is kept; the same command goes on from here",
     ),
-    "compare": Subcommand(
-        "sets the baselines beside our search", compare_searchers, show_comparison, first="profile", task="comparing"
-    ),
+    "compare": Subcommand("sets the baselines beside our search", compare_searchers, show_comparison, first="profile"),
     "tune": Subcommand(
         "searches settings of the search by true loss",
         tune_plan,
         show_study,
         first="profile",
-        task="tuning",
         required=("model", "output"),
         interrupted="the study is kept; the same command goes on from here",
     ),
@@ -124,7 +120,6 @@ def main() -> NoReturn:
         search_front,
         show,
         first="profile",
-        task="searching",
         required=("output",),
         also=descriptions(COMMANDS),
     )

@@ -23,7 +23,6 @@ class Subcommand:
         function: API function.
         show: Prints its result.
         first: Name of the function's first parameter.
-        task: What a progress bar says, or None for no bar.
         required: Options that must be given.
         interrupted: What to say when the user stops it.
     """
@@ -32,7 +31,6 @@ class Subcommand:
     function: Callable[..., Any]
     show: Callable[..., None]
     first: str
-    task: str | None = None
     required: Sequence[str] = ()
     interrupted: str = "nothing was written"
 
@@ -55,7 +53,6 @@ def run_subcommand(program: str, subcommands: Mapping[str, Subcommand], *, other
             found.function,
             found.show,
             first=found.first,
-            task=found.task,
             required=found.required,
             interrupted=found.interrupted,
             arguments=sys.argv[2:],

@@ -15,6 +15,7 @@ from moa_search.errors import ConfigError
 from moa_search.evaluation.scoring import score_item
 from moa_search.formats.files import nearest
 from moa_search.formats.plan import Plan
+from moa_search.progress import progress
 from moa_search.runtime import applied
 from moa_search.spans import SpanRule
 from moa_search.tasks import AnswerMode, Task, require_tasks
@@ -168,7 +169,6 @@ def compare_variants(
     seed: int,
     answers: AnswerMode = "forced",
     depths: Sequence[float] = (),
-    progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Score every variant on the same items.
 
@@ -182,7 +182,6 @@ def compare_variants(
         seed: Of the items.
         answers: How items are answered.
         depths: Where the sought text stands, 0 to 1; by default spread evenly.
-        progress: Told after each item the tokens done and in all.
 
     Returns:
         One row per variant and item (or part of it, such as a slice of a document): ``task``, ``length``, ``variant``,
@@ -191,29 +190,23 @@ def compare_variants(
     """
     rows = []
     kinds, lengths = require_tasks(tasks), list(dict.fromkeys(lengths))  # an item scored twice is no second item
-    done, total = 0, len(variants) * sum(lengths) * count * sum(task.places(depths) for task in kinds)
-
-    def report(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if progress is not None:
-            progress(done, total)
-
-    for length in lengths:
-        for task in kinds:
-            samples = task.held_out(tokenizer, length=length, count=count, seed=seed, depths=depths)
-            measured: dict[
-                str | None, list[dict[str, Any]]
-            ] = {}  # by what the plan does: uniform spans may be the same
-            for variant in variants:
-                plan = variant.plan_at(length)
-                does = None if plan is None else plan.fingerprint
-                if does in measured:
-                    report(sum(sample.target_length for sample in samples))
-                else:
-                    measured[does] = measure(model, plan, task, samples, answers=answers, report=report)
-                keys = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
-                rows += [{**keys, **row} for row in measured[does]]
+    total = len(variants) * sum(lengths) * count * sum(task.places(depths) for task in kinds)
+    with progress(what="Evaluating", unit="token", total=total) as bar:
+        for length in lengths:
+            for task in kinds:
+                samples = task.held_out(tokenizer, length=length, count=count, seed=seed, depths=depths)
+                measured: dict[
+                    str | None, list[dict[str, Any]]
+                ] = {}  # by what the plan does: uniform spans may be the same
+                for variant in variants:
+                    plan = variant.plan_at(length)
+                    does = None if plan is None else plan.fingerprint
+                    if does in measured:
+                        bar.update(sum(sample.target_length for sample in samples))
+                    else:
+                        measured[does] = measure(model, plan, task, samples, answers=answers, report=bar.update)
+                    keys = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
+                    rows += [{**keys, **row} for row in measured[does]]
     return pd.DataFrame(rows)
 
 

@@ -24,6 +24,7 @@ from moa_search.formats import Plan
 from moa_search.formats.plan import Validation
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.text import dtype_name
+from moa_search.progress import progress
 from moa_search.runtime import remove_plan
 
 __all__ = ["Estimate", "TrueLoss"]
@@ -93,14 +94,13 @@ class TrueLoss:
         """How many samples of a length there are."""
         return len(self._items[length])
 
-    def loss(self, plan: Plan | None, progress: Callable[[int, int], None] | None = None) -> Losses:
+    def loss(self, plan: Plan | None) -> Losses:
         """Mean negative log-likelihood of every sample's answer, teacher-forced.
 
         A plan that is anchored at the prompt's end runs with its spans for the samples' length.
 
         Args:
             plan: The plan; None for dense attention.
-            progress: Told the tokens done and in all.
 
         Returns:
             Nats per answer token, ``[sample]``.
@@ -110,23 +110,17 @@ class TrueLoss:
             MoAError: A loss isn't finite, or a sample doesn't fit the GPU's memory.
         """
         remove_plan(self._model)
-        losses, done = np.empty(len(self.samples)), 0
-
-        def report(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            if progress is not None:
-                progress(done, self.tokens)
-
-        for length, items in self._items.items():
-            key = self._key(plan, length)
-            found = self._cache.get(key, len(items))
-            if found is None:
-                found = self._measured(plan, length, report)
-                self._cache.put(key, found)
-            else:
-                report(length * len(items))
-            losses[items] = found
+        losses = np.empty(len(self.samples))
+        with progress(what="Measuring losses", unit="token", total=self.tokens) as bar:
+            for length, items in self._items.items():
+                key = self._key(plan, length)
+                found = self._cache.get(key, len(items))
+                if found is None:
+                    found = self._measured(plan, length, bar.update)
+                    self._cache.put(key, found)
+                else:
+                    bar.update(length * len(items))
+                losses[items] = found
         return losses
 
     def mean(self, values: Losses, length: int | None = None) -> Estimate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,14 @@ from moa_search.profiling.memory import on_gpu, peak_memory_bytes, reset_peak_me
 from moa_search.profiling.results import Results
 from moa_search.profiling.tiers import TierAccumulator, TierMeter
 from moa_search.profiling.transforms import measure_transforms
+from moa_search.progress import progress
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 from moa_search.version import __version__
 
-__all__ = ["Progress", "profile_samples", "require_profilable"]
+__all__ = ["profile_samples", "require_profilable"]
 
 BYTES_PER_WEIGHT = 2
 """What a model is served with, whatever type it was profiled in."""
-
-Progress = Callable[[int, int], None]
-"""Called with the tokens done and the tokens in all."""
 
 
 def profile_samples(
@@ -67,7 +65,6 @@ def profile_samples(
     tiers: Sequence[int] = (),
     positions: int | None = None,
     transforms: Profile | None = None,
-    progress: Progress | None = None,
 ) -> Profile:
     """Measure the influence of shorter windows on every KV head.
 
@@ -93,7 +90,6 @@ def profile_samples(
             computed by torch whatever ``impl``.
         positions: Tokens of the longest context that the keys' transforms are meant for; the model's own by default.
         transforms: A profile of this model whose transforms are used instead of measuring some.
-        progress: Told after each sample.
 
     Returns:
         The profile, on every process.
@@ -146,7 +142,7 @@ def profile_samples(
         fixed = workers.from_first(workers.by_first(lambda: results.once("transforms", measured)))
         assert fixed is not None
         meter = dataclasses.replace(meter, tiers=TierMeter(bits, positions, fixed, block, row_buckets))
-    seconds = _measure_all(meter, samples, results, workers, checkpointing, progress)
+    seconds = _measure_all(meter, samples, results, workers, checkpointing)
 
     pooled = workers.by_first(lambda: _pool(meter, samples, results, settings, model_name, seconds))
     profile = workers.from_first(pooled)
@@ -240,15 +236,16 @@ def _measure_all(
     results: Results,
     workers: Workers,
     checkpointing: bool,
-    progress: Progress | None,
 ) -> dict[int, list[float]]:
     """Measure what ``results`` lacks; the seconds of each sample, by target length, on the first process."""
     done = set(workers.from_first(results.numbers))
     left = [number for number in range(len(samples)) if number not in done]
-    total, finished = sum(sample.length for sample in samples), sum(samples[number].length for number in done)
     seconds: dict[int, list[float]] = {}
     reset_peak_memory()
-    with observed(meter.model) as modules, checkpointed(meter.model, checkpointing):
+    total = sum(sample.length for sample in samples)
+    bar = progress(what="Profiling", unit="token", total=total, show=workers.is_first)
+    with bar, observed(meter.model) as modules, checkpointed(meter.model, checkpointing):
+        bar.update(sum(samples[number].length for number in done))
         for numbers in workers.rounds(left):
             mine = workers.own(numbers)
             measured = workers.together(lambda: [meter.measure(modules, samples[n], n) for n in mine])  # noqa: B023
@@ -256,9 +253,7 @@ def _measure_all(
             workers.together(lambda: results.put(dict(zip(numbers, gathered, strict=False))))  # noqa: B023
             for number, result in zip(numbers, gathered, strict=False):
                 seconds.setdefault(samples[number].target_length, []).append(result.seconds)
-            finished += sum(samples[number].length for number in numbers)
-            if progress is not None:
-                progress(finished, total)
+            bar.update(sum(samples[number].length for number in numbers))
     return seconds
 
 

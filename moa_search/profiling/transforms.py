@@ -23,6 +23,7 @@ from moa_search.errors import ProfilingError
 from moa_search.formats import ModelSignature
 from moa_search.modeling.attention import swapped
 from moa_search.profiling.attention import dense, no_mask
+from moa_search.progress import progress
 
 __all__ = ["MOMENT_SAMPLES", "first_position", "measure_transforms"]
 
@@ -69,7 +70,7 @@ def measure_transforms(
     chosen = sorted(samples, key=lambda sample: sample.target_length)[:MOMENT_SAMPLES]
     shifts = bool(signature.rope) and "position_ids" in inspect.signature(model.forward).parameters
     with swapped(model, IMPLEMENTATION, attention, no_mask), torch.no_grad():
-        for number, sample in enumerate(chosen):
+        for number, sample in enumerate(progress(chosen, what="Measuring keys", unit="sample")):
             ids = torch.from_numpy(sample.ids)[None].to(model.get_input_embeddings().weight.device)
             options: dict[str, Any] = {}
             if shifts:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
+from moa_search.progress import progress
 from moa_search.search.losses import plan_losses
 from moa_search.search.searchers import find_searcher
 from moa_search.search.searching import search_profile
@@ -38,7 +39,6 @@ def compare_searchers(
     profile: Profile,
     options: SearchOptions,
     searchers: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
     """The chosen plan of every searcher, judged by one criterion, ``options.criterion``.
 
@@ -46,7 +46,6 @@ def compare_searchers(
         profile: Influence statistics.
         options: Budgets and all else; ``searcher`` doesn't count.
         searchers: Names of searchers.
-        progress: Told the searchers done and in all.
 
     Raises:
         MoAError: As `search_profile`.
@@ -54,14 +53,12 @@ def compare_searchers(
     for name in searchers:
         find_searcher(name)
     candidates = []
-    for done, name in enumerate(searchers, 1):
+    for name in progress(searchers, what="Searching", unit="searcher"):
         began = time.process_time()
         plan = search_profile(profile, dataclasses.replace(options, searcher=name)).chosen
         seconds = time.process_time() - began
         losses = predicted_losses(profile, plan, options.criterion)
         candidates.append(Candidate(name, plan, losses, seconds))
-        if progress is not None:
-            progress(done, len(searchers))
     return candidates
 
 

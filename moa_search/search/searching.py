@@ -10,10 +10,10 @@ from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
 from moa_search.formats.plan import LengthMetrics, Plan, Provenance
 from moa_search.formats.profile import Profile
+from moa_search.progress import progress
 from moa_search.search.budgets import BudgetSpec, used
 from moa_search.search.front import BudgetUse, Front
 from moa_search.search.searchers import Searcher, find_searcher
-from moa_search.search.searchers.base import Progress
 from moa_search.search.space import SearchOptions, SearchSpace, density_specs
 from moa_search.search.trade_off import FrontPoint, knee
 from moa_search.spans import DENSE
@@ -25,13 +25,12 @@ AHEAD = 2
 """Furthest length that counts by default, in multiples of the longest profiled one."""
 
 
-def search_profile(profile: Profile, options: SearchOptions, progress: Progress | None = None) -> Front:
+def search_profile(profile: Profile, options: SearchOptions) -> Front:
     """Search the front of plans that keep the budgets.
 
     Args:
         profile: Influence statistics.
         options: Budgets, criterion, searcher and all else.
-        progress: Told the solves done and in all.
 
     Raises:
         ConfigError: An unknown criterion or searcher, or an option out of range.
@@ -40,32 +39,28 @@ def search_profile(profile: Profile, options: SearchOptions, progress: Progress 
     """
     searcher = find_searcher(options.searcher)
     space = make_space(profile, options, searcher)
-    points = searcher.choose(space, progress)
+    points = searcher.choose(space)
     chosen = points[0].solution.choice
     plans = [plan_of(space, searcher, point) for point in points]
     return Front(plans, usage=[BudgetUse(row.spec, used(row, chosen)) for row in space.rows])
 
 
-def search_densities(
-    profile: Profile, options: SearchOptions, densities: Sequence[float], progress: Progress | None = None
-) -> Front:
+def search_densities(profile: Profile, options: SearchOptions, densities: Sequence[float]) -> Front:
     """The best plan for each of several densities, and the one where keeping more stops paying.
 
     Args:
         profile: Influence statistics.
         options: All else; ``density`` and ``front_steps`` don't count.
         densities: Each holds at every budget length.
-        progress: Told the solves done and in all.
 
     Raises:
         MoAError: As `search_profile`.
     """
     asked = sorted(set(densities))
-    fronts = []
-    for done, density in enumerate(asked, 1):
-        fronts.append(search_profile(profile, replace(options, density=[density], front_steps=0)))
-        if progress is not None:
-            progress(done, len(asked))
+    fronts = [
+        search_profile(profile, replace(options, density=[density], front_steps=0))
+        for density in progress(asked, what="Searching", unit="density")
+    ]
     plans = [front.chosen for front in fronts]
     found = knee(asked, [_weighted_loss(plan) for plan in plans])
     chosen = asked.index(densities[0]) if found is None else found

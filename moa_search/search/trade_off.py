@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.errors import ConfigError, SolverError
+from moa_search.progress import progress
 from moa_search.search.solver import Problem, Solution
 
 __all__ = ["FrontPoint", "default_steps", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
@@ -81,7 +82,6 @@ def trade_off(
     *,
     steps: int | None = None,
     weights: Sequence[float] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[FrontPoint]:
     """The front over lengths by weighted sums; the first point has the weights asked for.
 
@@ -95,7 +95,6 @@ def trade_off(
         solve: Exact solver.
         steps: Steps of the weight lattice; 0 for the first point alone, None for `default_steps`.
         weights: Of the first point, one per length; equal ones if None.
-        progress: Told the solves done and in all.
     """
     worst = _worst(losses, problem)
     solved: list[FrontPoint] = []
@@ -103,13 +102,11 @@ def trade_off(
     first = tuple(weight / sum(asked) for weight in asked)
     steps = default_steps(len(losses)) if steps is None else steps
     vectors = list(dict.fromkeys([first, *(lattice(len(losses), steps) if steps else ())]))
-    for done, vector in enumerate(vectors, 1):
+    for vector in progress(vectors, what="Searching", unit="plan"):
         point_weights = _weights(vector, worst)
         weighted = sum(w * loss for w, loss in zip(point_weights, losses, strict=True))
         solution = solve(dataclasses.replace(problem, losses=np.asarray(weighted)))
         solved.append(FrontPoint(point_weights, _values(losses, solution.choice), solution))
-        if progress is not None:
-            progress(done, len(vectors))
     best = [_best_for(point, solved) for point in solved]
     return [best[0], *(point for point in _undominated(best) if point.losses != best[0].losses)]
 
@@ -121,7 +118,6 @@ def epsilon_cells(
     *,
     cells: int,
     weights: Sequence[float] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[FrontPoint]:
     """The front by ε-constraints, as MoA makes it: one length's loss is minimised, the others' are bounded.
 
@@ -135,7 +131,6 @@ def epsilon_cells(
         solve: Exact solver; a cell that it raises SolverError for, since it has no choice, is left out.
         cells: Parts that a length's range of losses is cut into.
         weights: That the first point is chosen by, one per length; equal ones if None.
-        progress: Told the solves done and in all.
 
     Raises:
         SolverError: No choice was found even without a bound on the other lengths.
@@ -144,7 +139,6 @@ def epsilon_cells(
     worst = _worst(losses, problem)
     scaled = [loss / unit for loss, unit in zip(losses, worst, strict=True)]
     shares = list(itertools.product(range(1, cells), repeat=len(losses) - 1)) if len(losses) > 1 else []
-    total = len(losses) * (1 + len(shares))
     solved: list[FrontPoint] = []
 
     def add(primary: int, bounded: Problem) -> tuple[float, ...]:
@@ -153,23 +147,20 @@ def epsilon_cells(
         solved.append(FrontPoint(alone_counts, _values(losses, solution.choice), solution))
         return _values(scaled, solution.choice)
 
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
-
-    alone = []
-    for primary in lengths:
-        alone.append(add(primary, problem))
-        report(len(alone))
-    for done, (primary, share) in enumerate(itertools.product(lengths, shares), len(alone) + 1):
-        others = [length for length in lengths if length != primary]
-        limits = []
-        for other, part in zip(others, share, strict=True):
-            best, here = alone[other][other], alone[primary][other]
-            limits.append(best + (here - best) * part / cells)
-        with contextlib.suppress(SolverError):
-            add(primary, _bounded(problem, [scaled[other] for other in others], limits))
-        report(done)
+    with progress(what="Searching", unit="plan", total=len(losses) * (1 + len(shares))) as bar:
+        alone = []
+        for primary in lengths:
+            alone.append(add(primary, problem))
+            bar.update()
+        for primary, share in itertools.product(lengths, shares):
+            others = [length for length in lengths if length != primary]
+            limits = []
+            for other, part in zip(others, share, strict=True):
+                best, here = alone[other][other], alone[primary][other]
+                limits.append(best + (here - best) * part / cells)
+            with contextlib.suppress(SolverError):
+                add(primary, _bounded(problem, [scaled[other] for other in others], limits))
+            bar.update()
 
     asked = [1.0] * len(losses) if weights is None else weights
 

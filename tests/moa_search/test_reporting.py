@@ -135,13 +135,12 @@ def test_bad_input_is_one_line_before_the_work(config, monkeypatch, capsys, chan
     assert "Traceback" not in err
 
 
-def test_from_python_with_a_loaded_model(tiny_model_dir, tmp_path):
+def test_from_python_with_a_loaded_model(tiny_model_dir, tmp_path, bars):
     loaded = load_model(str(tiny_model_dir), dtype="float32")
     plan = Plan.uniform(SpanRule(100, 0), ModelSignature.of(loaded[0].config))
-    seen = []
     effective = api.report_model(
         loaded, output=str(tmp_path / "out"), plan=[plan], tasks=["passkey"], lengths=[300], samples=[1],
-        against=[], progress=lambda *done: seen.append(done),
+        against=[],
     )  # fmt: skip
     assert effective["variant"].tolist() == ["dense", "uniform like plan 1", "plan 1"]
-    assert seen[-1] == (900, 900)
+    assert bars["Evaluating"][-1] == (900, 900)

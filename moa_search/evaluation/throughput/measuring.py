@@ -20,6 +20,7 @@ from moa_search.evaluation.throughput.running import Run, run_once
 from moa_search.evaluation.throughput.ways import Way, forget_compiled, generating_on
 from moa_search.modeling.private import attention_of
 from moa_search.modeling.text import dtype_name, text_config
+from moa_search.progress import progress
 from moa_search.version import __version__
 
 __all__ = ["LARGEST", "Throughput", "measure"]
@@ -65,7 +66,6 @@ def measure(
     prefill_chunk: int | None = None,
     limit_bytes: int | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
     keep: Callable[[Throughput], None] | None = None,
 ) -> Throughput:
     """Time every way at every length and batch.
@@ -84,7 +84,6 @@ def measure(
         prefill_chunk: Tokens that a prefill handles at once; None for what transformers and the plan do by themselves.
         limit_bytes: Bound for `LARGEST`; see `Probe`.
         seed: Of the prompts, which are random tokens.
-        progress: Told the lengths times rounds done and in all.
         keep: Given what was found so far after each length, so that a run that fails later isn't lost.
 
     Returns:
@@ -98,9 +97,9 @@ def measure(
     gates = tuple(verify(model, way, seed) for way in ways if way.plan is not None)
     rows: list[dict[str, Any]] = []
     lengths = list(dict.fromkeys(lengths))
-    total, done = len(lengths) * (repetitions + 1), 0
     facts = _facts(model) | {"decode_tokens": str(decode_tokens), "prefill_chunk": str(prefill_chunk)}
-    with old_objects_kept(), generating_on(model, prefill_chunk=prefill_chunk):
+    bar = progress(what="Timing", unit="round", total=len(lengths) * (repetitions + 1))
+    with bar, old_objects_kept(), generating_on(model, prefill_chunk=prefill_chunk):
         for length in lengths:
             forget_compiled(model)  # graphs of another length only take memory
             cells = _cells(model, ways, length, batches, decode_tokens, limit_bytes)
@@ -111,9 +110,7 @@ def measure(
                     run = _run(model, cell, prompts, decode_tokens)
                     if repetition >= 0:
                         rows.append({**_keys(cell, length), "repetition": repetition, **vars(run)})
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+                bar.update()
             if keep is not None:
                 keep(Throughput(pd.DataFrame(rows), gates, facts))
     return Throughput(pd.DataFrame(rows), gates, facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from moa_search.search.rules import rule_grid
@@ -11,10 +11,7 @@ from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint
 from moa_search.spans import SpanRule
 
-__all__ = ["Progress", "Searcher"]
-
-Progress = Callable[[int, int], None]
-"""Told the solves done and in all."""
+__all__ = ["Searcher"]
 
 
 class Searcher(ABC):
@@ -40,7 +37,7 @@ class Searcher(ABC):
         return rule_grid(lengths, sink=sink, block=block)
 
     @abstractmethod
-    def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
+    def choose(self, space: SearchSpace) -> list[FrontPoint]:
         """Choices that keep every budget; the first is the one to use.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moa_search.errors import BudgetInfeasibleError
-from moa_search.search.searchers.base import Progress, Searcher
+from moa_search.search.searchers.base import Searcher
 from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, unweighted
 
@@ -21,7 +21,7 @@ class DuoSearcher(Searcher):
 
     name = "duo"
 
-    def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
+    def choose(self, space: SearchSpace) -> list[FrontPoint]:
         """See `Searcher.choose`."""
         problem = space.problem
         total = sum(w * loss for w, loss in zip(space.weights.values(), space.objectives, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moa_search.search.searchers.base import Progress, Searcher
+from moa_search.search.searchers.base import Searcher
 from moa_search.search.solver import solve_exact
 from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, trade_off
@@ -20,7 +20,7 @@ class ExactSearcher(Searcher):
     looks_ahead = True
     rules_per_layer: int | None = None
 
-    def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
+    def choose(self, space: SearchSpace) -> list[FrontPoint]:
         """See `Searcher.choose`."""
         problem = space.problem
         if self.rules_per_layer is not None:
@@ -31,7 +31,6 @@ class ExactSearcher(Searcher):
             lambda asked: solve_exact(asked, time_limit_s=space.options.time_limit_s),
             steps=space.options.front_steps,
             weights=tuple(space.weights.values()),
-            progress=progress,
         )
 
 

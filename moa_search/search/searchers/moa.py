@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from moa_search.search.searchers.base import Progress, Searcher
+from moa_search.search.searchers.base import Searcher
 from moa_search.search.solver import solve_exact
 from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, epsilon_cells
@@ -41,7 +41,7 @@ class MoASearcher(Searcher):
             distinct.setdefault(tuple(span(length, rule, sink + block) for length in sorted(set(lengths))), rule)
         return sorted(distinct.values())
 
-    def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
+    def choose(self, space: SearchSpace) -> list[FrontPoint]:
         """See `Searcher.choose`; the first plan has the smallest weighted sum of losses in units of the worst."""
         limit = min(space.options.rules_per_layer or RULES_PER_LAYER, RULES_PER_LAYER)
         return epsilon_cells(
@@ -50,5 +50,4 @@ class MoASearcher(Searcher):
             lambda asked: solve_exact(asked, time_limit_s=space.options.time_limit_s),
             cells=CELLS,
             weights=tuple(space.weights.values()),
-            progress=progress,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moa_search.errors import BudgetInfeasibleError
-from moa_search.search.searchers.base import Progress, Searcher
+from moa_search.search.searchers.base import Searcher
 from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, unweighted
 from moa_search.spans import attention_density
@@ -19,7 +19,7 @@ class UniformSearcher(Searcher):
     name = "uniform"
     uses_losses = False
 
-    def choose(self, space: SearchSpace, progress: Progress | None = None) -> list[FrontPoint]:
+    def choose(self, space: SearchSpace) -> list[FrontPoint]:
         """See `Searcher.choose`."""
         problem, heads = space.problem, len(space.problem.losses)
         choices = [np.full(heads, rule, dtype=np.int64) for rule in range(len(space.rules))]

@@ -15,7 +15,7 @@ from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs, KnobSpace
 from moa_search.search.tuning.quiet import quiet
 from moa_search.search.tuning.storages import storage_errors
-from moa_search.search.tuning.trials import PLAN, REASON, SAME_AS, SEED, ended, requeue, work
+from moa_search.search.tuning.trials import PLAN, REASON, SAME_AS, SEED, ended, requeue, trial_bar, work
 from moa_search.search.tuning.workers import run_workers
 
 if TYPE_CHECKING:
@@ -85,13 +85,11 @@ def tune(
     evaluate: Callable[[Plan], float],
     seeds: Sequence[Knobs],
     cost: Callable[[Plan], float] | None = None,
-    *,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Run a study in this process, from where it stands; arguments as for `work` and `prepare`."""
     with _at_work(tuning):
         study = prepare(tuning, seeds)
-        work(tuning, decode, evaluate, cost, progress=progress)
+        work(tuning, decode, evaluate, cost)
         return summarise(study, tuning.space)
 
 
@@ -102,7 +100,6 @@ def tune_in_parallel(
     seeds: Sequence[Knobs],
     *,
     devices: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Run a study in ``tuning.workers`` processes, from where it stands.
 
@@ -113,7 +110,6 @@ def tune_in_parallel(
         arguments: Passed to it.
         seeds: As for `prepare`.
         devices: Given to the workers in turn.
-        progress: Told the trials that have ended and how many there are to be.
 
     Raises:
         TuningError: Every worker ended before the last trial; what stopped them stands on their standard error. A
@@ -121,13 +117,9 @@ def tune_in_parallel(
     """
     with _at_work(tuning):
         study = prepare(tuning, seeds)
-
-        def watch() -> None:
-            if progress is not None:
-                progress(min(len(ended(study)), tuning.trials), tuning.trials)
-
-        fates = run_workers(tuning.workers, target, [tuning, *arguments], devices, watch=watch)
-        watch()
+        with trial_bar(tuning) as watch:
+            fates = run_workers(tuning.workers, target, [tuning, *arguments], devices, watch=lambda: watch(study))
+            watch(study)
         if len(fates) == tuning.workers:
             _require_all(study, tuning)
         _retry_lost(study, tuning)  # of workers that were killed while the others worked on

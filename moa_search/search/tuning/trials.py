@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from moa_search.errors import BudgetInfeasibleError, SolverError
 from moa_search.formats.files import one_line
 from moa_search.formats.plan import Plan
+from moa_search.progress import progress
 from moa_search.search.tuning.config import Tuning
 from moa_search.search.tuning.knobs import Knobs
 from moa_search.search.tuning.quiet import quiet
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["PLAN", "REASON", "SAME_AS", "SEED", "ended", "requeue", "work"]
+__all__ = ["PLAN", "REASON", "SAME_AS", "SEED", "ended", "requeue", "trial_bar", "work"]
 
 PLAN = "plan"
 """User attribute of a trial: its plan's fingerprint."""
@@ -41,7 +43,6 @@ def work(
     cost: Callable[[Plan], float] | None = None,
     *,
     worker: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run trials until the study has enough, together with any other workers.
 
@@ -51,7 +52,6 @@ def work(
         evaluate: True loss of a plan.
         cost: Its cost, where that is an objective.
         worker: Place of this process among the workers of this machine.
-        progress: Told the trials that have ended, by any worker, and how many there are to be.
 
     Raises:
         ConfigError: The study can't be opened.
@@ -64,11 +64,7 @@ def work(
 
     assert (cost is not None) == tuning.with_cost, "a cost for two objectives, none for one"
 
-    def report(study: Study, trial: FrozenTrial | None = None) -> None:
-        if progress is not None:
-            progress(min(len(ended(study)), tuning.trials), tuning.trials)
-
-    with storage_errors(tuning.location), quiet():
+    with storage_errors(tuning.location), quiet(), trial_bar(tuning) as report:
         study = tuning.open(worker)
         report(study)
         enough = MaxTrialsCallback(tuning.trials, states=(TrialState.COMPLETE, TrialState.PRUNED))
@@ -83,6 +79,18 @@ def work(
                 if not objective.returned:
                     raise
                 # This process seemed dead (asleep for minutes, say), and its trial was given to another.
+
+
+@contextmanager
+def trial_bar(tuning: Tuning) -> Iterator[Callable[..., None]]:
+    """A bar of the trials that have ended, by any worker; what it yields is told the study."""
+    with progress(what="Tuning", unit="trial", total=tuning.trials) as bar:
+
+        def report(study: Study, trial: FrozenTrial | None = None) -> None:
+            if not bar.disable:  # it takes a look into the storage
+                bar.update(min(len(ended(study)), tuning.trials) - bar.n)
+
+        yield report
 
 
 class _Objective:

@@ -270,7 +270,6 @@ def test_options_that_cannot_be_used(plain_tokenizer, changes, message):
         run(None, plain_tokenizer, **changes)
 
 
-def test_progress_in_tokens(plain_tokenizer):
-    told = []
-    run(None, plain_tokenizer, lengths=[700, 900], samples=2, answers="dataset", progress=lambda *at: told.append(at))
-    assert told == [(700, 3200), (1400, 3200), (2300, 3200), (3200, 3200)]
+def test_progress_in_tokens(plain_tokenizer, bars):
+    run(None, plain_tokenizer, lengths=[700, 900], samples=2, answers="dataset")
+    assert bars["Calibrating"][:4] == [(700, 3200), (1400, 3200), (2300, 3200), (3200, 3200)]

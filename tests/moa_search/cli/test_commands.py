@@ -385,13 +385,10 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
         inspect.main()
 
 
-def test_progress_reports_all_tokens(tiny_model_dir):
-    seen = []
-    api.profile_model(
-        str(tiny_model_dir), lengths=[300], samples=2, answers="dataset", progress=lambda *p: seen.append(p)
-    )
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert seen[-2:] == [(1500, 2400), (2400, 2400)], "a quarter for the answers, the rest for the profile"
+def test_progress_reports_all_tokens(tiny_model_dir, bars):
+    api.profile_model(str(tiny_model_dir), lengths=[300], samples=2, answers="dataset")
+    assert bars["Calibrating"][:2] == [(300, 600), (600, 600)]
+    assert bars["Profiling"][1:3] == [(300, 600), (600, 600)]
 
 
 def test_python_and_command_agree(profiled, tmp_path):

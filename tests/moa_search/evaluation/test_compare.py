@@ -143,15 +143,14 @@ def test_a_plan_takes_effect_on_its_own_rows_only(tiny_model, short):
     assert (abs(nll["short"] - nll["dense"]) > 1e-5).all()
 
 
-def test_what_acts_the_same_is_measured_once(tiny_model, short, monkeypatch):
+def test_what_acts_the_same_is_measured_once(tiny_model, short, monkeypatch, bars):
     """Uniform spans like two plans of one memory are the same plan."""
     runs, original = [], compare_module.measure
     monkeypatch.setattr(compare_module, "measure", lambda *a, **b: runs.append(a[1]) or original(*a, **b))
-    seen = []
     variants = [always("short", short), always("same", short.model_copy(update={"predicted": ()})), DENSE_MODEL]
-    rows = compare(tiny_model, variants, tasks=["passkey"], progress=lambda *done: seen.append(done))
+    rows = compare(tiny_model, variants, tasks=["passkey"])
     assert runs == [short, None]
-    assert seen[-1] == (1800, 1800)
+    assert bars["Evaluating"][-1] == (1800, 1800)
     mine, other = (rows[rows["variant"] == name].drop(columns="variant") for name in ("short", "same"))
     pd.testing.assert_frame_equal(mine.reset_index(drop=True), other.reset_index(drop=True))
 
@@ -177,17 +176,15 @@ def test_items_count_once_though_named_twice(tiny_model):
     assert rows["item"].tolist() == [0, 1]
 
 
-def test_progress_counts_tokens(tiny_model, short):
-    seen = []
+def test_progress_counts_tokens(tiny_model, short, bars):
     compare(
         tiny_model,
         [DENSE_MODEL, always("short", short)],
         tasks=["copy"],
         lengths=[300, 500],
         count=1,
-        progress=lambda *done: seen.append(done),
     )
-    assert seen == [(300, 1600), (600, 1600), (1100, 1600), (1600, 1600)]
+    assert bars["Evaluating"][:4] == [(300, 1600), (600, 1600), (1100, 1600), (1600, 1600)]
 
 
 def test_unknown_task_is_found_before_any_work(tiny_model):

@@ -54,12 +54,11 @@ def test_perplexity_is_teacher_forced_whatever_is_asked_for(tiny_model):
     assert len(rows[rows["task"] == "perplexity"]) == 2 * TASKS["perplexity"].slices
 
 
-def test_depths_multiply_the_items_of_tasks_that_have_them(tiny_model):
-    seen = []
+def test_depths_multiply_the_items_of_tasks_that_have_them(tiny_model, bars):
     rows = compare_variants(
         *tiny_model, [Variant("dense", lambda length: None)], tasks=["passkey", "perplexity"], lengths=[400],
-        count=2, seed=0, depths=[0.0, 1.0], progress=lambda *done: seen.append(done),
+        count=2, seed=0, depths=[0.0, 1.0],
     )  # fmt: skip
     assert rows[rows["task"] == "passkey"]["depth"].tolist() == [0, 1, 0, 1]
     assert rows[rows["task"] == "perplexity"]["item"].nunique() == 2
-    assert seen[-1] == (2400, 2400)
+    assert bars["Evaluating"][-1] == (2400, 2400)

@@ -13,10 +13,10 @@ def plan(tiny_model):
     return made_up_plan(ModelSignature.of(tiny_model[0].config), 0.5)
 
 
-def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan):
+def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan, bars):
     model = tiny_model[0]
     before = (model.generation_config, model.config._attn_implementation, {*vars(model)})
-    seen, kept = [], []
+    kept = []
     found = measure(
         model,
         make_ways(("dense", "plan"), {"half": plan}),
@@ -24,13 +24,12 @@ def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan):
         batches=[1, 3],
         decode_tokens=6,
         repetitions=2,
-        progress=lambda done, total: seen.append((done, total)),
         keep=kept.append,
     )
     cells = found.runs.groupby(["variant", "length", "batch"], sort=False).size()
     assert cells.to_dict() == {(w, n, b): 2 for w in ("dense", "half") for n in (64, 512) for b in (1, 3)}
     assert (found.runs[["prefill_ms", "decode_ms", "peak_bytes"]] > 0).all().all()
-    assert seen[-1] == (6, 6)
+    assert bars["Timing"][-1] == (6, 6)
     assert [len(part.runs) for part in kept] == [8, 16]
     assert (model.generation_config, model.config._attn_implementation, {*vars(model)}) == before
     assert {"device", "torch", "transformers", "dtype"} <= {*found.facts}

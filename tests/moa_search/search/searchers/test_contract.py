@@ -96,10 +96,10 @@ def test_floors_over_the_budget_are_refused(name, tiny_profile):
         search(tiny_profile, name, [0.3], layer_floors={0: 0.5, 1: 0.5})
 
 
-def test_progress_ends_at_the_total(name, tiny_profile):
-    seen = []
+def test_progress_ends_at_the_total(name, tiny_profile, bars):
     space = make_space(tiny_profile, SearchOptions(density=[0.4], front_steps=2), find_searcher(name))
-    find_searcher(name).choose(space, lambda *done: seen.append(done))
+    find_searcher(name).choose(space)
+    seen = bars.get("Searching", [])
     assert all(0 < done <= total for done, total in seen)
     assert not seen or seen[-1][0] == seen[-1][1]
 

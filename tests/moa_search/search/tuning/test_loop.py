@@ -127,19 +127,16 @@ class TestPlanOf:
 
 
 class TestWorkers:
-    def test_processes_share_the_trials(self, tmp_path):
-        seen = []
+    def test_processes_share_the_trials(self, tmp_path, bars):
         shared = tuning(tmp_path, 14, workers=2)
-        summary = tune_in_parallel(
-            shared, tuning_helpers.worker, [0.05], SEEDS, progress=lambda done, of: seen.append((done, of))
-        )
+        summary = tune_in_parallel(shared, tuning_helpers.worker, [0.05], SEEDS)
         assert summary.counts["COMPLETE"] in (14, 15), (
             "a worker finishes what it is at when the other ends the last one"
         )
         assert summary.counts["RUNNING"] == summary.counts["WAITING"] == 0
         assert summary.remarks == ()
         assert summary.tuned_best is not None
-        assert seen[-1] == (14, 14)
+        assert bars["Tuning"][-1] == (14, 14)
         assert {path.name for path in tmp_path.glob("worker-*")} == {"worker-0", "worker-1"}
 
     @pytest.mark.parametrize("each", [0, 2])

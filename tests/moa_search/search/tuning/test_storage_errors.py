@@ -216,14 +216,16 @@ class TestDamaged:
 
 def test_workers_that_lose_their_journal_end_with_one_line_each(tmp_path, capfd):
     shared = tuning(tmp_path, 40, workers=2)
-    remover = threading.Timer(2.0, lambda: shutil.move(tmp_path / "study.journal", tmp_path / "kept"))
 
-    def begun(done, of):
-        if done and not remover.is_alive() and not remover.finished.is_set():
-            remover.start()
+    def remove():
+        while not any(tmp_path.glob("worker-*")):
+            time.sleep(0.05)
+        time.sleep(2)
+        shutil.move(tmp_path / "study.journal", tmp_path / "kept")
 
+    threading.Thread(target=remove).start()
     with pytest.raises(TuningError) as caught:
-        tune_in_parallel(shared, tuning_helpers.worker, [0.2], SEEDS, progress=begun)
+        tune_in_parallel(shared, tuning_helpers.worker, [0.2], SEEDS)
     assert "removed" in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err
     shutil.move(tmp_path / "kept", tmp_path / "study.journal")
