@@ -43,8 +43,8 @@ def model_and_tokenizer(model: str | os.PathLike[str] | tuple[Any, Any], **optio
         ConfigError: Something else is given.
         ModelUnsupportedError: An adapter adds virtual tokens.
     """
-    from moa_search.modeling.adapters import adapted_model
     from moa_search.modeling.loading import load_model
+    from moa_search.modeling.wrappers import adapted_model
 
     if isinstance(model, str | os.PathLike):
         return load_model(os.fspath(model), **options)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from moa_search.formats.plan import Plan
+    from moa_search.formats.plan import Plan, PlanLike
 
 __all__ = [
     "cell_texts",
@@ -97,12 +97,12 @@ def to_frame(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"alpha": "Int64", "beta": "Float64"})
 
 
-def diff(plan: Plan, other: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
+def diff(plan: Plan, other: PlanLike, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
     """The KV heads that ``other`` treats differently, one row per length, layer and KV head.
 
     Args:
         plan: The plan.
-        other: A plan for the same model.
+        other: A plan for the same model, or its file or content.
         lengths: Context lengths in tokens, or one; by default `lengths` of both.
 
     Returns:
@@ -113,6 +113,7 @@ def diff(plan: Plan, other: Plan, lengths: int | Sequence[int] = ()) -> pd.DataF
     Raises:
         ModelMismatchError: The plans are for different models.
     """
+    other = plan.of(other, "other")
     plan.model.require(other.model, "the plan to compare with")
     wanted = sorted({*_checked(plan, lengths), *_checked(other, lengths)})
     keys = ["length", "layer", "kv_head"]
@@ -147,12 +148,12 @@ def plot_spans(plan: Plan, length: int | None = None, *, ax: Axes | None = None)
     )
 
 
-def plot_diff(plan: Plan, other: Plan, length: int | None = None, *, ax: Axes | None = None) -> Axes:
+def plot_diff(plan: Plan, other: PlanLike, length: int | None = None, *, ax: Axes | None = None) -> Axes:
     """Heat map of how much more (purple) or less (orange) of the context ``other`` keeps.
 
     Args:
         plan: The plan.
-        other: A plan for the same model.
+        other: A plan for the same model, or its file or content.
         length: Context length in tokens; by default the longest of `lengths`.
         ax: Axes to draw on.
 
@@ -161,6 +162,7 @@ def plot_diff(plan: Plan, other: Plan, length: int | None = None, *, ax: Axes | 
     """
     from moa_search.pictures import draw_cells
 
+    other = plan.of(other, "other")
     plan.model.require(other.model, "the plan to compare with")
     at = _one(plan, length)
     return draw_cells(

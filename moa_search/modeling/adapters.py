@@ -1,32 +1,18 @@
-"""Models that PEFT adapts: LoRA and the like are at work in the model itself, virtual tokens are not."""
+"""Adapters that PEFT has saved, as models."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
+from moa_search.errors import ConfigError, ModelNotFoundError
 from moa_search.modeling.private import optional_file
+from moa_search.modeling.wrappers import require_no_prompt
 
-__all__ = ["ADAPTER_FILE", "adapted_model", "load_adapter", "read_adapter"]
+__all__ = ["ADAPTER_FILE", "load_adapter", "read_adapter"]
 
 ADAPTER_FILE = "adapter_config.json"
-
-
-def adapted_model(model: Any) -> Any:
-    """The transformers model within a ``peft.PeftModel``, its adapters at work; any other model as it is.
-
-    Raises:
-        ModelUnsupportedError: Its adapter adds virtual tokens, which aren't in the model itself.
-    """
-    peft = sys.modules.get("peft")  # where nobody has imported it, the model isn't its
-    if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
-        return model
-    for name, config in model.peft_config.items():
-        _require_no_prompt(config, f"adapter {name!r}")
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model.base_model.model
 
 
 def read_adapter(folder: str, **options: Any) -> str | None:
@@ -66,16 +52,7 @@ def load_adapter(model: Any, folder: str, tokens: int | None) -> Any:
         if error.name != "peft":
             raise
         raise ConfigError(f"model {folder!r} is an adapter, which needs peft; pip install peft") from None
-    _require_no_prompt(PeftConfig.from_pretrained(folder), f"model {folder!r}")
+    require_no_prompt(PeftConfig.from_pretrained(folder), f"model {folder!r}")
     if tokens is not None and tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens)
     return PeftModel.from_pretrained(model, folder).get_base_model()
-
-
-def _require_no_prompt(config: Any, what: str) -> None:
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ModelUnsupportedError(
-            f"{what}: {kind} puts virtual tokens or a prompt's states before the text, which belong to no position of "
-            "it; only adapters of weights, such as LoRA, can be used"
-        )

@@ -7,6 +7,7 @@ from typing import Any
 from moa_search.errors import ConfigError, ModelUnsupportedError
 from moa_search.modeling.private import calls_attention_interface, language_model_kinds
 from moa_search.modeling.text import context_length, text_config, text_decoders
+from moa_search.modeling.wrappers import way_in
 
 __all__ = [
     "native_windows",
@@ -44,7 +45,9 @@ def require_attention_interface(model: Any) -> None:
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ModelUnsupportedError(f"{name}: not a transformers model{_within(model)}")
+        way = "get_base_model()" if hasattr(model, "get_base_model") else way_in(model)
+        hint = "" if way is None else f"; give what it wraps, model.{way}"
+        raise ModelUnsupportedError(f"{name}: not a transformers model{hint}")
     decoders = text_decoders(model)
     if not decoders:
         raise ModelUnsupportedError(f"{name}: no part of it runs on the configuration of its text decoder")
@@ -54,17 +57,6 @@ def require_attention_interface(model: Any) -> None:
     # Zamba's attention is told by its caller where the keys belong.
     if any(getattr(part, "layer_idx", 0) in (None, -1) for part in attention):
         raise ModelUnsupportedError(f"{name}: its attention modules don't know which layer they belong to")
-
-
-def _within(model: Any) -> str:
-    """Where in something that wraps a transformers model that model is."""
-    from transformers import PreTrainedModel
-
-    for way in ("get_base_model()", "module", "_orig_mod", "pretrained_model"):
-        part = getattr(model, way.removesuffix("()"), None)
-        if isinstance(part() if callable(part) and way.endswith("()") else part, PreTrainedModel):
-            return f"; give what it wraps, model.{way}"
-    return ""
 
 
 def require_context(config: Any, length: int) -> None:

@@ -15,11 +15,11 @@ from moa_search.modeling.attention import attention_choice, set_attention
 from moa_search.modeling.private import attention_of, generates_with_dynamic_cache, tensor_parallel_ranks
 from moa_search.modeling.support import require_attention_interface
 from moa_search.modeling.text import attention_modules, text_config
+from moa_search.modeling.wrappers import decoder_within
 from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, register
 from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, Hook, give_cache
 from moa_search.runtime.kernels import chosen
 from moa_search.runtime.rules import layer_rules
-from moa_search.runtime.wrappers import decoder_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

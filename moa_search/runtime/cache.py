@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from moa_search.errors import ConfigError, ModelUnsupportedError
 from moa_search.formats import Plan
+from moa_search.modeling.text import text_config
 from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
 from moa_search.runtime.report import CacheReport, LayerReport
 from moa_search.runtime.rules import layer_rules
@@ -51,7 +52,7 @@ def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) ->
 def _layers(rules: Sequence[LayerRules], config: Any, max_length: int | None) -> list[Any]:
     """A layer for each one that transformers would make."""
     layers: list[Any] = []
-    for layer, of_layer in zip(DynamicCache(config=config.get_text_config(decoder=True)).layers, rules, strict=True):
+    for layer, of_layer in zip(DynamicCache(config=text_config(config)).layers, rules, strict=True):
         if max_length is None or not isinstance(layer, DynamicLayer):
             layers.append(_ragged(layer, of_layer))
         else:

@@ -17,11 +17,11 @@ from moa_search.errors import UnsupportedInputError
 from moa_search.formats.checkpoint import PLAN_FILE
 from moa_search.modeling.private import CANDIDATES, PREFILL, PREPARE_CACHE, attention_of
 from moa_search.modeling.text import text_config
+from moa_search.modeling.wrappers import require_no_prefix
 from moa_search.runtime import chunks
 from moa_search.runtime.attention import NAME, register
 from moa_search.runtime.cache import MoACache
 from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
-from moa_search.runtime.wrappers import require_no_prefix
 
 if TYPE_CHECKING:
     import os

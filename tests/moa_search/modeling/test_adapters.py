@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_search import load_model
 from moa_search.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
-from moa_search.modeling.adapters import adapted_model
 from moa_search.modeling.loading import load_config
 from moa_search.modeling.support import require_attention_interface
+from moa_search.modeling.wrappers import adapted_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it

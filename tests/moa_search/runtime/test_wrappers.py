@@ -73,7 +73,7 @@ def test_a_plan_is_applied_by_itself_for_a_block():
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
 def test_other_wrappers_are_refused_with_the_way(wrap):
     model = tiny_model()
-    with pytest.raises(ModelUnsupportedError, match=r"apply_plan\(model\.(module|_orig_mod), plan\)"):
+    with pytest.raises(ModelUnsupportedError, match=r"give model\.(module|_orig_mod) instead"):
         apply_plan(wrap(model), tiny_plan(model))
 
 

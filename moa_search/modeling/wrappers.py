@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from moa_search.errors import ModelUnsupportedError
 
-__all__ = ["decoder_within", "require_no_prefix"]
+__all__ = ["adapted_model", "decoder_within", "require_no_prefix", "require_no_prompt", "way_in"]
 
 KEYS_IN_FRONT = ("PREFIX_TUNING", "CARTRIDGE")
 """Types of PEFT adapters that are keys and values, handed over in a cache of their own."""
@@ -20,20 +18,58 @@ def decoder_within(model: Any) -> Any:
     Raises:
         ModelUnsupportedError: It is wrapped in something else, or PEFT puts keys of its own in front of the tokens'.
     """
+    from transformers import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         return model
     if _is_peft(model):
         require_no_prefix(model)
         inner = model.base_model  # the decoder itself for learned prompts, else what puts adapters into it
         return inner if isinstance(inner, PreTrainedModel) else inner.model
-    for attribute in ("module", "_orig_mod"):  # of parallel wrappers and of compiled models
+    way = way_in(model)
+    if way is not None:
+        raise ModelUnsupportedError(
+            f"{type(model).__name__}: not a transformers model, it wraps one; give model.{way} instead, which may be "
+            "wrapped already"
+        )
+    return model
+
+
+def adapted_model(model: Any) -> Any:
+    """The model to measure inside a PEFT model, its adapters at work; anything else as it is.
+
+    Raises:
+        ModelUnsupportedError: It is wrapped in something else, or PEFT puts a prompt in front of the tokens.
+    """
+    if _is_peft(model):
+        for name, config in model.peft_config.items():
+            require_no_prompt(config, f"adapter {name!r}")
+    return decoder_within(model)
+
+
+def way_in(model: Any) -> str | None:
+    """The attribute by which something that wraps a transformers model gives it: parallel wrappers, compiled models."""
+    from transformers import PreTrainedModel
+
+    for attribute in ("module", "_orig_mod", "pretrained_model"):
         inner = getattr(model, attribute, None)
         if isinstance(inner, PreTrainedModel) or _is_peft(inner):
-            raise ModelUnsupportedError(
-                f"{type(model).__name__}: plans are applied to the model that it wraps, which may be wrapped already: "
-                f"apply_plan(model.{attribute}, plan)"
-            )
-    return model
+            return attribute
+    return None
+
+
+def require_no_prompt(config: Any, what: str) -> None:
+    """Check that a PEFT adapter is one of weights.
+
+    Raises:
+        ModelUnsupportedError: It puts virtual tokens, or keys and values, before the text.
+    """
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ModelUnsupportedError(
+            f"{what}: {kind} puts virtual tokens or a prompt's states before the text, which belong to no position of "
+            "it; only adapters of weights, such as LoRA, can be used"
+        )
 
 
 def require_no_prefix(model: Any) -> None:
