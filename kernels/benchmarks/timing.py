@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moa_kernels.tune import measure
 
 __all__ = ["Case", "Skipped", "copy_bandwidth", "measure", "versions"]
 
@@ -42,31 +42,6 @@ class Case:
     references: dict[str, Callable[[], Run]]
     bytes: int = 0
     facts: dict[str, float] = field(default_factory=dict)
-
-
-def measure(run: Run, device: torch.device, milliseconds: int = 200) -> float:
-    """Median time of one call in milliseconds, with a cold L2 cache; on a GPU without the host's share."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) * 1e3
-    from triton.testing import do_bench
-
-    return float(do_bench(_captured(run), warmup=milliseconds // 4, rep=milliseconds, return_mode="median"))
-
-
-def _captured(run: Run) -> Run:
-    """The call as a CUDA graph: launches of several kernels would otherwise be timed with the host's gaps."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def copy_bandwidth(device: torch.device) -> float:

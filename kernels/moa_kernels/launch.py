@@ -1,6 +1,6 @@
 """Tile sizes, warps and pipeline stages of each kernel, per architecture and head dimension.
 
-Looked up in this order: `overridden`, the file that ``kernels/benchmarks/tune.py`` writes for a device, `TABLE`.
+Looked up in this order: `overridden`, the file that ``python -m moa_kernels.tune`` writes for a device, `TABLE`.
 """
 
 from __future__ import annotations
