@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def find(spec: SourceSpec) -> Found:
             found = _of_files({"train": files}, spec) if files else Found(parts=_published(path, spec))
     except ConfigError as error:
         raise ConfigError(f"{where} can't be read: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, StopIteration) as error:
+    except Exception as error:  # datasets lets through whatever its readers raise
         reason = squeezed(str(error)) or type(error).__name__
         raise ConfigError(f"{where} can't be read: {one_line(reason)}{spec.hint}") from error
     if not found.texts and not any(stop > start for _, start, stop in found.parts):
@@ -180,9 +181,12 @@ def _published(path: Path, spec: SourceSpec) -> list[Part]:
     """
     import datasets
 
-    name = str(path) if path.is_dir() else spec.data
+    name = str(path.resolve()) if path.is_dir() else spec.data
     if path.is_dir() and any(sign in str(path.resolve()) for sign in "*?[]"):
         raise ConfigError("the folder's name would be taken for a pattern; rename it, or give its files")
+    if name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
+        # It would read the files of the current folder that look like the kind.
+        raise ConfigError(f"{name} is a kind of file, not a data set; name the file")
     cache = str(cache_dir() / "datasets")
     with _quiet(datasets):
         builder = datasets.load_dataset_builder(name, spec.subset, cache_dir=cache)
@@ -190,7 +194,11 @@ def _published(path: Path, spec: SourceSpec) -> list[Part]:
         if kind == "pandas":
             raise ConfigError("its files are pickles, which can run code; give them as parquet or jsonl")
         if kind not in ("csv", "json", "parquet"):
-            rows = datasets.load_dataset(name, spec.subset, split=spec.split, cache_dir=cache)
+            try:
+                mode = datasets.DownloadMode.REUSE_CACHE_IF_EXISTS  # downloads, but not what was made of them before
+                rows = datasets.load_dataset(name, spec.subset, split=spec.split, cache_dir=cache, download_mode=mode)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise error.__cause__ or error from None
             return [(_arrow(rows, spec), 0, len(rows))]
         options = builder.config
         own = [key for key in ("names", "column_names", "skiprows", "field") if getattr(options, key, None)]

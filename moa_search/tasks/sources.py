@@ -14,7 +14,7 @@ from __future__ import annotations
 from moa_search.data.sources import ROLES, TURNS, SourceSpec
 from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
-from moa_search.tasks.registry import SOURCE_TASKS
+from moa_search.tasks.registry import SOURCE_TASKS, TASKS
 
 __all__ = ["parse_source"]
 
@@ -31,6 +31,9 @@ def parse_source(text: str) -> SourceSpec:
     task, colon, data = body.partition(":")
     if not colon:
         task, data = (body, "") if body in tasks else ("records", body)
+    named = body.partition(":")[0]
+    if named in TASKS and named not in tasks:
+        raise ConfigError(f"{where}: {named} can be evaluated, not calibrated on; choose from {', '.join(tasks)}")
     if task not in tasks:
         raise ConfigError(f"{where}: task {task!r} is unknown{nearest(task, tasks)}; choose from {', '.join(tasks)}")
     if not data and (colon or task in ("records", "samples")):

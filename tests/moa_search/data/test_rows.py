@@ -223,6 +223,47 @@ class TestNamesAreNoPatterns:
             find(parse_source(f"records:{tmp_path}/set[1]"))
 
 
+@pytest.mark.parametrize("name", ["csv", "json", "parquet", "text", "pandas", "imagefolder"])
+def test_a_kind_of_file_is_no_data_set(tmp_path, name, monkeypatch):
+    """`datasets` takes such a name for one of its readers, and reads what it finds in the current folder."""
+    write(tmp_path / "a.csv", ["x"] * 9)
+    (tmp_path / "a.jsonl.gz").write_bytes(b"nonsense")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{name} is a kind of file, not a data set; name the file"):
+        find(parse_source(name))
+
+
+@pytest.mark.parametrize("is_repository", [False, True])
+def test_a_folder_of_that_name_is_one(tmp_path, monkeypatch, is_repository):
+    if is_repository:
+        write(tmp_path / "repository", ["x"])
+        (tmp_path / "repository").rename(tmp_path / "csv")
+    else:
+        (tmp_path / "csv").mkdir()
+        write(tmp_path / "csv" / "a.csv", ["x"])
+    monkeypatch.chdir(tmp_path)
+    assert answers_in("csv") == ["x"]
+
+
+def test_lines_of_text_in_a_repository_are_what_the_file_holds_now(tmp_path):
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: rows.txt\n---\n")
+    for word in ("old", "new"):
+        (tmp_path / "rows.txt").write_text(f"{word}\n" * 3)
+        os.utime(tmp_path / "rows.txt", (1, 1))
+        (part,) = find(parse_source(f"passkey:{tmp_path}")).parts
+        assert part[0].column("text") == [word] * 3
+
+
+@pytest.mark.parametrize("builder", ["arrow", "text"])
+def test_other_files_of_a_repository_are_refused_in_one_line_where_they_are_damaged(tmp_path, builder):
+    (tmp_path / f"rows.{'txt' if builder == 'text' else 'arrow'}").write_bytes(b"caf\xe9")
+    ending = "txt" if builder == "text" else "arrow"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: rows.{ending}\n---\n")
+    with pytest.raises(ConfigError, match="can't be read: ") as caught:
+        find(parse_source(f"records:{tmp_path}"))
+    assert "\n" not in str(caught.value)
+
+
 class TestSplits:
     def test_of_a_folder_stand_in_its_names(self, tmp_path):
         for name in ("train-00000-of-00001", "my_test", "dev"):

@@ -35,6 +35,8 @@ def test_what_is_typed(text, spec):
     ("text", "message"),
     [
         ("paskey:x.txt", r"'paskey' is unknown \(did you mean 'passkey'\?\); choose from passkey, copy, multikey"),
+        ("perplexity", "perplexity can be evaluated, not calibrated on; choose from passkey, copy"),
+        ("perplexity:x.txt", "perplexity can be evaluated, not calibrated on"),
         ("passkey:", "data is missing; write passkey: and a file"),
         ("records", "data is missing; write records: and a file"),
         ("", "data is missing"),
