@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 __all__ = ["no_bars", "progress"]
 
@@ -14,6 +16,8 @@ DISABLED = "TQDM_DISABLE"
 """Environment variable, tqdm's own, that hides all bars; processes that are started inherit it."""
 
 SHOWN_AFTER_S = 0.5
+
+_bars: WeakSet[Any] = WeakSet()
 
 
 def progress(
@@ -28,12 +32,18 @@ def progress(
         total: How many there are, if the loop doesn't say.
         show: False in processes that share the work but not the screen.
     """
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook without ipywidgets, that there are none: text will do
+        from tqdm.auto import tqdm
 
-    wanted = show and os.environ.get(DISABLED, "0") in ("", "0")
-    in_notebook = "ipykernel" in sys.modules  # where it is no terminal
-    silent = (False if in_notebook else None) if wanted else True
-    return tqdm(
+    silent = None  # tqdm finds out whether there is a terminal
+    if _in_notebook():
+        # Text bars can't stand below one another there.
+        of_text = not any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+        silent = of_text and any(not bar.disable for bar in _bars)
+    if not show or os.environ.get(DISABLED, "0") not in ("", "0"):
+        silent = True
+    bar = tqdm(
         loop,
         desc=what,
         unit=f" {unit}",
@@ -44,6 +54,8 @@ def progress(
         dynamic_ncols=True,
         disable=silent,
     )
+    _bars.add(bar)
+    return bar
 
 
 @contextmanager
@@ -57,3 +69,9 @@ def no_bars() -> Iterator[None]:
         del os.environ[DISABLED]
         if before is not None:
             os.environ[DISABLED] = before
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a kernel of Jupyter, which has no terminal but shows what is written."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")

@@ -83,13 +83,32 @@ def test_bars_can_be_switched_off(monkeypatch):
     assert "Counting" in drawn(count)
 
 
-def test_a_kernel_of_jupyter_shows_bars_though_it_has_no_terminal():
+def cell(code):
+    """What a notebook's cell writes, in a kernel of its own."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    imported = "from moa_search import progress\nprogress.SHOWN_AFTER_S = 0\n"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(imported + textwrap.dedent(code))])
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    return "".join(output.get("text", "") for output in notebook.cells[0].outputs)
+
+
+def test_a_notebook_shows_one_bar_and_no_advice():
+    shown = cell("""
+        for _ in progress.progress(range(2), what="Outer", unit="plan"):
+            list(progress.progress(range(3), what="Inner", unit="token"))
+    """)
+    assert "Outer: 100%" in shown
+    assert "Inner" not in shown, "text bars can't stand below one another there"
+    assert "Warning" not in shown
+    assert "\x1b" not in shown
+
+
+def test_a_process_that_runs_notebooks_is_none():
     code = """
-        import sys, types
-        sys.modules["ipykernel"] = types.ModuleType("ipykernel")
+        import nbclient, ipykernel.kernelapp
         from moa_search import progress
         progress.SHOWN_AFTER_S = 0
         list(progress.progress(range(3), what="Counting", unit="sheep"))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert "Counting: 100%" in done.stderr
+    assert done.stderr == ""

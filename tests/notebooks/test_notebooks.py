@@ -17,7 +17,8 @@ def test_there_are_some():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_and_shows_something(path):
+def test_runs_and_shows_something(path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # bars go to where warnings would show
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
