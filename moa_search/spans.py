@@ -19,6 +19,7 @@ __all__ = [
     "BETA_ONE",
     "BLOCK_TOKENS",
     "DENSE",
+    "MAX_LENGTH",
     "SINK_TOKENS",
     "SpanRule",
     "attention_densities",
@@ -26,6 +27,9 @@ __all__ = [
     "density",
     "span",
 ]
+
+MAX_LENGTH = 2**27
+"""Longest context in tokens that is taken for meant."""
 
 SINK_TOKENS = 16
 """First tokens of a sequence that every head keeps, unless told otherwise.

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moa_search.errors import ConfigError
+from moa_search.options import SearchOptions
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
 
 __all__ = [
-    "Criterion",
-    "Dtype",
-    "Searcher",
+    "DEFAULT_DENSITY",
+    "load_profile",
     "model_and_tokenizer",
-    "require_depths",
-    "require_lengths",
     "require_plans_fit",
-    "require_positive",
     "require_profile_fits",
     "require_writable",
     "require_writable_folder",
+    "with_a_budget",
 ]
 
 logger = logging.getLogger(__name__)
 
-Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
-Searcher = Literal["exact", "moa", "duo", "per-layer", "recall", "uniform"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SearchKind = TypeVar("SearchKind", bound=SearchOptions)
+
+DEFAULT_DENSITY = 0.25
+"""Share of the KV cache to keep where no budget is named."""
 
 
 def model_and_tokenizer(model: str | os.PathLike[str] | tuple[Any, Any], **options: Any) -> tuple[Any, Any]:
@@ -54,29 +53,16 @@ def model_and_tokenizer(model: str | os.PathLike[str] | tuple[Any, Any], **optio
     return adapted_model(network), tokenizer
 
 
-def require_positive(**values: float) -> None:
-    """Refuse options that aren't over 0, by name."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{name}: {value:g} is out of range; it must be over 0")
+def load_profile(profile: str | Profile) -> Profile:
+    """A profile, or what its file holds."""
+    from moa_search.formats import Profile
+
+    return profile if isinstance(profile, Profile) else Profile.load(profile)
 
 
-def require_depths(depths: Sequence[float]) -> None:
-    """Refuse places in a text that lie outside it."""
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise ConfigError(f"depths: {depth:g} is out of range; it must be from 0, the start, to 1, the end")
-
-
-def require_lengths(**values: Sequence[int]) -> None:
-    """Refuse context lengths that nobody has, by option; none at all are fine."""
-    from moa_search.search.budgets.specs import MAX_LENGTH
-
-    for name, lengths in values.items():
-        if lengths:
-            require_positive(**{name: min(lengths)})
-            if max(lengths) > MAX_LENGTH:
-                raise ConfigError(f"{name}: {max(lengths)} is out of range; it must be at most {MAX_LENGTH}")
+def with_a_budget(options: SearchKind) -> SearchKind:
+    """The options, with `DEFAULT_DENSITY` where they name no budget."""
+    return options if options.density or options.budget else options.replace(density=[DEFAULT_DENSITY])
 
 
 def require_plans_fit(plans: Mapping[str, Plan], network: Any) -> None:

@@ -3,52 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from moa_search.api.common import require_lengths, require_writable, require_writable_folder
+from moa_search.api.common import require_writable, require_writable_folder
 from moa_search.errors import ConfigError
+from moa_search.options import ImportOptions, PlanFormat, takes
 
 if TYPE_CHECKING:
     from moa_search.formats import ModelSignature, Plan, PlanLike
 
-__all__ = ["PlanFormat", "export_plan", "import_plan"]
-
-PlanFormat = Literal["plan", "moa", "duo"]
+__all__ = ["export_plan", "import_plan"]
 
 SIZES = ("layers", "heads", "kv_heads", "head_dim")
 """What a model given by its numbers alone is made of."""
 
 
-def import_plan(
-    plan: str | PlanLike,
-    *,
-    model: str | Plan | ModelSignature | Any | None = None,
-    fold_lengths: Sequence[int] = (),
-    threshold: float | None = None,
-    sparsity: float | None = None,
-    sink: int | None = None,
-    recent: int | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
+@takes(ImportOptions)
+def import_plan(plan: str | PlanLike, options: ImportOptions) -> Plan:
     """Read a plan of ours, of MoA's or of DuoAttention's; the content says which it is.
 
     MoA's plans come out with ``anchor: prompt``; ``plan.anchored_at(length)`` makes them runnable. The notes in
     ``plan.provenance`` say what the import rounded, joined and cost.
 
     Args:
-        plan: File with a plan of ours or MoA's alphas and betas, or DuoAttention's folder or table of scores; in
-            Python also a Plan.
-        model: What other tools' plans were made for, since they don't say: a hub id, a folder, a plan or profile of
-            the model, or layers=32,heads=32,kv_heads=8,head_dim=128 to look at it only; a plan of ours is checked.
-        fold_lengths: MoA's plans: context lengths in tokens between which the rule of a KV head has to keep what its
-            query heads' rules keep; by default everywhere, which may take more memory.
-        threshold: DuoAttention's: heads with at least this score are dense (0.5 by default).
-        sparsity: DuoAttention's: share of heads that aren't dense, instead of a threshold.
-        sink: DuoAttention's: first tokens that the other heads keep; by default what the config.json beside it says.
-        recent: DuoAttention's: newest tokens that they keep, likewise.
-        trust_remote_code: Run the code that a model brings along; false refuses such a model.
+        plan: File with a plan of ours or MoA's alphas and betas, or DuoAttention's folder or table of scores.
+        options: As keywords, each described in `ImportOptions`.
 
     Returns:
         The plan.
@@ -62,35 +43,34 @@ def import_plan(
     from moa_search.formats import Plan
     from moa_search.formats.foreign import find_format, read_foreign
 
-    options = {
-        "fold_lengths": list(fold_lengths) or None,
-        "threshold": threshold,
-        "sparsity": sparsity,
-        "sink": sink,
-        "recent": recent,
+    foreign = {
+        "fold_lengths": list(options.fold_lengths) or None,
+        "threshold": options.threshold,
+        "sparsity": options.sparsity,
+        "sink": options.sink,
+        "recent": options.recent,
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    require_lengths(fold_lengths=fold_lengths)
+    given = {name: value for name, value in foreign.items() if value is not None}
     if not isinstance(plan, str | os.PathLike) or find_format(plan) == "plan":
         if given:
             raise ConfigError(f"{next(iter(given))}: it is for plans of other tools")
         loaded = Plan.of(plan)
-        if model is not None:
-            loaded.model.require(_signature(model, trust_remote_code), "the plan")
+        if options.model is not None:
+            loaded.model.require(_signature(options.model, options.trust_remote_code), "the plan")
         return loaded
-    if model is None:
+    if options.model is None:
         raise ConfigError(
             f"{plan}: a plan of another tool doesn't say which model it is for; give model: a hub id, a folder, a plan "
             "or profile of it"
         )
-    return read_foreign(plan, _signature(model, trust_remote_code), **given)  # type: ignore[arg-type]
+    return read_foreign(plan, _signature(options.model, options.trust_remote_code), **given)  # type: ignore[arg-type]
 
 
 def export_plan(plan: str | PlanLike, output: str, *, format: PlanFormat = "moa", reanchor: bool = False) -> Plan:
     """Write a plan in another tool's format, or say why that can't express it.
 
     Args:
-        plan: Plan file; in Python also a Plan.
+        plan: Plan file, Plan or what is in its file.
         output: File to write; for DuoAttention a folder.
         format: ``moa`` for MoA's alphas and betas, ``duo`` for DuoAttention's folder, ``plan`` for ours.
         reanchor: ``moa``: write rules that are evaluated at every position, too; MoA evaluates them once, at the total

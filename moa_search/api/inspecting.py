@@ -6,15 +6,22 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from moa_search.api.common import Criterion, require_lengths, require_writable
-from moa_search.api.converting import PlanFormat, export_plan, import_plan
-from moa_search.api.options import load_profile
+from moa_search.api.common import load_profile, require_writable
+from moa_search.api.converting import export_plan, import_plan
 from moa_search.errors import ConfigError
+from moa_search.options import (
+    DiffOptions,
+    FrontPageOptions,
+    ImportOptions,
+    InspectPlanOptions,
+    InspectProfileOptions,
+    takes,
+)
 
 if TYPE_CHECKING:
-    from moa_search.formats import ModelSignature, Plan, PlanLike, Profile
+    from moa_search.formats import Plan, PlanLike, Profile
     from moa_search.search import Front
 
 __all__ = ["diff_plans", "inspect_front", "inspect_plan", "inspect_profile", "kind_of", "plan_titles"]
@@ -22,51 +29,13 @@ __all__ = ["diff_plans", "inspect_front", "inspect_plan", "inspect_profile", "ki
 HEAD = re.compile(r"(\d+):(\d+)")
 
 
-def inspect_plan(
-    plan: str | PlanLike,
-    *,
-    lengths: Sequence[int] = (),
-    output: str | None = None,
-    html: str | None = None,
-    heads: Sequence[str] = (),
-    front: str | None = None,
-    profile: str | Profile | None = None,
-    model: str | Plan | ModelSignature | Any | None = None,
-    fold_lengths: Sequence[int] = (),
-    threshold: float | None = None,
-    sparsity: float | None = None,
-    sink: int | None = None,
-    recent: int | None = None,
-    trust_remote_code: bool = False,
-    save: str | None = None,
-    format: PlanFormat = "plan",
-    reanchor: bool = False,
-) -> Plan:
+@takes(InspectPlanOptions)
+def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
     """Show a plan, ours or another tool's: spans per layer and KV head, densities and how it was found.
 
     Args:
-        plan: Plan file, MoA's alphas and betas, or DuoAttention's folder or table of scores; in Python also a Plan.
-        lengths: Context lengths in tokens to show spans for; by default those the plan was made for.
-        output: PNG file for a heat map of the spans.
-        html: File for a page with all there is to see; it needs no network.
-        heads: Of the page: whose masks to show, as LAYER:HEAD such as 7:2; by default some from the longest to the
-            shortest span.
-        front: Of the page: folder of moa-search whose front to show; by default the one that the plan lies in.
-        profile: Of the page: profile file that predicts what each layer loses; in Python also a Profile.
-        model: What other tools' plans were made for, since they don't say: a hub id, a folder, a plan or profile of
-            the model, or layers=32,heads=32,kv_heads=8,head_dim=128 to look at it only; a plan of ours is checked.
-        fold_lengths: MoA's plans: context lengths in tokens between which the rule of a KV head has to keep what its
-            query heads' rules keep; by default everywhere, which may take more memory.
-        threshold: DuoAttention's: heads with at least this score are dense (0.5 by default).
-        sparsity: DuoAttention's: share of heads that aren't dense, instead of a threshold.
-        sink: DuoAttention's: first tokens that the other heads keep; by default what the config.json beside it says.
-        recent: DuoAttention's: newest tokens that they keep, likewise.
-        trust_remote_code: Run the code that a model brings along; false refuses such a model.
-        save: File to write the plan to; for DuoAttention a folder.
-        format: How to write it: ``plan`` as a plan of ours, ``moa`` as MoA's alphas and betas, ``duo`` as
-            DuoAttention's folder.
-        reanchor: ``moa``: write rules that are evaluated at every position, too; MoA evaluates them once, at the total
-            length, so that earlier tokens attend more.
+        plan: Plan file, MoA's alphas and betas, or DuoAttention's folder or table of scores.
+        options: As keywords, each described in `InspectPlanOptions`.
 
     Returns:
         The plan.
@@ -78,64 +47,43 @@ def inspect_plan(
     from moa_search.inspection.plots import save_heat_map
     from moa_search.search import Front
 
-    require_lengths(lengths=lengths)
-    shown = _heads(heads)
-    for name, value in (("heads", heads), ("front", front), ("profile", profile)):
-        if value and html is None:
+    shown = _heads(options.heads)
+    for name, value in (("heads", options.heads), ("front", options.front), ("profile", options.profile)):
+        if value and options.html is None:
             raise ConfigError(f"{name}: it is for a page; give html, too")
-    if save is None and (format != "plan" or reanchor):
-        raise ConfigError(f"{'reanchor' if reanchor else 'format'}: it is for writing; give save, too")
+    if options.save is None and (options.format != "plan" or options.reanchor):
+        raise ConfigError(f"{'reanchor' if options.reanchor else 'format'}: it is for writing; give save, too")
     plan = _named(plan)
     _require_plan(plan)
-    loaded = import_plan(
-        plan,
-        model=model,
-        fold_lengths=fold_lengths,
-        threshold=threshold,
-        sparsity=sparsity,
-        sink=sink,
-        recent=recent,
-        trust_remote_code=trust_remote_code,
-    )
-    require_writable(output)
-    require_writable(html, "html")
-    if html is not None:
-        folder = _front_of(plan) if front is None else front
+    loaded: Plan = import_plan.__wrapped__(plan, options.part(ImportOptions))  # type: ignore[attr-defined]
+    require_writable(options.output)
+    require_writable(options.html, "html")
+    if options.html is not None:
+        folder = _front_of(plan) if options.front is None else options.front
         page = plan_page(
             loaded,
             title=f"Plan {plan}" if isinstance(plan, str) else "Plan",
-            lengths=lengths,
+            lengths=options.lengths,
             heads=shown,
             front=None if folder is None else Front.load(folder),
-            profile=None if profile is None else load_profile(profile),
+            profile=None if options.profile is None else load_profile(options.profile),
         )
-    if save is not None:
-        export_plan(loaded, save, format=format, reanchor=reanchor)
-    if output is not None:
-        save_heat_map(loaded, output, lengths=list(lengths) or loaded.lengths)
-    if html is not None:
-        page.save(html)
+    if options.save is not None:
+        export_plan(loaded, options.save, format=options.format, reanchor=options.reanchor)
+    if options.output is not None:
+        save_heat_map(loaded, options.output, lengths=list(options.lengths) or loaded.lengths)
+    if options.html is not None:
+        page.save(options.html)
     return loaded
 
 
-def inspect_profile(
-    profile: str | Profile,
-    *,
-    lengths: Sequence[int] = (),
-    criterion: Criterion = "signed",
-    heads: Sequence[str] = (),
-    output: str | None = None,
-    html: str | None = None,
-) -> Profile:
+@takes(InspectProfileOptions)
+def inspect_profile(profile: str | Profile, options: InspectProfileOptions) -> Profile:
     """Show a profile: its samples, whether they were enough, and what each head loses under a short window.
 
     Args:
-        profile: Profile file; in Python also a Profile.
-        lengths: Profiled lengths in tokens to show; by default all.
-        criterion: How effects on the loss are summed up.
-        heads: Of the page: whose losses to draw over the window, as LAYER:HEAD; by default those that lose most.
-        output: PNG file for a heat map of what each head loses, at the longest length shown.
-        html: File for a page with all there is to see; it needs no network.
+        profile: Profile file.
+        options: As keywords, each described in `InspectProfileOptions`.
 
     Returns:
         The profile.
@@ -146,36 +94,32 @@ def inspect_profile(
     from moa_search.inspection.pages import profile_page
     from moa_search.inspection.plots import save_influence_map
 
-    shown = _heads(heads)
-    if heads and html is None:
+    shown = _heads(options.heads)
+    if options.heads and options.html is None:
         raise ConfigError("heads: it is for a page; give html, too")
     loaded = load_profile(profile)
-    require_writable(output)
-    require_writable(html, "html")
-    for length in lengths:
+    require_writable(options.output)
+    require_writable(options.html, "html")
+    for length in options.lengths:
         loaded.influence(length)  # refuses lengths that aren't there
-    if html is not None:
+    if options.html is not None:
         title = f"Profile {profile}" if isinstance(profile, str) else "Profile"
-        profile_page(loaded, title=title, lengths=lengths, heads=shown, criterion=criterion).save(html)
-    if output is not None:
-        save_influence_map(loaded, output, length=max(lengths or loaded.lengths), criterion=criterion)
+        page = profile_page(loaded, title=title, lengths=options.lengths, heads=shown, criterion=options.criterion)
+        page.save(options.html)
+    if options.output is not None:
+        save_influence_map(
+            loaded, options.output, length=max(options.lengths or loaded.lengths), criterion=options.criterion
+        )
     return loaded
 
 
-def diff_plans(
-    plans: Sequence[str | PlanLike],
-    *,
-    lengths: Sequence[int] = (),
-    output: str | None = None,
-    html: str | None = None,
-) -> list[Plan]:
+@takes(DiffOptions)
+def diff_plans(plans: Sequence[str | PlanLike], options: DiffOptions) -> list[Plan]:
     """Set two plans for one model side by side, and show the heads that they treat differently.
 
     Args:
-        plans: Two plan files; in Python also Plans. One may be another tool's: it is taken to be for the other's model.
-        lengths: Context lengths in tokens; by default those that the plans were made for.
-        output: PNG file for a heat map of the change at the longest length.
-        html: File for a page with all there is to see; it needs no network.
+        plans: Two plan files. One may be another tool's: it is taken to be for the other's model.
+        options: As keywords, each described in `DiffOptions`.
 
     Returns:
         Both plans.
@@ -189,30 +133,25 @@ def diff_plans(
     if len(plans) != 2:
         raise ConfigError(f"plans: {len(plans)} given; a difference has two")
     both = [_named(plan, f"plan {place}") for place, plan in enumerate(plans, 1)]
-    require_lengths(lengths=lengths)
     loaded = _read_pair(both)
     first, second = plan_titles(both)
     loaded[0].model.require(loaded[1].model, f"{first} (beside {second})")
-    require_writable(output)
-    require_writable(html, "html")
-    if html is not None:
-        diff_page(loaded, [first, second], lengths=lengths).save(html)
-    if output is not None:
-        save_diff_map(loaded, output, length=max(diff_lengths(loaded, lengths)))
+    require_writable(options.output)
+    require_writable(options.html, "html")
+    if options.html is not None:
+        diff_page(loaded, [first, second], lengths=options.lengths).save(options.html)
+    if options.output is not None:
+        save_diff_map(loaded, options.output, length=max(diff_lengths(loaded, options.lengths)))
     return loaded
 
 
-def inspect_front(
-    folder: str, *, lengths: Sequence[int] = (), output: str | None = None, html: str | None = None
-) -> Front:
+@takes(FrontPageOptions)
+def inspect_front(folder: str, options: FrontPageOptions) -> Front:
     """Show the plans that moa-search wrote to a folder, and which of them was chosen.
 
     Args:
         folder: Folder with plan.json and front/.
-        lengths: Of the page: context lengths in tokens to show the chosen plan's spans for; by default those it was
-            made for.
-        output: PNG file for a chart of the plans' predicted losses.
-        html: File for a page with all there is to see; it needs no network.
+        options: As keywords, each described in `FrontPageOptions`.
 
     Returns:
         The plans, of which none is chosen where there is no plan.json.
@@ -224,14 +163,13 @@ def inspect_front(
     from moa_search.inspection.plots import save_front_plot
     from moa_search.search import Front
 
-    require_lengths(lengths=lengths)
     loaded = Front.load(folder)
-    require_writable(output)
-    require_writable(html, "html")
-    if html is not None:
-        front_page(loaded, title=f"Front {folder}", lengths=lengths).save(html)
-    if output is not None:
-        save_front_plot(loaded, output)
+    require_writable(options.output)
+    require_writable(options.html, "html")
+    if options.html is not None:
+        front_page(loaded, title=f"Front {folder}", lengths=options.lengths).save(options.html)
+    if options.output is not None:
+        save_front_plot(loaded, options.output)
     return loaded
 
 

@@ -4,71 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from moa_search.api.common import (
-    Dtype,
-    model_and_tokenizer,
-    require_lengths,
-    require_plans_fit,
-    require_positive,
-    require_writable_folder,
-)
+from moa_search.api.common import model_and_tokenizer, require_plans_fit, require_writable_folder
 from moa_search.api.variants import named_plans
+from moa_search.options import ThroughputOptions, takes
 
 if TYPE_CHECKING:
     from moa_search.evaluation.throughput import Throughput
-    from moa_search.formats import PlanLike
 
-__all__ = ["WayKind", "measure_throughput"]
-
-WayKind = Literal["dense", "dense-static", "plan", "plan-static"]
+__all__ = ["measure_throughput"]
 
 
-def measure_throughput(
-    model: str | tuple[Any, Any] | None = None,
-    *,
-    random_weights: str | None = None,
-    layers: int | None = None,
-    plan: Sequence[str | PlanLike] = (),
-    density: Sequence[float] = (),
-    ways: Sequence[WayKind] = ("dense", "dense-static", "plan", "plan-static"),
-    lengths: Sequence[int] = (1024,),
-    batch: Sequence[str] = ("1",),
-    decode_tokens: int = 32,
-    repetitions: int = 5,
-    prefill_chunk: int | None = None,
-    memory_limit_gib: float | None = None,
-    output: str | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-) -> Throughput:
+@takes(ThroughputOptions)
+def measure_throughput(model: str | tuple[Any, Any] | None, options: ThroughputOptions) -> Throughput:
     """Time prefill and decoding, and weigh memory, dense and under plans, side by side in one run.
 
     Args:
-        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
-        random_weights: In place of a model, a configuration whose weights are drawn at random: a .json file, a folder
-            or a Hub id.
-        layers: With random_weights, so many layers instead of the configuration's, for shapes that don't fit.
-        plan: Plan files; in Python also Plans or their contents.
-        density: Make up a plan that keeps this share of the KV cache, for a model without a profile: some heads dense,
-            the others a sixteenth of the context.
-        ways: dense (SDPA, DynamicCache), dense-static (SDPA, StaticCache, compiled decoding), plan, and plan-static
-            (a cache of fixed size, compiled decoding).
-        lengths: Tokens per prompt.
-        batch: Samples together, or "largest": the largest batch that fits, found for each way.
-        decode_tokens: Timed decoding steps, after the prefill's token and four untimed ones.
-        repetitions: Timed runs of each way, length and batch, in turns.
-        prefill_chunk: Tokens that a prefill handles at once; by default what transformers and the plan do.
-        memory_limit_gib: For "largest", most memory in use, weights included; on a CPU required.
-        output: Folder for throughput.csv (every run), summary.csv, gains.csv, facts.json and throughput.png, written
-            again after each length.
-        dtype: Type of the weights, as for moa-profile.
-        device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
-        seed: Of the prompts and of random weights.
-        trust_remote_code: Run the code that a model brings along; false refuses such a model.
+        model: A Hub id, a model folder, a .gguf file, or "demo".
+        options: As keywords, each described in `ThroughputOptions`.
 
     Returns:
         Every run, how exact each plan was, and what the numbers depend on;
@@ -83,47 +37,40 @@ def measure_throughput(
     from moa_search.formats import ModelSignature
     from moa_search.modeling.support import native_windows, require_context
 
-    if (model is None) == (random_weights is None):
+    if (model is None) == (options.random_weights is None):
         raise ConfigError("give --model or --random-weights, one of them")
-    if layers is not None and random_weights is None:
+    if options.layers is not None and options.random_weights is None:
         raise ConfigError("layers: only with --random-weights")
-    require_lengths(lengths=lengths)
-    require_positive(lengths=min(lengths, default=0), decode_tokens=decode_tokens, repetitions=repetitions)
-    for name, value in (("layers", layers), ("prefill_chunk", prefill_chunk), ("memory_limit_gib", memory_limit_gib)):
-        if value is not None:
-            require_positive(**{name: value})
-    batches = _batches(batch)
-    require_writable_folder(output)
-    plans = named_plans(plan, [_made_up(share) for share in density])
-    if {"plan", "plan-static"} & set(ways) and not plans and not density:
+    batches = _batches(options.batch)
+    require_writable_folder(options.output)
+    plans = named_plans(options.plan, [_made_up(share) for share in options.density])
+    if {"plan", "plan-static"} & set(options.ways) and not plans and not options.density:
         raise ConfigError("ways: plan needs --plan or --density; for dense alone give --ways dense dense-static")
-    if random_weights is not None:
+    if options.random_weights is not None:
         from moa_search.modeling.loading import random_model
 
-        network = random_model(
-            random_weights, layers=layers, dtype=dtype, device=device, seed=seed, trust_remote_code=trust_remote_code
-        )
+        network = random_model(options.random_weights, layers=options.layers, seed=options.seed, **options.loading)
     else:
         assert model is not None
-        network, _ = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    _require_limit(network, batches, memory_limit_gib)
+        network, _ = model_and_tokenizer(model, **options.loading)
+    _require_limit(network, batches, options.memory_limit_gib)
     require_plans_fit(plans, network)
     signature = ModelSignature.of(network.config)
     native = [layer for layer, window in enumerate(native_windows(network.config)) if window is not None]
-    for share in density:
+    for share in options.density:
         plans[_made_up(share)] = made_up_plan(signature, share, native_layers=native)
-    require_context(network.config, max(lengths) + 1 + UNTIMED_STEPS + decode_tokens)
+    require_context(network.config, max(options.lengths) + 1 + UNTIMED_STEPS + options.decode_tokens)
     return measure(
         network,
-        make_ways(ways, plans),
-        lengths=lengths,
+        make_ways(options.ways, plans),
+        lengths=options.lengths,
         batches=batches,
-        decode_tokens=decode_tokens,
-        repetitions=repetitions,
-        prefill_chunk=prefill_chunk,
-        limit_bytes=None if memory_limit_gib is None else round(memory_limit_gib * 2**30),
-        seed=seed,
-        keep=None if output is None else partial(_save, output=output),
+        decode_tokens=options.decode_tokens,
+        repetitions=options.repetitions,
+        prefill_chunk=options.prefill_chunk,
+        limit_bytes=None if options.memory_limit_gib is None else round(options.memory_limit_gib * 2**30),
+        seed=options.seed,
+        keep=None if options.output is None else partial(_save, output=options.output),
     )
 
 

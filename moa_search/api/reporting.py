@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from moa_search.api.common import (
-    Dtype,
-    Searcher,
-    model_and_tokenizer,
-    require_depths,
-    require_plans_fit,
-    require_positive,
-    require_writable_folder,
-)
+from moa_search.api.common import model_and_tokenizer, require_plans_fit, require_writable_folder
 from moa_search.api.variants import given_plans, searched_plans
 from moa_search.errors import ConfigError
+from moa_search.options import ReportOptions, takes
 from moa_search.progress import progress
 
 if TYPE_CHECKING:
@@ -25,35 +18,13 @@ if TYPE_CHECKING:
 
     from moa_search.evaluation.compare import Comparison
     from moa_search.evaluation.suite import Evaluator, Grid
-    from moa_search.formats import PlanLike, Profile
     from moa_search.tasks import Task
 
 __all__ = ["report_model"]
 
 
-def report_model(
-    model: str | tuple[Any, Any],
-    *,
-    output: str,
-    plan: Sequence[str | PlanLike] = (),
-    profile: str | Profile | None = None,
-    searchers: Sequence[Searcher] = ("exact", "moa"),
-    densities: Sequence[float] = (0.5, 0.25, 0.125),
-    budget_lengths: Sequence[int] | None = None,
-    baselines: Sequence[str] = ("dense", "uniform"),
-    tasks: Sequence[str] = ("passkey", "copy"),
-    lengths: Sequence[int] = (512, 1024, 2048, 4096),
-    samples: Sequence[int] = (20,),
-    answers: Literal["forced", "generated"] = "forced",
-    depths: Sequence[float] = (),
-    against: Sequence[str] = ("dense",),
-    windows: bool = True,
-    refine: int = 0,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-) -> pd.DataFrame:
+@takes(ReportOptions)
+def report_model(model: str | tuple[Any, Any], options: ReportOptions) -> pd.DataFrame:
     """Run dense attention, plans and baselines over tasks and lengths, and write a page about it.
 
     Writes report.html, which needs no network, its tables as report.md, items.csv, summary.csv, differences.csv,
@@ -61,29 +32,8 @@ def report_model(
     on where it was stopped, and measures nothing twice.
 
     Args:
-        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
-        output: Folder for the page and its tables.
-        plan: Plan files; in Python also Plans or their contents.
-        profile: Profile to search further plans in, one for each searcher and density.
-        searchers: Which search: exact is ours, moa is MoA's; the first is compared with the others.
-        densities: Shares of the KV cache that searched plans keep at most.
-        budget_lengths: Lengths in tokens that the densities hold at, as for moa-search; those of the items make all
-            plans of a density keep as much at each.
-        baselines: dense, and uniform: one span for all heads with as much memory as a plan.
-        tasks: As for moa-eval.
-        lengths: Tokens per item, answer included.
-        samples: Items per task and length (per depth where depths are given): one number for all lengths, or one for
-            each.
-        answers: As for moa-eval.
-        depths: As for moa-eval; gives depth by length grids.
-        against: Variants that all others are compared with, item by item.
-        windows: Whether to measure one constant window of each plan's average span, for the multiple of its effective
-            context.
-        refine: How often to halve the gap between the last length that passes and the next, for dense and plans.
-        dtype: Type of the weights, as for moa-profile.
-        device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
-        seed: Of the items.
-        trust_remote_code: Run the code that a model brings along; false refuses such a model.
+        model: A Hub id, a model folder, a .gguf file, or "demo".
+        options: As keywords, each described in `ReportOptions`.
 
     Returns:
         What effective.csv holds: how far every variant carries on each retrieval task, with its multiples over uniform
@@ -98,41 +48,37 @@ def report_model(
     from moa_search.modeling.text import dtype_name
     from moa_search.tasks import require_tasks
 
-    require_positive(lengths=min(lengths, default=0), samples=min(samples, default=0))
-    require_depths(depths)
-    kinds = require_tasks(tasks)
-    counts = _counts(lengths, samples)
-    if refine < 0:
-        raise ConfigError(f"refine: {refine} is out of range; it must be at least 0")
-    require_writable_folder(output)
+    kinds = require_tasks(options.tasks)
+    counts = _counts(options.lengths, options.samples)
+    require_writable_folder(options.output)
     searched = []
-    if profile is not None:
-        searched = searched_plans(profile, searchers, densities, budget_lengths, Path(output) / "plans")
-    given = given_plans(plan, [name for group in searched for name in group])
-    compared = make_variants([*given, *searched], baselines)
+    if options.profile is not None:
+        searched = searched_plans(options)
+    given = given_plans(options.plan, [name for group in searched for name in group])
+    compared = make_variants([*given, *searched], options.baselines)
     names = [variant.name for variant in compared.variants]
-    for name in against:
+    for name in options.against:
         if name not in names:
             raise ConfigError(f"against: variant {name!r} isn't measured; choose from {', '.join(names)}")
-    network, tokenizer = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    network, tokenizer = model_and_tokenizer(model, **options.loading)
     require_plans_fit(compared.plans, network)
-    require_context(network.config, max(lengths))
-    grid = Grid(counts, tuple(depths), seed, answers)
+    require_context(network.config, max(options.lengths))
+    grid = Grid(counts, tuple(options.depths), options.seed, options.answers)
     with progress(what="Evaluating", unit="token", total=grid.work(kinds, len(names))) as bar:
-        evaluator = Evaluator(network, tokenizer, Path(output) / "cells", bar.update)
-        measured = _measure(evaluator, compared, kinds, grid, windows=windows, refine=refine)
+        evaluator = Evaluator(network, tokenizer, Path(options.output) / "cells", bar.update)
+        measured = _measure(evaluator, compared, kinds, grid, windows=options.windows, refine=options.refine)
     settings = {
         "model": model if isinstance(model, str) else getattr(network.config, "name_or_path", "") or "a loaded model",
         "dtype": dtype_name(network),
         "device": str(network.device),
         "items": ", ".join(f"{count} at {length}" for length, count in counts.items())
-        + (f", at each of {len(depths)} depths" if depths else ""),
+        + (f", at each of {len(options.depths)} depths" if options.depths else ""),
         "answers": "teacher-forced"
-        if answers == "forced"
+        if options.answers == "forced"
         else "generated greedily (perplexity and NLL teacher-forced)",
-        "seed": seed,
+        "seed": options.seed,
     }
-    return _write(Path(output), measured, compared, settings, against)
+    return _write(Path(options.output), measured, compared, settings, options.against)
 
 
 def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa_search.api.common import Dtype, model_and_tokenizer, require_positive, require_writable
+from moa_search.api.common import model_and_tokenizer, require_writable
 from moa_search.errors import ConfigError
+from moa_search.options import ValidateOptions, ValidationOptions, takes
 from moa_search.progress import progress
 
 if TYPE_CHECKING:
@@ -25,20 +26,8 @@ __all__ = ["held_out_loss", "try_front", "validate_front"]
 TABLE = "validation.csv"
 
 
-def validate_front(
-    folder: str,
-    *,
-    model: str | tuple[Any, Any],
-    sources: Sequence[str] = ("passkey", "copy"),
-    lengths: Sequence[int] | None = None,
-    samples: int = 16,
-    answers: Literal["model", "dataset"] = "dataset",
-    chat: Literal["auto", "never"] = "never",
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-) -> pd.DataFrame:
+@takes(ValidateOptions)
+def validate_front(folder: str, options: ValidateOptions) -> pd.DataFrame:
     """Run every plan of a front on held-out samples, and choose the one that loses least.
 
     Writes validation.csv and what each plan lost into its file, and makes the best plan of plan.json's budgets
@@ -48,18 +37,7 @@ def validate_front(
 
     Args:
         folder: Folder that moa-search wrote, with plan.json and front/.
-        model: A Hub id, a model folder, a .gguf file, or "demo"; in Python also what load_model returned.
-        sources: What held-out samples are drawn from, in turn, as for moa-profile; texts and records are those that
-            calibration never uses.
-        lengths: Tokens per sample, answer included; by default twice the longest length that the plans were made
-            for, or the model's context where that is shorter.
-        samples: Held-out samples per length.
-        answers: dataset measures the loss of the reference answers; model that of the dense model's own right ones.
-        chat: never leaves prompts plain; auto puts them into the tokenizer's chat template where it has one.
-        dtype: Type of the weights, as for moa-profile.
-        device: Such as cpu or cuda:0; auto takes the first GPU if there is one.
-        seed: Of the held-out samples.
-        trust_remote_code: Run the code that a model brings along; false refuses such a model.
+        options: As keywords, each described in `ValidateOptions`.
 
     Returns:
         One row per plan and length: its ``true_loss`` in nats per answer token, the ``dense_loss`` of the same samples,
@@ -73,36 +51,22 @@ def validate_front(
     """
     from moa_search.search import Front
 
-    require_positive(samples=samples)
-    if lengths is not None:
-        require_positive(lengths=min(lengths, default=0))
     front = Front.load(folder)
     require_writable(str(Path(folder) / TABLE))
-    network = model_and_tokenizer(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    drawn: dict[str, Any] = {"sources": sources, "samples": samples, "seed": seed, "answers": answers, "chat": chat}
-    return try_front(front, network, lengths=lengths, folder=Path(folder), **drawn)[1]
+    network = model_and_tokenizer(options.model, **options.loading)
+    return try_front(front, network, options, folder=Path(folder))[1]
 
 
 def try_front(
-    front: Front,
-    model: tuple[Any, Any],
-    *,
-    lengths: Sequence[int] | None = None,
-    folder: Path | None = None,
-    sources: Sequence[str] = ("passkey", "copy"),
-    samples: int = 16,
-    **drawn: Any,
+    front: Front, model: tuple[Any, Any], options: ValidationOptions, *, folder: Path | None = None
 ) -> tuple[Front, pd.DataFrame]:
     """Run every plan of a front on held-out samples; the one that loses least is chosen.
 
     Args:
         front: The front.
         model: Model and tokenizer.
-        lengths: As for `validate_front`.
+        options: Which samples.
         folder: That the front lies in, where there is one: results are kept in it.
-        sources: As for `held_out_loss`.
-        samples: Samples per length.
-        drawn: Further arguments of `held_out_loss`.
 
     Returns:
         The front with what its plans lost, and a table as `validate_front` returns it.
@@ -120,11 +84,13 @@ def try_front(
     truth = held_out_loss(
         network,
         tokenizer,
-        sources=sources,
-        lengths=_default_lengths(front.plans, network.config) if lengths is None else lengths,
-        samples=samples,
+        sources=options.sources,
+        lengths=options.lengths or _default_lengths(front.plans, network.config),
+        samples=options.samples,
+        seed=options.seed,
         cache_folder=None if folder is None else folder / "validation",
-        **drawn,
+        answers=options.answers,
+        chat=options.chat,
     )
     tried = front.replaced(_measure(truth, front, folder), front.chosen_index)
     best = min(_rivals(front), key=lambda index: truth.evaluate(front.plans[index]))

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa_search.api.common import Searcher
+from moa_search.api.common import load_profile
 from moa_search.errors import ConfigError
+from moa_search.options import ReportOptions
 
 if TYPE_CHECKING:
-    from moa_search.formats import Plan, PlanLike, Profile
+    from moa_search.formats import Plan, PlanLike
 
 __all__ = ["given_plans", "named_plans", "plan_name", "searched_plans"]
 
 
-def named_plans(plan: str | PlanLike | Sequence[str | PlanLike], taken: Collection[str] = ()) -> dict[str, Plan]:
+def named_plans(plan: Sequence[str | PlanLike], taken: Collection[str] = ()) -> dict[str, Plan]:
     """Plans, loaded where a file is given, by the shortest names that tell them apart.
 
     Args:
-        plan: Files, plans or their contents; one, or several.
+        plan: Files, plans or their contents.
         taken: Names that others have.
     """
     from moa_search.formats import Plan
 
-    several = [plan] if isinstance(plan, Plan | str | os.PathLike | Mapping) else plan
     plans: dict[str, Plan] = {}
-    for index, entry in enumerate(several):
+    for index, entry in enumerate(plan):
         loaded = Plan.of(entry)
         plans[plan_name(entry, loaded, index, [*taken, *plans])] = loaded
     return plans
@@ -52,45 +52,38 @@ def plan_name(entry: Any, plan: Plan, index: int, taken: Collection[str]) -> str
     return next((name for name in shown if name not in taken), f"plan {index + 1}")
 
 
-def given_plans(plan: str | PlanLike | Sequence[str | PlanLike], taken: Collection[str] = ()) -> list[dict[str, Plan]]:
+def given_plans(plan: Sequence[str | PlanLike], taken: Collection[str] = ()) -> list[dict[str, Plan]]:
     """The user's plans by name, each in a group of its own; ``taken`` as for `named_plans`."""
     return [{name: loaded} for name, loaded in named_plans(plan, taken).items()]
 
 
-def searched_plans(
-    profile: str | Profile,
-    searchers: Sequence[Searcher],
-    densities: Sequence[float],
-    budget_lengths: Sequence[int] | None,
-    folder: Path,
-) -> list[dict[str, Plan]]:
+def searched_plans(options: ReportOptions) -> list[dict[str, Plan]]:
     """Plans of every searcher by name, grouped by density, kept in a folder: MoA's search can take minutes.
 
-    Each is kept as ``HASH/NAME.json``, where the hash holds what the search depends on: a plan that is there needn't be
-    searched again, and whoever evaluates the file finds it under the same name.
+    Each is kept as ``plans/HASH/NAME.json``, where the hash holds what the search depends on: a plan that is there
+    needn't be searched again, and whoever evaluates the file finds it under the same name.
     """
-    from moa_search.api.options import load_profile
     from moa_search.api.searching import search_plan
     from moa_search.formats import Plan
     from moa_search.formats.files import canonical_json, sha256_of
     from moa_search.version import __version__
 
-    if not searchers or not densities:
+    if not options.searchers or not options.densities:
         raise ConfigError("profile: nothing to search for; give --searchers and --densities")
-    statistics = load_profile(profile)
-    lengths = None if budget_lengths is None else list(budget_lengths)
+    statistics = load_profile(options.profile)
+    lengths = options.budget_lengths and list(options.budget_lengths)
     asked = canonical_json([statistics.checksum, lengths, __version__])
-    kept = folder / sha256_of(asked).removeprefix("sha256:")[:8]
+    kept = Path(options.output) / "plans" / sha256_of(asked).removeprefix("sha256:")[:8]
     groups = []
-    for density in dict.fromkeys(map(float, densities)):
+    for density in dict.fromkeys(options.densities):
         group: dict[str, Plan] = {}
-        for searcher in dict.fromkeys(searchers):
+        for searcher in dict.fromkeys(options.searchers):
             name = f"{searcher} @ {density:.15g}"
             path = kept / f"{name}.json"
             if path.exists():
                 group[name] = Plan.load(path)
             else:
-                group[name] = search_plan(statistics, density=density, searcher=searcher, budget_lengths=lengths)
+                group[name] = search_plan(statistics, density=[density], searcher=searcher, budget_lengths=lengths)
                 group[name].save(path)
         groups.append(group)
     return groups

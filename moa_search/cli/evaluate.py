@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import evaluate_model, measure_throughput, report_model, run_harness
-from moa_search.cli.command import open_console, run
-from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
+from moa_search.cli.command import Command, open_console
+from moa_search.cli.subcommands import run_any
 
-__all__ = ["COMMANDS", "main", "show", "show_harness", "show_report", "show_throughput"]
+__all__ = ["COMMANDS", "MAIN", "main", "show", "show_harness", "show_report", "show_throughput"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,32 +73,37 @@ def show_throughput(found: Throughput, *, output: str | None, **options: Any) ->
         print(f"every run, the tables and a plot are in {output}")
 
 
-COMMANDS: dict[str, Subcommand] = {
-    "lm-eval": Subcommand(
+MAIN = Command(
+    "scores a model dense, under plans and under uniform spans",
+    evaluate_model,
+    show,
+    examples=("moa-eval demo --plan plans/plan.json --tasks passkey copy --lengths 1024 2048",),
+)
+
+COMMANDS = {
+    "lm-eval": Command(
         "runs tasks of lm-evaluation-harness",
         run_harness,
         show_harness,
-        first="model",
-        required=("tasks",),
+        examples=("moa-eval lm-eval demo --tasks tasks/mine.yaml --plan plans/plan.json",),
     ),
-    "report": Subcommand(
+    "report": Command(
         "runs dense, plans and baselines over tasks and lengths and writes a page",
         report_model,
         show_report,
+        examples=("moa-eval report --model demo --plan plans/plan.json --output report",),
         first="config",
-        required=("model", "output"),
-        interrupted="what was measured is kept; the same command goes on from here",
+        interrupted="what was measured is kept; the same command resumes",
     ),
-    "throughput": Subcommand(
+    "throughput": Command(
         "measures speed and memory, dense and under plans",
         measure_throughput,
         show_throughput,
-        first="model",
+        examples=("moa-eval throughput demo --plan plans/plan.json --lengths 4096 --batch 1 8",),
     ),
 }
 
 
 def main() -> NoReturn:
     """Entry point."""
-    run_subcommand("moa-eval", COMMANDS, otherwise="a model")
-    run("moa-eval", evaluate_model, show, first="model", also=descriptions(COMMANDS))
+    run_any("moa-eval", MAIN, COMMANDS, otherwise="a model")

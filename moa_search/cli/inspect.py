@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import diff_plans, inspect_front, inspect_plan, inspect_profile
 from moa_search.api.inspecting import kind_of, plan_titles
-from moa_search.cli.command import open_console, run
-from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
+from moa_search.cli.command import Command, open_console
+from moa_search.cli.subcommands import run_any
 
 __all__ = ["COMMANDS", "command_for", "main", "show", "show_diff", "show_front", "show_profile"]
 
@@ -91,18 +91,36 @@ def _say_written(picture: str, *, output: str | None, html: str | None, **_: Any
 
 
 COMMANDS = {
-    "plan": Subcommand("shows a plan", inspect_plan, show, first="plan"),
-    "profile": Subcommand("shows a profile", inspect_profile, show_profile, first="profile"),
-    "diff": Subcommand("sets two plans side by side", diff_plans, show_diff, first="plans"),
-    "front": Subcommand("shows the plans in moa-search's folder", inspect_front, show_front, first="folder"),
+    "plan": Command(
+        "shows a plan, and converts it",
+        inspect_plan,
+        show,
+        examples=("moa-inspect plan plans/plan.json --html plan.html --output spans.png",),
+    ),
+    "profile": Command(
+        "shows a profile",
+        inspect_profile,
+        show_profile,
+        examples=("moa-inspect profile profile.safetensors --html profile.html",),
+    ),
+    "diff": Command(
+        "sets two plans side by side",
+        diff_plans,
+        show_diff,
+        examples=("moa-inspect diff a.json b.json --html diff.html",),
+    ),
+    "front": Command(
+        "shows the plans in moa-search's folder",
+        inspect_front,
+        show_front,
+        examples=("moa-inspect front plans --html front.html",),
+    ),
 }
 
 
 def main() -> NoReturn:
     """Entry point."""
-    run_subcommand("moa-inspect", COMMANDS, otherwise="a file")
-    command = COMMANDS[command_for(sys.argv[1:])]
-    run("moa-inspect", command.function, command.show, first=command.first, also=descriptions(COMMANDS))
+    run_any("moa-inspect", COMMANDS[command_for(sys.argv[1:])], COMMANDS, otherwise="a file")
 
 
 def command_for(words: Sequence[str]) -> str:

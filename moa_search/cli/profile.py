@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import merge_profiles, profile_model
-from moa_search.cli.command import open_console, run
+from moa_search.cli.command import Command, open_console
+from moa_search.cli.subcommands import run_any
 
-__all__ = ["main", "show", "show_merged"]
+__all__ = ["COMMANDS", "MAIN", "main", "show", "show_merged"]
 
 if TYPE_CHECKING:
     from moa_search.formats import Profile
@@ -38,22 +38,29 @@ def show_merged(profile: Profile, /, *, output: str, **options: Any) -> None:
     show(profile, output=output)
 
 
+MAIN = Command(
+    "measures what shortening each attention head's view would cost",
+    profile_model,
+    show,
+    examples=(
+        "moa-profile demo --output profile.safetensors",
+        "moa-profile meta-llama/Llama-3.1-8B-Instruct --lengths 2048 4096 --samples 32 --output profile.safetensors",
+    ),
+    required=("output",),
+    interrupted="the same command resumes",
+)
+
+COMMANDS = {
+    "merge": Command(
+        "pools profiles of one model",
+        merge_profiles,
+        show_merged,
+        examples=("moa-profile merge first.safetensors second.safetensors --output pooled.safetensors",),
+        required=("output",),
+    )
+}
+
+
 def main() -> NoReturn:
     """Entry point."""
-    if sys.argv[1:2] == ["merge"]:
-        run(
-            "moa-profile merge",
-            merge_profiles,
-            show_merged,
-            first="profiles",
-            required=("output",),
-            arguments=sys.argv[2:],
-        )
-    run(
-        "moa-profile",
-        profile_model,
-        show,
-        first="model",
-        required=("output",),
-        interrupted="the same command goes on from here",
-    )
+    run_any("moa-profile", MAIN, COMMANDS, otherwise="a model")

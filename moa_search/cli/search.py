@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moa_search.api import compare_searchers, measure_hardware, search_front, tune_plan, validate_front
-from moa_search.cli.command import open_console, run
-from moa_search.cli.subcommands import Subcommand, descriptions, run_subcommand
+from moa_search.cli.command import Command, open_console
+from moa_search.cli.subcommands import run_any
 
-__all__ = ["COMMANDS", "main", "show", "show_comparison", "show_hardware", "show_study", "show_validation"]
+__all__ = ["COMMANDS", "MAIN", "main", "show", "show_comparison", "show_hardware", "show_study", "show_validation"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,29 +84,43 @@ def show_study(summary: Summary, *, output: str, **options: Any) -> None:
         print(f"{output}/plan.json is the best plan; all of the last front in {output}/front")
 
 
+MAIN = Command(
+    "finds the best spans for a memory budget",
+    search_front,
+    show,
+    examples=(
+        "moa-search profile.safetensors --density 0.25 --output plans",
+        "moa-search profile.safetensors --budget kv=2GiB@32768x8 --output plans",
+    ),
+    required=("output",),
+)
+
 COMMANDS = {
-    "validate": Subcommand(
+    "validate": Command(
         "runs every plan of a front on held-out samples and keeps the best",
         validate_front,
         show_validation,
-        first="folder",
-        required=("model",),
-        interrupted="what was measured is kept; the same command goes on from here",
+        examples=("moa-search validate plans --model demo",),
+        interrupted="what was measured is kept; the same command resumes",
     ),
-    "compare": Subcommand("sets the baselines beside our search", compare_searchers, show_comparison, first="profile"),
-    "tune": Subcommand(
+    "compare": Command(
+        "sets the baselines beside our search",
+        compare_searchers,
+        show_comparison,
+        examples=("moa-search compare profile.safetensors --density 0.25 --validate demo",),
+    ),
+    "tune": Command(
         "searches settings of the search by true loss",
         tune_plan,
         show_study,
-        first="profile",
-        required=("model", "output"),
-        interrupted="the study is kept; the same command goes on from here",
+        examples=("moa-search tune profile.safetensors --model demo --density 0.25 --output tuned",),
+        interrupted="the study is kept; the same command resumes it",
     ),
-    "hardware": Subcommand(
+    "hardware": Command(
         "measures the device at hand, for budgets on times",
         measure_hardware,
         show_hardware,
-        first="output",
+        examples=("moa-search hardware --output hardware.yaml",),
         required=("output",),
     ),
 }
@@ -114,12 +128,4 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """Entry point."""
-    run_subcommand("moa-search", COMMANDS, otherwise="a profile")
-    run(
-        "moa-search",
-        search_front,
-        show,
-        first="profile",
-        required=("output",),
-        also=descriptions(COMMANDS),
-    )
+    run_any("moa-search", MAIN, COMMANDS, otherwise="a profile")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
+from moa_search.options import SearchOptions
 from moa_search.progress import progress
 from moa_search.search.losses import plan_losses
 from moa_search.search.searchers import find_searcher
 from moa_search.search.searching import search_profile
-from moa_search.search.space import SearchOptions
 
 __all__ = ["Candidate", "compare_searchers", "predicted_losses"]
 
@@ -55,7 +54,7 @@ def compare_searchers(
     candidates = []
     for name in progress(searchers, what="Searching", unit="searcher"):
         began = time.process_time()
-        plan = search_profile(profile, dataclasses.replace(options, searcher=name)).chosen
+        plan = search_profile(profile, options.replace(searcher=name)).chosen
         seconds = time.process_time() - began
         losses = predicted_losses(profile, plan, options.criterion)
         candidates.append(Candidate(name, plan, losses, seconds))

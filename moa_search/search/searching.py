@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import version
 
-from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
 from moa_search.formats.plan import LengthMetrics, Plan, Provenance
 from moa_search.formats.profile import Profile
+from moa_search.options import SearchOptions
 from moa_search.progress import progress
 from moa_search.search.budgets import BudgetSpec, used
 from moa_search.search.front import BudgetUse, Front
 from moa_search.search.searchers import Searcher, find_searcher
-from moa_search.search.space import SearchOptions, SearchSpace, density_specs
+from moa_search.search.space import SearchSpace, density_specs
 from moa_search.search.trade_off import FrontPoint, knee
 from moa_search.spans import DENSE
 from moa_search.version import __version__
@@ -58,7 +57,7 @@ def search_densities(profile: Profile, options: SearchOptions, densities: Sequen
     """
     asked = sorted(set(densities))
     fronts = [
-        search_profile(profile, replace(options, density=[density], front_steps=0))
+        search_profile(profile, options.replace(density=[density], front_steps=0))
         for density in progress(asked, what="Searching", unit="density")
     ]
     plans = [front.chosen for front in fronts]
@@ -81,10 +80,8 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
     """
     require_criterion(options.criterion)
     header = profile.header
-    if options.rules_per_layer not in (None, 1, 2):
-        raise ConfigError(f"rules_per_layer is {options.rules_per_layer}; it must be 1 or 2, or left out")
     if options.predict_lengths is None:
-        options = replace(options, predict_lengths=_ahead(profile, options) if searcher.looks_ahead else ())
+        options = options.replace(predict_lengths=_ahead(profile, options) if searcher.looks_ahead else ())
     density_specs(profile, options)  # rules are fitted to its lengths, so an absurd one has to be refused before
     lengths = [*profile.lengths, *(options.budget_lengths or ()), *(options.predict_lengths or ())]
     rules = searcher.rules(lengths, sink=header.sink, block=header.block)
@@ -100,7 +97,7 @@ def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
     """
     ahead, context = AHEAD * profile.lengths[-1], profile.header.model.context_length
     asked = density_specs(profile, options) if options.budget_lengths else []
-    asked += map(BudgetSpec.parse, options.budgets)
+    asked += map(BudgetSpec.parse, options.budget)
     by_default = bool(options.density) and not options.budget_lengths
     budgeted = by_default or ahead <= max((spec.length for spec in asked), default=0)
     return (ahead,) if budgeted and (context is None or ahead <= context) else ()

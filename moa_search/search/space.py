@@ -3,69 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
 from moa_search.formats.profile import Profile
+from moa_search.options import SearchOptions
 from moa_search.search.budgets import BudgetRow, BudgetSpec, Hardware, budget_rows
 from moa_search.search.losses import RuleLosses, rule_losses
 from moa_search.search.solver import Problem
 from moa_search.spans import SpanRule, span
 
-__all__ = ["SearchOptions", "SearchSpace", "density_specs", "parse_floors", "parse_weights"]
+__all__ = ["SearchSpace", "density_specs", "parse_floors"]
 
 Booleans = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """What the user asks of a search.
-
-    Attributes:
-        density: Largest share of the KV cache to keep: one for all lengths, one for each, or none.
-        budget_lengths: Lengths in tokens that the densities hold at. If None, the profiled ones, and the last
-            density also at the predicted ones and the model's full context, so that no plan explodes beyond what was
-            profiled.
-        budgets: Further budgets, such as ``kv=2GiB@32768x8`` (docs/budgets.md).
-        hardware: For budgets on times.
-        weights_bytes: Size of the model's weights, for budgets that count them; the profile's if None.
-        criterion: How effects on the loss are summed up.
-        searcher: Name of the searcher.
-        anchor: Where the plan evaluates its rules.
-        rules_per_layer: Most different rules in one layer; None for any number.
-        length_weights: Weight of each length's loss in the chosen plan; if empty, all weigh the same.
-        predict_lengths: Lengths never profiled to predict losses at, by extrapolation; None for those that the
-            searcher looks ahead to.
-        robust: Standard errors added to every loss.
-        min_span: Smallest span in tokens that any head may have; None for sink and one block.
-        layer_floors: Smallest density of every head of a layer, by layer.
-        time_limit_s: Seconds for each solve.
-        front_steps: Steps of the weight lattice over lengths; None for as many as take about 15 solves.
-    """
-
-    density: Sequence[float] = ()
-    budget_lengths: Sequence[int] | None = None
-    budgets: Sequence[str] = ()
-    hardware: Hardware | None = None
-    weights_bytes: int | None = None
-    criterion: str = "signed"
-    searcher: str = "exact"
-    anchor: Literal["position", "prompt"] = "position"
-    rules_per_layer: int | None = None
-    length_weights: Mapping[int, float] = field(default_factory=dict)
-    predict_lengths: Sequence[int] | None = None
-    robust: float = 0.0
-    min_span: int | None = None
-    layer_floors: Mapping[int, float] = field(default_factory=dict)
-    time_limit_s: float = 60.0
-    front_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +53,7 @@ class SearchSpace:
             BudgetInfeasibleError: No choice keeps a budget; the message names it.
         """
         header = profile.header
-        specs = [*density_specs(profile, options), *map(BudgetSpec.parse, options.budgets)]
+        specs = [*density_specs(profile, options), *map(BudgetSpec.parse, options.budget)]
         if not specs:
             raise ConfigError("no budget is given; ask for a density, such as 0.25, or a budget, such as kv=2GiB@32k")
         rows = budget_rows(
@@ -105,7 +61,7 @@ class SearchSpace:
             rules,
             header,
             anchor=options.anchor,
-            hardware=options.hardware,
+            hardware=Hardware.of(options.hardware),
             weights_bytes=options.weights_bytes or header.weights_bytes,
         )
         losses = rule_losses(profile, rules, criterion, anchor=options.anchor)
@@ -226,37 +182,20 @@ def parse_floors(texts: Sequence[str], layers: int, native_layers: Sequence[int]
     return floors
 
 
-def parse_weights(texts: Sequence[str]) -> dict[int, float]:
-    """``LENGTH=WEIGHT``, such as ``2048=2``, as a weight by length.
-
-    Raises:
-        ConfigError: A text isn't of that form, or a length stands twice.
-    """
-    weights: dict[int, float] = {}
-    for text in texts:
-        form = re.fullmatch(r"(\d+)=(\d*\.?\d+)", text.strip())
-        if not form:
-            raise ConfigError(f"length_weights: {text!r} isn't of the form LENGTH=WEIGHT, such as 2048=2")
-        length = int(form[1])
-        if length in weights:
-            raise ConfigError(f"length_weights: {text!r} weighs {length} a second time; keep one of them")
-        weights[length] = float(form[2])
-    return weights
-
-
 def _allowed(
     profile: Profile, options: SearchOptions, rules: Sequence[SpanRule], specs: Sequence[BudgetSpec]
 ) -> Booleans | None:
     """``[head, rule]``: rules that keep the floors at every profiled and budgeted length; None without floors."""
     header = profile.header
-    if options.min_span is None and not options.layer_floors:
+    if options.min_span is None and not options.layer_floor:
         return None
+    floors = parse_floors(options.layer_floor, header.model.num_hidden_layers, header.native_layers)
     smallest = header.sink + header.block
     lengths = np.array(sorted({*profile.lengths, *(spec.length for spec in specs)}), dtype=np.int64)
     spans = np.stack([span(lengths, rule, smallest) for rule in rules])  # [rule, length]
     enough = (spans >= np.minimum(min(options.min_span or 0, int(lengths[-1])), lengths)).all(1)
     by_layer = []
     for layer in header.searchable_layers:
-        floor = options.layer_floors.get(layer, 0.0)
+        floor = floors.get(layer, 0.0)
         by_layer.append(enough & (spans >= floor * lengths - 1e-9).all(1))
     return np.repeat(np.stack(by_layer), header.model.num_key_value_heads, axis=0)

@@ -11,19 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from moa_search import api
-from moa_search.cli import evaluate, inspect, search
-from moa_search.cli.command import build_parser
+from moa_search.cli import evaluate, inspect, profile, search
+from moa_search.cli.command import parser_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-MAIN = {
-    "moa-profile": (api.profile_model, "model", {"merge": (api.merge_profiles, "profiles")}),
-    "moa-search": (api.search_front, "profile", search.COMMANDS),
-    "moa-eval": (api.evaluate_model, "model", evaluate.COMMANDS),
-    "moa-inspect": (api.inspect_plan, "plan", inspect.COMMANDS),
-}
+MAIN = {"moa-profile": profile, "moa-search": search, "moa-eval": evaluate, "moa-inspect": inspect}
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
 
@@ -95,15 +89,16 @@ def commands():
                     yield path.name, words[start:]
 
 
-def parser_of(words):
-    function, first, commands = MAIN[words[0]]
-    if len(words) > 1 and words[1] in commands:
-        found = commands[words[1]]
-        function, first = (found.function, found.first) if hasattr(found, "function") else found
-    elif words[0] == "moa-inspect":
+def options_of(words):
+    """All flags of the command that a line runs."""
+    module = MAIN[words[0]]
+    if len(words) > 1 and words[1] in module.COMMANDS:
+        command = module.COMMANDS[words[1]]
+    elif module is inspect:
         command = inspect.COMMANDS[inspect.command_for(words[1:])]
-        function, first = command.function, command.first
-    return build_parser(words[0], function, first=first)
+    else:
+        command = module.MAIN
+    return {option for action in parser_of(words[0], command)._actions for option in action.option_strings}
 
 
 def test_there_are_commands_to_check():
@@ -114,6 +109,6 @@ def test_there_are_commands_to_check():
     ("page", "words"), list(commands()), ids=lambda value: value if isinstance(value, str) else value[0]
 )
 def test_every_flag_in_the_documentation_is_one(page, words):
-    known = {option for action in parser_of(words)._actions for option in action.option_strings}
+    known = options_of(words)
     unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in known]
     assert not unknown, f"{page}: {shlex.join(words)}"

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from moa_search import api, load_model
+from moa_search import api, load_model, options
 from moa_search.api.variants import given_plans, plan_name
 from moa_search.errors import ConfigError, MoAError
 from moa_search.modeling.loading import DTYPES
@@ -13,8 +13,8 @@ from moa_search.search import CRITERIA
 
 
 def test_choices_are_those_of_the_parts_that_use_them():
-    assert typing.get_args(api.Criterion) == CRITERIA
-    assert typing.get_args(api.Dtype) == DTYPES
+    assert typing.get_args(options.Criterion) == CRITERIA
+    assert typing.get_args(options.Dtype) == DTYPES
 
 
 def test_a_loaded_model_serves_as_well_as_its_name(tiny_model_dir, tmp_path):

@@ -1,5 +1,6 @@
 """A front on true loss: what is measured, what is written, what is refused."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 from moa_search import calibration, profile_model, search_front
 from moa_search.api.validating import held_out_loss, validate_front
-from moa_search.cli.command import build_parser, parse
+from moa_search.cli import search
+from moa_search.cli.command import parse
 from moa_search.data import hash_samples
 from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError
 from moa_search.evaluation import true_loss
@@ -340,11 +342,11 @@ class TestRefused:
         self.refused(tmp_path, tiny_model, "give --lengths", lengths=None)
 
 
-def test_every_option_is_a_flag(tiny_model_dir):
-    parser = build_parser("moa-search validate", validate_front, first="folder")
+def test_every_option_is_a_flag():
+    validate = partial(parse, "moa-search validate", search.COMMANDS["validate"])
     line = "out --model m --sources copy passkey --lengths 300 400 --samples 3 --answers model --chat auto --seed 2"
-    options = parse(parser, [*line.split(), "--dtype", "float32", "--device", "cpu"], first="folder")
-    assert (options.folder, options.model, options.sources) == ("out", "m", ["copy", "passkey"])
+    folder, options = validate([*line.split(), "--dtype", "float32", "--device", "cpu"])
+    assert (folder, options.model, options.sources) == ("out", "m", ["copy", "passkey"])
     assert (options.lengths, options.samples, options.answers, options.chat) == ([300, 400], 3, "model", "auto")
     assert (options.seed, options.dtype, options.device) == (2, "float32", "cpu")
-    assert parse(parser, ["out", "--model", "m"], first="folder").lengths is None
+    assert validate(["out", "--model", "m"])[1].lengths is None

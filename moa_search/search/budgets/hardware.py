@@ -50,6 +50,11 @@ class Hardware(BaseModel):
         )
 
     @classmethod
+    def of(cls, device: str | Hardware | None) -> Hardware | None:
+        """A device that may be given by its name or file; raises what `find` does."""
+        return cls.find(device) if isinstance(device, str) else device
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Hardware:
         """Read a device from YAML with the attributes as keys.
 

@@ -15,6 +15,7 @@ from typing import Final
 from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
 from moa_search.search.budgets.cost_model import PICOSECONDS
+from moa_search.spans import MAX_LENGTH
 
 __all__ = ["TOKEN_KINDS", "BudgetSpec"]
 
@@ -46,7 +47,6 @@ TOKEN_KINDS = ("density", "tokens")
 _VALUE = re.compile(r"([0-9]{1,24}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})\s*([A-Za-z]*)")
 _PLACE = re.compile(r"([0-9]{1,12})([kK]?)(?:\s*[xX]\s*([0-9]{1,12}))?")
 
-MAX_LENGTH = 2**27
 MAX_BATCH = 2**20
 SHOWN_DIGITS = 4
 

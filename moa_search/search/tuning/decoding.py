@@ -8,10 +8,11 @@ import numpy as np
 
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
+from moa_search.options import SearchOptions
 from moa_search.search.searchers import SEARCHERS
 from moa_search.search.searching import make_space, plan_of
 from moa_search.search.solver.exact import solve_exact
-from moa_search.search.space import SearchOptions, SearchSpace
+from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint
 from moa_search.search.tuning.knobs import Knobs, weigh
 
@@ -28,7 +29,7 @@ class Decoder:
 
     def __init__(self, profile: Profile, options: SearchOptions) -> None:
         self._profile = profile
-        self._options = dataclasses.replace(options, length_weights={}, front_steps=0, robust=0.0)
+        self._options = options.replace(length_weights={}, front_steps=0, robust=0.0)
         self._spaces: dict[tuple[str, float | None], SearchSpace] = {}
 
     def __call__(self, knobs: Knobs) -> Plan:
@@ -55,7 +56,7 @@ class Decoder:
             if density is not None:
                 self._spaces.clear()  # each trial has a density of its own
             asked = self._options.density if density is None else [density]
-            options = dataclasses.replace(self._options, criterion=criterion, density=asked)
+            options = self._options.replace(criterion=criterion, density=asked)
             self._spaces[key] = make_space(self._profile, options, SEARCHERS["exact"])
         return self._spaces[key]
 

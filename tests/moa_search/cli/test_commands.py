@@ -1,6 +1,9 @@
 """The four commands, run as a user runs them, on a tiny model."""
 
+import inspect as introspect
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,32 +15,25 @@ import yaml
 
 from moa_search import Plan, api
 from moa_search.cli import evaluate, inspect, profile, search
-from moa_search.cli.command import build_parser, parse
+from moa_search.cli.command import parse, parser_of
+from moa_search.cli.parser import first_of
+from moa_search.errors import ConfigError
 
-COMMANDS = {
-    "moa-profile": (profile, api.profile_model, "model"),
-    "moa-profile merge": (profile, api.merge_profiles, "profiles"),
-    "moa-search": (search, api.search_front, "profile"),
-    "moa-search validate": (search, api.validate_front, "folder"),
-    "moa-search compare": (search, api.compare_searchers, "profile"),
-    "moa-search tune": (search, api.tune_plan, "profile"),
-    "moa-search hardware": (search, api.measure_hardware, "output"),
-    "moa-eval": (evaluate, api.evaluate_model, "model"),
-    "moa-eval lm-eval": (evaluate, api.run_harness, "model"),
-    "moa-eval throughput": (evaluate, api.measure_throughput, "model"),
-    "moa-eval report": (evaluate, api.report_model, "config"),
-    "moa-inspect": (inspect, api.inspect_plan, "plan"),
-    "moa-inspect plan": (inspect, api.inspect_plan, "plan"),
-    "moa-inspect profile": (inspect, api.inspect_profile, "profile"),
-    "moa-inspect diff": (inspect, api.diff_plans, "plans"),
-    "moa-inspect front": (inspect, api.inspect_front, "folder"),
+MODULES = {"moa-profile": profile, "moa-search": search, "moa-eval": evaluate, "moa-inspect": inspect}
+COMMANDS = {name: getattr(module, "MAIN", inspect.COMMANDS["plan"]) for name, module in MODULES.items()} | {
+    f"{name} {other}": command for name, module in MODULES.items() for other, command in module.COMMANDS.items()
 }
+
+
+def parsed(program, *arguments):
+    """First argument and options of a command line."""
+    return parse(program, COMMANDS[program], list(map(str, arguments)))
 
 
 @pytest.fixture
 def call(run_main):
     """Run a command; returns exit status, output and errors."""
-    return lambda program, *arguments: run_main(COMMANDS[program][0].main, program, *arguments)
+    return lambda program, *arguments: run_main(MODULES[program.split()[0]].main, program, *arguments)
 
 
 def test_from_profile_to_scores(call, tiny_model_dir, tmp_path):
@@ -113,7 +109,7 @@ class TestOptions:
     @pytest.mark.parametrize("program", COMMANDS)
     def test_help_is_quick_to_import_and_names_every_argument(self, program):
         """No torch, transformers or pandas is imported for ``--help``."""
-        module = COMMANDS[program][0].__name__
+        module = MODULES[program.split()[0]].__name__
         code = (
             f"import sys; sys.argv = {[*program.split(), '--help']}\n"
             f"from {module} import main\n"
@@ -123,8 +119,22 @@ class TestOptions:
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert out.splitlines()[-1] == "[]"
-        for name in build_parser(program, *COMMANDS[program][1:2], first=COMMANDS[program][2])._actions:
-            assert name.dest in out or name.dest.replace("_", "-") in out
+        for name in parser_of(program, COMMANDS[program]).names:
+            assert f"--{name.replace('_', '-')} " in out
+
+    @pytest.mark.parametrize("program", COMMANDS)
+    def test_help_has_groups_examples_that_parse_and_no_python(self, program, capsys):
+        command = COMMANDS[program]
+        help_text = parser_of(program, command).format_help()
+        assert "general:" in help_text
+        for words in ("type:", "null", "Literal", "Python"):
+            assert words not in help_text
+        assert command.examples
+        for example in command.examples:
+            assert example in help_text
+            words = shlex.split(example)[1:]
+            named = words[0] in MODULES[program.split()[0]].COMMANDS
+            parsed(program, *words[named:])
 
     def test_flag_yaml_key_and_keyword_are_one(self, tmp_path):
         """Each argument of each function can be given as a flag and as a YAML key, with the same result."""
@@ -140,7 +150,8 @@ class TestOptions:
             "anchor": "prompt", "rules_per_layer": 2, "length_weights": ["512=1"], "predict_lengths": [4096],
             "robust": 0.5, "min_span": 64, "layer_floor": ["0=1.0"], "validate": "demo", "searchers": ["moa", "duo"],
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
-            "trust_remote_code": True, "name": "n", "tile_query": 64, "tile_key": 64,
+            "tiers": [8, 4], "positions": 4096, "transforms": "p", "trust_remote_code": True,
+            "name": "n", "tile_query": 64, "tile_key": 64,
             "workers": 2, "devices": ["cuda:1"], "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",
             "random_weights": "c.json", "layers": 2, "ways": ["plan"], "batch": ["1", "largest"], "decode_tokens": 8,
@@ -158,29 +169,76 @@ class TestOptions:
             ("moa-eval report", "answers"): "generated",
             ("moa-eval report", "samples"): [3, 4],
         }
-        import inspect as introspect
-
-        for program, (_, function, first) in COMMANDS.items():
-            parser = build_parser(program, function, first=first)
-            names = [n for n in introspect.signature(function).parameters if n != "progress"]
-            wanted = {n: own.get((program, n), values[n]) for n in names}
+        for program, command in COMMANDS.items():
+            first, kind = first_of(command.function).name, command.function.options
+            names = [first, *kind.model_fields]
+            wanted = {name: own.get((program, name), values[name]) for name in names}
             flags = []
             for name, value in wanted.items():
                 parts = [str(v) for v in (value if isinstance(value, list) else [value])]
                 flags += [f"--{name.replace('_', '-')}", *parts]
             config = tmp_path / f"{program}.yaml"
             config.write_text(yaml.safe_dump(wanted))
-            by_flag, by_yaml = (
-                parse(parser, arguments, first=first) for arguments in (flags, ["--config", str(config)])
-            )
+            given = wanted.pop(first)
+            by_keyword = kind(**wanted)
+            assert parsed(program, *flags) == parsed(program, "--config", config) == (given, by_keyword)
             for name, value in wanted.items():
-                assert by_flag[name] == by_yaml[name] == value, (program, name)
+                read = getattr(by_keyword, name)
+                assert (read == {512: 1.0} and value == ["512=1"]) or read == value, (program, name)
+                assert name in introspect.signature(command.function).parameters
+
+    @pytest.mark.parametrize(
+        ("program", "text", "wanted"),
+        [
+            ("moa-search", "density: 0.25", {"density": [0.25]}),
+            ("moa-search", "budget: kv=2MiB@2048", {"budget": ["kv=2MiB@2048"]}),
+            ("moa-search", "predict_lengths: 4096", {"predict_lengths": [4096]}),
+            ("moa-search", "length_weights: {1024: 1, 2048: 3}", {"length_weights": {1024: 1.0, 2048: 3.0}}),
+            ("moa-search", "length_weights: 1024=1", {"length_weights": {1024: 1.0}}),
+            ("moa-search", "layer_floor: {0-1: 1.0}", {"layer_floor": ["0-1=1.0"]}),
+            ("moa-search", "density:\nrobust: 1e-1", {"density": [], "robust": 0.1}),
+            ("moa-profile", "sources: copy\nlengths: 512", {"sources": ["copy"], "lengths": [512]}),
+            ("moa-eval", "tasks: copy\ndepths: 0.5\nplan: a.json", {"depths": [0.5], "plan": ["a.json"]}),
+            ("moa-eval", "baselines: no\ndevice: 2026-11-25", {"baselines": ["no"], "device": "2026-11-25"}),
+            ("moa-eval report", "model: demo\nsamples: 3\nagainst: dense", {"samples": [3], "against": ["dense"]}),
+            ("moa-eval throughput", "batch: 4\nways: plan\ndensity: 0.5", {"batch": ["4"], "ways": ["plan"]}),
+            ("moa-search tune", "criteria: signed\nmodel: demo\nstudy: 2026", {"study": "2026"}),
+            ("moa-inspect plan", "heads: 7:2\nhtml: x.html", {"heads": ["7:2"]}),
+            ("moa-inspect plan", "fold_lengths: 1024", {"fold_lengths": [1024]}),
+        ],
+    )  # fmt: skip
+    def test_one_value_in_yaml_is_a_list_of_one(self, tmp_path, program, text, wanted):
+        config = tmp_path / "c.yaml"
+        config.write_text(text)
+        command = COMMANDS[program]
+        first = [] if command.first or "model" in text else [f"--{first_of(command.function).name}", "p"]
+        if program == "moa-search tune":
+            first = ["--profile", "p"]
+        output = ["--output", "x"] if "output" in command.function.options.model_fields else []
+        _, options = parsed(program, "--config", config, *first, *output)
+        assert {name: getattr(options, name) for name in wanted} == wanted
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("lengths: 512\nlengths: 1024", "the key 'lengths' stands 2 times"),
+            ("- lengths", "write one per line"),
+            ("512: 1024", "unknown key '512'"),
+            ("lengths: !!python/name:os.system x", "not a YAML file of options"),
+            ("lengths: [1024", "not a YAML file of options"),
+            ("resume: perhaps", "resume: 'perhaps' is neither true nor false"),
+            ("lengths: [1024, many]", "lengths: 'many' is no whole number"),
+        ],
+    )
+    def test_configuration_files_that_say_something_else(self, tmp_path, text, says):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            parsed("moa-profile", "demo", "--output", "x", "--config", tmp_path / "c.yaml")
 
     def test_flag_beats_yaml_beats_default(self, tmp_path):
         config = tmp_path / "profile.yaml"
         config.write_text("samples: 5\nseed: 6\n")
-        parser = build_parser("moa-profile", api.profile_model, first="model")
-        options = parse(parser, ["--config", str(config), "--seed", "7"], first="model")
+        _, options = parsed("moa-profile", "demo", "--output", "x", "--config", config, "--seed", "7")
         assert (options.samples, options.seed, options.row_buckets) == (5, 7, 32)
 
     @pytest.mark.parametrize(
@@ -194,11 +252,12 @@ class TestOptions:
         ],
     )
     def test_shipped_configurations_parse(self, program, folder):
-        parser = build_parser(program, COMMANDS[program][1], first=COMMANDS[program][2])
         files = sorted((Path(__file__).parents[3] / "configs" / folder).glob("*.yaml"))
         assert files
         for file in files:
-            parse(parser, ["--config", str(file)], first=COMMANDS[program][2])
+            missing = ["--profile", "p"] if program == "moa-search" else []
+            missing += [] if program in ("moa-eval", "moa-eval throughput", "moa-eval report") else ["--output", "x"]
+            parsed(program, "--config", file, *missing)
 
 
 class TestBadInput:
@@ -294,9 +353,11 @@ class TestBadInput:
         check_refused("moa-profile", "--lenghts", 5, says=["--lenghts", "lengths"])
 
     def test_values_of_the_wrong_kind(self, check_refused, tmp_path):
-        (tmp_path / "c.yaml").write_text("lengths: 512\n")
-        check_refused("moa-profile", "--config", tmp_path / "c.yaml", says=["write [...]", "lengths, sources"])
-        check_refused("moa-profile", "--samples", "many", says=["samples: 'many' is no whole number"])
+        (tmp_path / "c.yaml").write_text("lengths: {512: 1024}\nmodel: demo\noutput: x\n")
+        check_refused("moa-profile", "--config", tmp_path / "c.yaml", says=["lengths: ", "is no whole number"])
+        check_refused(
+            "moa-profile", "demo", "--output", "x", "--samples", "many", says=["samples: 'many' is no whole number"]
+        )
 
     def test_unknown_choice(self, check_refused, profiled, tmp_path):
         check_refused(
@@ -374,7 +435,7 @@ def test_interrupt_leaves_the_old_file(call, monkeypatch, tiny_model_dir, tmp_pa
         "moa-profile", "--model", tiny_model_dir, "--lengths", 300, "--answers", "dataset", "--output", target
     )
     assert status == 130
-    assert "the same command goes on from here" in err
+    assert "the same command resumes" in err
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
     assert target.read_bytes() == b"old"
 

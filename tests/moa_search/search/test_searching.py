@@ -220,5 +220,5 @@ def test_unknown_searcher_suggests_the_nearest(tiny_profile):
 
 @pytest.mark.parametrize("searcher", SEARCHERS)
 def test_unknown_criterion(tiny_profile, searcher):
-    with pytest.raises(ConfigError, match="criterion 'loss' is unknown"):
+    with pytest.raises(ConfigError, match="criterion: 'loss' is unknown"):
         search_profile(tiny_profile, [0.4], criterion="loss", searcher=searcher)

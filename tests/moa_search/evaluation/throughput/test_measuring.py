@@ -96,7 +96,7 @@ def test_nothing_is_timed_on_a_red_gate(tiny_model, plan, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler meets its own and, pickling, jsonargparse's
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler meets its own
 def test_compiled_ways_compile_and_their_caches_hold_the_whole_run(tiny_model, plan):
     torch._dynamo.utils.counters.clear()
     found = measure(

@@ -28,7 +28,7 @@ def kept(plan, length):
 
 
 def test_keeps_every_budget_to_the_token_and_says_which(name, tiny_profile):
-    front = search(tiny_profile, name, [0.5, 0.31], budgets=["tokens=200@700"])
+    front = search(tiny_profile, name, [0.5, 0.31], budget=["tokens=200@700"])
     for plan in front.plans:
         assert kept(plan, 512) <= Fraction("0.5") * 512 * 6
         assert kept(plan, 1024) <= Fraction("0.31") * 1024 * 6
@@ -83,7 +83,7 @@ def test_room_for_everything_loses_nothing_that_matters(name, tiny_profile):
 
 
 def test_keeps_floors(name, tiny_profile):
-    plan = search(tiny_profile, name, [0.7], min_span=120, layer_floors={2: 0.5}).chosen
+    plan = search(tiny_profile, name, [0.7], min_span=120, layer_floor={2: 0.5}).chosen
     for length in (512, 1024):
         spans = np.array(plan.spans(length))
         assert spans.min() >= 120
@@ -93,7 +93,7 @@ def test_keeps_floors(name, tiny_profile):
 
 def test_floors_over_the_budget_are_refused(name, tiny_profile):
     with pytest.raises(BudgetInfeasibleError):
-        search(tiny_profile, name, [0.3], layer_floors={0: 0.5, 1: 0.5})
+        search(tiny_profile, name, [0.3], layer_floor={0: 0.5, 1: 0.5})
 
 
 def test_progress_ends_at_the_total(name, tiny_profile, bars):

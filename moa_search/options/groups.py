@@ -1,0 +1,115 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from moa_search.options.base import Count, Lengths, Options, Several, Share
+
+__all__ = [
+    "BudgetOptions",
+    "Criterion",
+    "Device",
+    "Dtype",
+    "HeldOutLengths",
+    "HeldOutOptions",
+    "HeldOutSamples",
+    "LoadingOptions",
+    "ModelOptions",
+    "PlanOptions",
+    "Searcher",
+    "TrustRemoteCode",
+]
+
+Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
+Searcher = Literal["exact", "moa", "duo", "per-layer", "recall", "uniform"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+Device = Annotated[str, Field(description="Such as cpu or cuda:0; auto takes the first GPU if there is one.")]
+HeldOutLengths = Annotated[
+    Lengths,
+    Field(description="Tokens per held-out sample, answer included; by default the profiled lengths."),
+]
+HeldOutSamples = Annotated[Count, Field(description="Held-out samples per length.")]
+
+
+TrustRemoteCode = Annotated[
+    bool, Field(description="Run the code that a model brings along; false refuses such a model.")
+]
+
+
+class LoadingOptions(Options):
+    """Model."""
+
+    dtype: Dtype = Field(
+        default="auto",
+        description="Type of the weights; auto is the checkpoint's own on a GPU, and on a CPU bfloat16 where it is "
+        "native.",
+    )
+    trust_remote_code: TrustRemoteCode = False
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `load_model` is told."""
+        names = ("dtype", "device", "trust_remote_code")
+        return {name: getattr(self, name) for name in names if name in type(self).model_fields}
+
+
+class ModelOptions(LoadingOptions):
+    """Model."""
+
+    device: Device = "auto"
+
+
+class PlanOptions(Options):
+    """Plans and baselines."""
+
+    plan: Several[Any] = Field(default=(), description="Plan files.")
+    baselines: Several[str] = Field(
+        default=("dense", "uniform"),
+        description="dense, and uniform: one span for all heads with as much memory as the plan.",
+    )
+
+
+class HeldOutOptions(Options):
+    """Held-out samples."""
+
+    sources: Several[str] = Field(
+        default=("passkey", "copy"),
+        description="What held-out samples are drawn from, in turn, as for moa-profile; texts and records are those "
+        "that calibration never uses.",
+    )
+    lengths: HeldOutLengths = None
+    samples: HeldOutSamples = 16
+    seed: int = Field(default=0, description="Random seed for drawing samples.")
+
+
+class BudgetOptions(Options):
+    """Budgets."""
+
+    density: Several[Share] = Field(
+        default=(),
+        description="Largest share of the KV cache to keep: one for all lengths, or one for each; 0.25 if no other "
+        "budget is given.",
+    )
+    budget_lengths: Lengths = Field(
+        default=None,
+        description="Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones and, "
+        "with the last density, the predicted ones and the model's full context.",
+    )
+    budget: Several[str] = Field(
+        default=(),
+        description="Budgets in other units, also beside a density: tokens=512@8192, kv=2GiB@32768x8, "
+        "memory=24GiB@32768x4, decode=12ms@32768x8 or prefill=900ms@32768.",
+    )
+    hardware: Any = Field(
+        default=None,
+        description="Device whose speeds decide times: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from "
+        "moa-search hardware.",
+    )
+    weights_bytes: Count | None = Field(
+        default=None, description="Size of the model's weights, for budgets that count them; by default as profiled."
+    )
