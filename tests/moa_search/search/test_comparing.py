@@ -7,12 +7,11 @@ from moa_search.search import SEARCHERS, SearchOptions, search_profile
 from moa_search.search.comparing import compare_searchers, predicted_losses
 
 
-def test_all_are_judged_by_one_criterion(tiny_profile):
+def test_all_are_judged_by_one_criterion(tiny_profile, bars):
     options = SearchOptions(density=[0.4], criterion="squared", front_steps=1)
-    seen = []
-    candidates = compare_searchers(tiny_profile, options, list(SEARCHERS), lambda *done: seen.append(done))
+    candidates = compare_searchers(tiny_profile, options, list(SEARCHERS))
     assert [candidate.searcher for candidate in candidates] == list(SEARCHERS)
-    assert seen[-1] == (len(SEARCHERS), len(SEARCHERS))
+    assert (len(SEARCHERS), len(SEARCHERS)) in bars["Searching"]
     by_name = {candidate.searcher: candidate for candidate in candidates}
     # Where a searcher decides by that criterion, its own prediction is the comparison's.
     for name in ("exact", "duo", "per-layer"):
