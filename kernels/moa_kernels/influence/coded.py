@@ -74,9 +74,12 @@ def coded_influence(
     logits = None if sink_logits is None else sink_logits.to(wide).view(kv_heads, group, 1, 1)
     sizes = torch.tensor(windows, device=query.device)
     unit = math.gcd(*(window for window in windows if window < n)) or n
-    chunks = _chunks(n, group, query.device.type)
+    matrices = 1 + sum(pairs) + 1
+    # A GPU's chunks are as large as three matrices of theirs may be; here more of them share that memory.
+    share = 1 if query.device.type == "cpu" else -(-matrices // 3)
+    chunks = _chunks(n, group * share, query.device.type)
     most = max(group * (stop - start) * _width(stop, unit) for start, stop in chunks)
-    scratch = query.new_empty(1 + sum(pairs) + 1, most, dtype=wide)
+    scratch = query.new_empty(matrices, most, dtype=wide)
     for head in range(kv_heads):
         shared = slice(head * group, (head + 1) * group)
         queries, grads = query[shared].to(wide), grad_out[shared].to(wide)
