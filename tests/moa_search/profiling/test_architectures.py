@@ -42,25 +42,31 @@ def test_profile_is_the_derivative_of_the_loss(architecture, sample):
     torch.testing.assert_close(signed, mix.grad, rtol=1e-4, atol=1e-5 * mix.grad.abs().max().item())
 
 
-def mixed_loss(model, sample, windows, mix):
-    """The loss of the answer when head h of layer l gives ``o + sum_w mix[l, h, w] * (o(w) - o)``."""
+def mixed_loss(model, sample, windows, mix, seen=lambda layer, key, value: (key, value)):
+    """The loss of the answer when head h of layer l gives ``o + sum_w mix[l, h, w] * (o(w) - o)``.
+
+    ``o(w)`` is over the keys and values that ``seen`` makes of a layer's.
+    """
 
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
         group = query.shape[1] // key.shape[1]
-        keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        scores = query @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + attention_mask
-        sinks = [] if s_aux is None else [s_aux[None, :, None, None].expand(*scores.shape[:3], 1)]
+        sinks = [] if s_aux is None else [s_aux[None, :, None, None].expand(*query.shape[:3], 1)]
 
-        def output(scores):
+        def output(key, value, hidden=None):
+            keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+            scores = query @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores + attention_mask
+            if hidden is not None:
+                scores = scores.masked_fill(hidden, float("-inf"))
             return torch.cat([scores, *sinks], -1).softmax(-1)[..., : keys.shape[2]] @ values
 
-        out = dense = output(scores)
+        out = dense = output(key, value)
+        seen_key, seen_value = (x.detach() for x in seen(module.layer_idx, key, value))
         i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
         for index, window in enumerate(windows):
-            shortened = output(scores.masked_fill((i - j >= window) & (j >= SINK), float("-inf")))
+            shortened = output(seen_key, seen_value, (i - j >= window) & (j >= SINK))
             by_head = mix[module.layer_idx, :, index].repeat_interleave(group)[:, None, None]
             out = out + by_head * (shortened - dense)
         return out.transpose(1, 2).contiguous(), None

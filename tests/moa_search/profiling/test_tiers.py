@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,17 @@ from moa_kernels.codes import Codec, Moments, Transform
 from moa_kernels.influence.coded import coded_influence
 from transformers import Gemma2Config, Qwen3Config
 
+from moa_search.data import Sample
 from moa_search.errors import ConfigError, ModelMismatchError, ProfilingError
 from moa_search.formats import Profile
 from moa_search.formats.merge import merge
 from moa_search.profiling import profile_samples
 from moa_search.profiling import profiler as module
 from moa_search.profiling.transforms import first_position
+from tests.moa_search.architectures import ARCHITECTURES
+from tests.moa_search.architectures import make_model as make_architecture
 
+from .test_architectures import mixed_loss
 from .test_profiler import catch_attention, make_model, make_samples
 
 SETTINGS = {"sink": 4, "block": 16, "row_buckets": 5}
@@ -199,3 +205,33 @@ class TestRefusals:
         model.model.layers[1].self_attn.k_proj.weight.data[:] = float("nan")
         with pytest.raises(ProfilingError, match="layer 1: keys have no transform"):
             profile_samples(model, make_samples(), tiers=[4])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_changes_are_derivatives_of_the_loss(architecture):
+    """As in test_architectures: the rate at which mixing in a head's coded output under a window changes the loss."""
+    model = make_architecture(architecture)
+    sample = Sample(np.random.default_rng(0).integers(3, 64, 120), 4, "passkey", 0.5, "random")
+    profile = profile_samples(model, [sample], sink=3, block=16, row_buckets=4, tiers=[8, 2])
+    entry, plain, native = profile.tiers.by_length[120], profile.by_length[120], profile.header.native_layers
+    shape = (profile.header.model.num_hidden_layers, profile.header.model.num_key_value_heads)
+    for pair in ((8, 16), (2, 16), (16, 8), (16, 2)):
+        mix = torch.zeros(*shape, len(entry.header.windows), dtype=torch.float64, requires_grad=True)
+        mixed_loss(model, sample, entry.header.windows, mix, partial(seen, profile, pair)).backward()
+        mix.grad[list(native)] = 0
+        at = [plain.header.windows.index(window) for window in entry.header.windows]
+        signed = plain.per_sample["signed"][0].sum(-2)[..., at] + entry.change("signed", *pair)[0].sum(-2)
+        torch.testing.assert_close(
+            torch.from_numpy(signed).double(), mix.grad, rtol=1e-3, atol=1e-4 * mix.grad.abs().max().item()
+        )
+
+
+def seen(profile, bits, layer, key, value):
+    """Keys and values as attention sees them under a pair of codecs, ``[1, kv_heads, N, head_dim]``."""
+    mean, balance = (torch.from_numpy(x[layer]) for x in (profile.tiers.mean, profile.tiers.balance))
+    transforms = Transform.balanced(balance, mean), Transform.rotation(value.shape[1], value.shape[-1])
+    at = torch.arange(key.shape[2])
+    return tuple(
+        Codec(n, transform if n < 8 else None).seen(x, at, profile.header.sink)
+        for n, x, transform in zip(bits, (key, value), transforms, strict=True)
+    )
