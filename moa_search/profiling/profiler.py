@@ -86,8 +86,8 @@ def profile_samples(
             memory. It stays until `discard_results`.
         resume: Go on from what ``partial`` holds; False starts anew.
         impl: What computes the statistics: ``"triton"`` kernels, ``"torch"``, or ``"auto"``, Triton on GPUs.
-        tiers: Bits of keys and values whose influence is measured, too; 16 goes without saying. That of codecs is
-            computed by torch whatever ``impl``.
+        tiers: Bits of keys and values whose influence is measured, too; 16 goes without saying. On GPUs that of
+            codecs is computed by torch whatever ``impl``.
         positions: Tokens of the longest context that the keys' transforms are meant for; the model's own by default.
         transforms: A profile of this model whose transforms are used instead of measuring some.
 
@@ -141,7 +141,7 @@ def profile_samples(
 
         fixed = workers.from_first(workers.by_first(lambda: results.once("transforms", measured)))
         assert fixed is not None
-        meter = dataclasses.replace(meter, tiers=TierMeter(bits, positions, fixed, block, row_buckets))
+        meter = dataclasses.replace(meter, tiers=TierMeter(bits, positions, fixed, block, row_buckets, impl))
     seconds = _measure_all(meter, samples, results, workers, checkpointing)
 
     pooled = workers.by_first(lambda: _pool(meter, samples, results, settings, model_name, seconds))

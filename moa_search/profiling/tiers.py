@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from moa_kernels.backends import Impl
 from moa_kernels.codes import Codec, Transform, wants_transform
-from moa_kernels.influence.coded import CODED_STATISTICS, coded_influence
+from moa_kernels.influence.coded import CODED_STATISTICS, coded_changes
 from torch import Tensor
 
 from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, tier_grid
@@ -42,6 +43,7 @@ class TierMeter:
         transforms: ``mean`` and ``balance`` of keys, as `measure_transforms` gives them.
         block: Smallest window in tokens.
         row_buckets: Of the profile.
+        impl: Which implementation computes them, as in `moa_kernels.backends`.
     """
 
     bits: tuple[int, ...]
@@ -49,6 +51,7 @@ class TierMeter:
     transforms: Arrays
     block: int
     row_buckets: int
+    impl: Impl = "auto"
 
     def grid(self, length: int) -> TierGrid:
         """Windows and buckets at a length in tokens."""
@@ -81,13 +84,13 @@ class TierMeter:
             grad: Gradient of the attention's output, ``[heads, N, head_dim]``.
             length: The sample's target length.
             sink: First tokens, kept and stored in 16 bits.
-            options: Of the attention, as for `coded_influence`.
+            options: Of the attention, as for `coded_changes`.
         """
         grid = self.grid(length)
         mean, balance = (torch.from_numpy(self.transforms[name][layer]) for name in ("mean", "balance"))
         of_keys = Transform.balanced(balance, mean).to(key.device)
         of_values = Transform.rotation(len(value), value.shape[-1]).to(value.device)
-        found = coded_influence(
+        found = coded_changes(
             query,
             self._seen(key, of_keys, sink),
             self._seen(value, of_values, sink),
@@ -96,15 +99,15 @@ class TierMeter:
             row_buckets=grid.row_buckets,
             bucket_rows=-(-length // grid.row_buckets),
             sink=sink,
+            impl=self.impl,
             **options,
         )
-        changes = {}
-        for name, values in found.items():
-            plain = values[..., 0, 0]
-            for number, bits in enumerate(self.bits, 1):
-                changes[tier_statistic("key", bits, name)] = values[..., number, 0] - plain
-                changes[tier_statistic("value", bits, name)] = values[..., 0, number] - plain
-        return changes
+        codecs = [(side, bits) for side in SIDES for bits in self.bits]
+        return {
+            tier_statistic(side, bits, name): change
+            for name, changes in found.items()
+            for (side, bits), change in zip(codecs, changes.unbind(-1), strict=True)
+        }
 
     def _seen(self, x: Tensor, transform: Transform, sink: int) -> Tensor:
         """``x`` and what each codec gives back, ``[codec, kv_heads, N, head_dim]``."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from moa_kernels.codes import Codec, Moments, Transform
 from moa_kernels.influence import influence_statistics
-from moa_kernels.influence.coded import CODED_STATISTICS, coded_influence
+from moa_kernels.influence.coded import CODED_STATISTICS, coded_changes, coded_influence
 
 CASES = [
     # heads, kv_heads, N, sink, softcap, sink logits, row_buckets
@@ -95,6 +95,21 @@ def test_the_plain_pair_is_the_influence_of_spans_alone():
         torch.testing.assert_close(found[name][..., 0, 0], alone[name], rtol=1e-12, atol=1e-14)
     assert (found["squared"][:, :, 2:, 0, 0] == 0).all(), "sink 10 and window 140 see all 150 keys"
     assert (found["squared"][:, 1:, 2:, 1:, :] > 0).all(), "codes cost something even where all keys are seen"
+
+
+def test_changes_are_those_of_keys_alone_and_values_alone():
+    query, key, value, grad_out = drawn(6, 2, 150)
+    options = {"windows": [32, 64, 150], "row_buckets": 5, "bucket_rows": 30, "sink": 10, "scale": 0.25}
+    keys, values = coded(query, key, value, 10)
+    pairs = coded_influence(query, keys, values, grad_out, **options)
+    changes = coded_changes(query, keys, values, grad_out, **options, impl="torch")
+    for name, both in pairs.items():
+        plain = both[..., 0, 0]
+        assert changes[name].shape[-1] == len(KEY_BITS) + len(VALUE_BITS) - 2
+        for number in range(1, len(KEY_BITS)):
+            torch.testing.assert_close(changes[name][..., number - 1], both[..., number, 0] - plain)
+        for number in range(1, len(VALUE_BITS)):
+            torch.testing.assert_close(changes[name][..., len(KEY_BITS) - 2 + number], both[..., 0, number] - plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -42,7 +42,7 @@ class Influence(Structure):
 
     _fields_ = (
         *((name, Strided) for name in ("query", "grad", "key", "value")),
-        *((name, c_void_p) for name in ("windows", "sink_logits", "totals")),
+        *((name, c_void_p) for name in ("windows", "sink_logits", "totals", "origins", "row_gains")),
         *((name, c_int64) for name in ("heads", "kv_heads", "rows", "dim", "sink", "buckets", "bucket_rows")),
         ("window_count", c_int64),
         *((name, c_float) for name in ("scale", "softcap")),

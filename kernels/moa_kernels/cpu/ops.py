@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moa_kernels.influence.reference import Influence as InfluenceCall
     from moa_kernels.prefill.reference import Prefill
 
-__all__ = ["append_tokens", "influence_totals", "span_decode", "span_prefill"]
+__all__ = ["append_tokens", "coded_changes", "influence_totals", "span_decode", "span_prefill"]
 
 
 def span_prefill(call: Prefill) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,28 @@ def append_tokens(call: Append) -> None:
     library().moa_append(byref(struct))
 
 
-def influence_totals(call: InfluenceCall) -> Tensor:
-    """As `moa_kernels.influence.reference.influence_totals`, for types of at most 32 bits."""
+def coded_changes(call: InfluenceCall, keys: Tensor, values: Tensor) -> Tensor:
+    """As `moa_kernels.influence.coded.coded_changes`, as one tensor ``[statistic, kv_heads, bucket, window, codec]``.
+
+    Args:
+        call: Of the plain keys and values.
+        keys: ``[key_codec, kv_heads, N, head_dim]``, without the plain ones.
+        values: ``[value_codec, kv_heads, N, head_dim]``, likewise.
+    """
+    gains = call.query.new_empty(call.query.shape[:2], dtype=torch.float32)
+    plain = influence_totals(call, row_gains=gains)[:2]
+    calls = [*(call._replace(key=key) for key in keys), *(call._replace(value=value) for value in values)]
+    return torch.stack([influence_totals(coded, origins=gains)[:2] - plain for coded in calls], -1)
+
+
+def influence_totals(call: InfluenceCall, *, origins: Tensor | None = None, row_gains: Tensor | None = None) -> Tensor:
+    """As `moa_kernels.influence.reference.influence_totals`, for types of at most 32 bits.
+
+    Args:
+        call: The arguments.
+        origins: ``D`` of each row, ``[heads, N]``, where it is that of other keys or values.
+        row_gains: Where this attention's own ``D`` goes, ``[heads, N]``.
+    """
     query, key, value, grad_out = (rows_contiguous(x) for x in (call.query, call.key, call.value, call.grad_out))
     scale = call.scale
     if scale <= 0:
@@ -81,6 +101,8 @@ def influence_totals(call: InfluenceCall) -> Tensor:
     struct = Influence(*(Strided(x.data_ptr(), 0, *x.stride()[:2]) for x in (query, grad_out, key, value)))
     struct.windows, struct.totals = windows.data_ptr(), totals.data_ptr()
     struct.sink_logits = None if logits is None else logits.data_ptr()
+    struct.origins = None if origins is None else origins.data_ptr()
+    struct.row_gains = None if row_gains is None else row_gains.data_ptr()
     struct.heads, struct.rows, struct.dim = query.shape
     struct.kv_heads, struct.sink, struct.window_count = kv_heads, call.sink, window_count
     struct.buckets, struct.bucket_rows = call.row_buckets, call.bucket_rows

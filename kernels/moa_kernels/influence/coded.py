@@ -17,9 +17,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moa_kernels.influence.reference import _attention, _chunks, _narrow_products, _product
+from moa_kernels.backends import Backend, Impl, choose
+from moa_kernels.influence.reference import Influence, _attention, _chunks, _narrow_products, _product
 
-__all__ = ["CODED_STATISTICS", "coded_influence"]
+__all__ = ["CODED_STATISTICS", "coded_changes", "coded_influence"]
 
 CODED_STATISTICS = ("squared", "signed")
 
@@ -108,6 +109,73 @@ def coded_influence(
             totals[:, head, first:last] += member @ by_row
     shaped = totals.unflatten(-1, (len(windows), *pairs))
     return dict(zip(CODED_STATISTICS, shaped.unbind(), strict=True))
+
+
+def coded_changes(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    grad_out: Tensor,
+    *,
+    windows: Sequence[int],
+    row_buckets: int,
+    bucket_rows: int,
+    sink: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    impl: Impl = "auto",
+) -> dict[str, Tensor]:
+    """What coding keys alone, and values alone, adds to the influence of every window.
+
+    Args:
+        query: As for `coded_influence`, like all that follows.
+        keys: ``[key_codec, kv_heads, N, head_dim]``, the first plain.
+        values: ``[value_codec, kv_heads, N, head_dim]``, the first plain.
+        grad_out: ``[heads, N, head_dim]``.
+        windows: Candidate windows in tokens.
+        row_buckets: Number of slices of the rows.
+        bucket_rows: Rows per slice.
+        sink: First tokens that are always kept.
+        scale: Factor of the scores.
+        softcap: Soft cap of the scores.
+        sink_logits: ``[heads]``.
+        impl: ``"cpu"``, ``"torch"``, or ``"auto"``: the CPU library where it runs. There is no Triton kernel yet, so
+            ``"triton"`` is torch here.
+
+    Returns:
+        `CODED_STATISTICS`, each ``[kv_heads, bucket, window, codec]``, less those of the plain pair; first the key
+        codecs but the plain one, then the value codecs but the plain one.
+
+    Raises:
+        ValueError: Shapes or sizes don't fit together, or ``impl`` is unknown.
+        BackendUnavailableError: What ``impl`` names can't run.
+    """
+    _check(query, keys, values, grad_out, tuple(windows), row_buckets, bucket_rows, sink, sink_logits)
+    plain = Influence(
+        query, keys[0], values[0], grad_out, tuple(windows), row_buckets, bucket_rows, sink, scale, softcap, sink_logits
+    )
+    if choose(impl, *plain[:4], head_dim=keys.shape[-1]) == Backend.CPU:
+        from moa_kernels.cpu import ops
+
+        totals = ops.coded_changes(plain, keys[1:], values[1:])
+        return dict(zip(CODED_STATISTICS, totals.unbind(), strict=True))
+    pairs = coded_influence(
+        query,
+        keys,
+        values,
+        grad_out,
+        windows=windows,
+        row_buckets=row_buckets,
+        bucket_rows=bucket_rows,
+        sink=sink,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+    return {
+        name: torch.cat([both[..., 1:, 0], both[..., 0, 1:]], -1) - both[..., :1, 0] for name, both in pairs.items()
+    }
 
 
 def _width(stop: int, unit: int) -> int:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from moa_kernels.cpu.library import unavailable
 from moa_kernels.influence import influence_statistics
+from moa_kernels.influence.coded import coded_changes
 
+from .. import test_influence_coded as codes
 from .. import test_influence_kernel as kernel
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -40,3 +42,28 @@ def test_more_rows_than_a_packed_panel_and_wide_heads(dtype):
         error, yardstick = ((each[name].double() - exact[name]).abs().max() for each in (found, expected))
         assert error <= 2 * yardstick + 1e-6 * exact[name].abs().max(), name
         assert statistic.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "n", "sink", "softcap", "has_sinks", "row_buckets"), codes.CASES)
+def test_changes_by_codecs(heads, kv_heads, n, sink, softcap, has_sinks, row_buckets, dtype):
+    query, key, value, grad = codes.drawn(heads, kv_heads, n)
+    keys, values = (x.to(dtype) for x in codes.coded(query, key, value, sink))
+    query, grad = query.to(dtype), grad.to(dtype)
+    options = {
+        "windows": [*(w for w in (16, 32, 48, 80, 160) if w < n), n],
+        "row_buckets": row_buckets,
+        "bucket_rows": -(-n // row_buckets),
+        "sink": sink,
+        "scale": 0.35,
+        "softcap": softcap,
+        "sink_logits": torch.randn(heads, generator=torch.Generator().manual_seed(0)) * 2 if has_sinks else None,
+    }
+    found, plain = (coded_changes(query, keys, values, grad, **options, impl=impl) for impl in ("cpu", "torch"))
+    exact = coded_changes(*(x.double() for x in (query, keys, values, grad)), **options, impl="torch")
+    for name, changes in found.items():
+        # Signed terms cancel: what counts is what they are sums of.
+        size = influence_statistics(query, keys[-1], values[0], grad, **options, impl="torch")["absolute"].max().item()
+        error, yardstick = ((each[name].double() - exact[name]).abs().max().item() for each in (found, plain))
+        assert changes.shape == exact[name].shape
+        assert error <= 2 * yardstick + 2e-6 * (exact[name].abs().max().item() + size), name

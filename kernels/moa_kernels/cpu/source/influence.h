@@ -14,6 +14,8 @@ struct Influence {                     // as moa_kernels.cpu.influence fills it
   const int32_t* windows;              // [windows], increasing: tokens, the query's own included and the sink excluded
   const float* sink_logits;            // [heads]; or null
   float* totals;                       // [statistics, kv_heads, buckets, windows]
+  const float* origins;                // [heads, rows]: D of each row where it isn't this attention's own; or null
+  float* row_gains;                    // [heads, rows]: where dO . o of each row goes; or null
   int64_t heads, kv_heads, rows, dim, sink, buckets, bucket_rows, window_count;
   float scale, softcap;                // softcap 0: none
   int32_t dtype, threads;
@@ -48,7 +50,7 @@ INLINE Sums sums_of(const float* weights, const float* gains, int64_t from, int6
 
 // Adds a row's statistics to `totals`, [statistics][windows]; `scores` become weights.
 INLINE void add_row(const Influence& a, float* scores, const float* gains, int64_t i, float logit, bool has_logit,
-                    Sums* segments, double* totals) {
+                    const float* origins, float* row_gains, Sums* segments, double* totals) {
   const float unit = (a.softcap > 0 ? 1.f : a.scale) * LOG2_E;
   const int64_t count = i + 1, sunk = least(a.sink, count);
   F highest = splat(MASKED);
@@ -70,6 +72,8 @@ INLINE void add_row(const Influence& a, float* scores, const float* gains, int64
   }
   const float rest = has_logit ? __builtin_exp2f(logit * LOG2_E - peak) : 0.f;
   const float share = 1 / (sum(total) + rest), kept = rest * share, row_gain = sum(gain) * share;
+  const float origin = origins ? origins[i] : row_gain;
+  if (row_gains) row_gains[i] = row_gain;
 
   // Segment k lies between the starts of windows k - 1 and k; the last one is what no window keeps.
   int64_t until = count, reached = 0;
@@ -90,11 +94,15 @@ INLINE void add_row(const Influence& a, float* scores, const float* gains, int64
          *recall = totals + RECALL * a.window_count;
   for (int64_t k = 0; k < reached; k++) {
     mass += segments[k].mass, near += segments[k].gain;
-    const float held = mass + kept, delta = near / (held > 1.17549435e-38f ? held : 1.17549435e-38f) - row_gain;
+    const float held = mass + kept, delta = near / (held > 1.17549435e-38f ? held : 1.17549435e-38f) - origin;
     squared[k] += delta * delta, with_sign[k] += delta, absolute[k] += delta < 0 ? -delta : delta;
     elementwise[k] += segments[k].effect, recall[k] += mass;
   }
-  for (int64_t k = reached; k < a.window_count; k++) recall[k] += 1 - kept;  // such windows keep all
+  const float delta = row_gain - origin;  // 0, but for other keys or values than those of the origins
+  for (int64_t k = reached; k < a.window_count; k++) {  // such windows keep all
+    recall[k] += 1 - kept;
+    squared[k] += delta * delta, with_sign[k] += delta, absolute[k] += delta < 0 ? -delta : delta;
+  }
 }
 
 // Keys or values of a KV head, packed as the right operand of a product with rows of their width.
@@ -162,7 +170,8 @@ void influence(const Influence& a) {
           multiply_columns<P>(grads, units, values, units, 0, (int)until, gains, columns);
           for (int64_t r = 0; r < here; r++)
             add_row(a, scores + r * columns, gains + r * columns, row + r, a.sink_logits ? a.sink_logits[head] : 0.f,
-                    a.sink_logits != nullptr, segments, totals);
+                    a.sink_logits != nullptr, a.origins ? a.origins + head * a.rows : nullptr,
+                    a.row_gains ? a.row_gains + head * a.rows : nullptr, segments, totals);
         }
 #if defined(MOA_TILES)
       if constexpr (P::TILES) tiles_release();
