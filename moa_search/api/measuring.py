@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["measure_throughput"]
 
 
-@takes(ThroughputOptions)
+@takes(ThroughputOptions, may_lack_first=True)
 def measure_throughput(model: str | tuple[Any, Any] | None, options: ThroughputOptions) -> Throughput:
     """Time prefill and decoding, and weigh memory, dense and under plans, side by side in one run.
 

@@ -105,7 +105,7 @@ def plain(value: Any) -> Any:
 
 
 def takes(
-    kind: Callable[P, Made],
+    kind: Callable[P, Made], *, may_lack_first: bool = False
 ) -> Callable[[Callable[[First, Made], Result]], Callable[Concatenate[First, P], Result]]:
     """Let a function of something and of its options take these as keywords.
 
@@ -113,11 +113,14 @@ def takes(
 
     Args:
         kind: Class of the options.
+        may_lack_first: Whether options alone are enough; the function is then given None.
     """
     options = cast(type[Options], kind)
 
     def decorate(function: Callable[[First, Made], Result]) -> Callable[Concatenate[First, P], Result]:
         first = next(iter(inspect.signature(function).parameters.values()))
+        if may_lack_first:
+            first = first.replace(default=None)
 
         @functools.wraps(function)
         def call(*given: Any, **changes: Any) -> Result:
