@@ -63,11 +63,16 @@ Lengths = Annotated[Annotated[Sequence[Tokens], Field(min_length=1)] | None, Lis
 class Options(BaseModel):
     """Options of a function: every field is a keyword, a flag and a YAML key.
 
-    A subclass's docstring is the heading of its fields in ``--help``.
+    A subclass's docstring is the heading of its fields in ``--help``, a field's docstring its description.
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, arbitrary_types_allowed=True, coerce_numbers_to_str=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        arbitrary_types_allowed=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     def __init__(self, **values: Any) -> None:
@@ -80,6 +85,11 @@ class Options(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_describe(error, type(self))) from None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
 
     @model_validator(mode="before")
     @classmethod

@@ -44,11 +44,8 @@ TrustRemoteCode = Annotated[
 class LoadingOptions(Options):
     """Model."""
 
-    dtype: Dtype = Field(
-        default="auto",
-        description="Type of the weights; auto is the checkpoint's own on a GPU, and on a CPU bfloat16 where it is "
-        "native.",
-    )
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is the checkpoint's own on a GPU, and on a CPU bfloat16 where it is native."""
     trust_remote_code: TrustRemoteCode = False
 
     @property
@@ -67,49 +64,36 @@ class ModelOptions(LoadingOptions):
 class PlanOptions(Options):
     """Plans and baselines."""
 
-    plan: Several[Any] = Field(default=(), description="Plan files.")
-    baselines: Several[str] = Field(
-        default=("dense", "uniform"),
-        description="dense, and uniform: one span for all heads with as much memory as the plan.",
-    )
+    plan: Several[Any] = ()
+    """Plan files."""
+    baselines: Several[str] = ("dense", "uniform")
+    """dense, and uniform: one span for all heads with as much memory as the plan."""
 
 
 class HeldOutOptions(Options):
     """Held-out samples."""
 
-    sources: Several[str] = Field(
-        default=("passkey", "copy"),
-        description="What held-out samples are drawn from, in turn, as for moa-profile; texts and records are those "
-        "that calibration never uses.",
-    )
+    sources: Several[str] = ("passkey", "copy")
+    """What held-out samples are drawn from, in turn, as for moa-profile; texts and records are those that calibration
+    never uses."""
     lengths: HeldOutLengths = None
     samples: HeldOutSamples = 16
-    seed: int = Field(default=0, description="Random seed for drawing samples.")
+    seed: int = 0
+    """Random seed for drawing samples."""
 
 
 class BudgetOptions(Options):
     """Budgets."""
 
-    density: Several[Share] = Field(
-        default=(),
-        description="Largest share of the KV cache to keep: one for all lengths, or one for each; 0.25 if no other "
-        "budget is given.",
-    )
-    budget_lengths: Lengths = Field(
-        default=None,
-        description="Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones and, "
-        "with the last density, the predicted ones and the model's full context.",
-    )
-    budget: Several[str] = Field(
-        default=(),
-        description="Budgets in other units, also beside a density: tokens=512@8192, kv=2GiB@32768x8, "
-        "memory=24GiB@32768x4, decode=12ms@32768x8 or prefill=900ms@32768.",
-    )
-    hardware: Any = Field(
-        default=None,
-        description="Device whose speeds decide times: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from "
-        "moa-search hardware.",
-    )
-    weights_bytes: Count | None = Field(
-        default=None, description="Size of the model's weights, for budgets that count them; by default as profiled."
-    )
+    density: Several[Share] = ()
+    """Largest share of the KV cache to keep: one for all lengths, or one for each; 0.25 if no other budget is given."""
+    budget_lengths: Lengths = None
+    """Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones and, with the last
+    density, the predicted ones and the model's full context."""
+    budget: Several[str] = ()
+    """Budgets in other units, also beside a density: tokens=512@8192, kv=2GiB@32768x8, memory=24GiB@32768x4,
+    decode=12ms@32768x8 or prefill=900ms@32768."""
+    hardware: Any = None
+    """Device that times are of: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from moa-search hardware."""
+    weights_bytes: Count | None = None
+    """Size of the model's weights, for budgets that count them; by default as profiled."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
-
 from moa_search.options.base import Options, Several, Tokens
 from moa_search.options.groups import Criterion, TrustRemoteCode
 
@@ -25,100 +23,80 @@ PlanFormat = Literal["plan", "moa", "duo"]
 class ImportOptions(Options):
     """Plans of other tools."""
 
-    model: Any = Field(
-        default=None,
-        description="What other tools' plans were made for, since they don't say: a hub id, a folder, a plan or "
-        "profile of the model, or layers=32,heads=32,kv_heads=8,head_dim=128 to look at it only; a plan of ours is "
-        "checked.",
-    )
-    fold_lengths: Several[Tokens] = Field(
-        default=(),
-        description="MoA only: context lengths in tokens between which the rule of a KV head has to keep what its "
-        "query heads' rules keep; by default everywhere, which may take more memory.",
-    )
-    threshold: float | None = Field(
-        default=None, description="DuoAttention only: heads with at least this score are dense (0.5 by default)."
-    )
-    sparsity: float | None = Field(
-        default=None, description="DuoAttention only: share of heads that aren't dense, instead of a threshold."
-    )
-    sink: int | None = Field(
-        default=None,
-        description="DuoAttention only: first tokens kept by streaming heads; default from config.json.",
-    )
-    recent: int | None = Field(
-        default=None,
-        description="DuoAttention only: recent tokens kept by streaming heads; default from config.json.",
-    )
+    model: Any = None
+    """What other tools' plans were made for, since they don't say: a hub id, a folder, a plan or profile of the model,
+    or layers=32,heads=32,kv_heads=8,head_dim=128 to look at it only; a plan of ours is checked."""
+    fold_lengths: Several[Tokens] = ()
+    """MoA only: context lengths in tokens between which the rule of a KV head has to keep what its query heads' rules
+    keep; by default everywhere, which may take more memory."""
+    threshold: float | None = None
+    """DuoAttention only: heads with at least this score are dense (0.5 by default)."""
+    sparsity: float | None = None
+    """DuoAttention only: share of heads that aren't dense, instead of a threshold."""
+    sink: int | None = None
+    """DuoAttention only: first tokens kept by streaming heads; default from config.json."""
+    recent: int | None = None
+    """DuoAttention only: recent tokens kept by streaming heads; default from config.json."""
     trust_remote_code: TrustRemoteCode = False
 
 
 class ExportOptions(Options):
     """Writing."""
 
-    format: PlanFormat = Field(
-        default="plan",
-        description="How to write it: plan as a plan of ours, moa as MoA's alphas and betas, duo as DuoAttention's "
-        "folder.",
-    )
-    reanchor: bool = Field(
-        default=False,
-        description="With format moa: write rules that are evaluated at every position, too; MoA evaluates them once, "
-        "at the total length, so that earlier tokens attend more.",
-    )
+    format: PlanFormat = "plan"
+    """How to write it: plan as a plan of ours, moa as MoA's alphas and betas, duo as DuoAttention's folder."""
+    reanchor: bool = False
+    """With format moa: write rules that are evaluated at every position, too; MoA evaluates them once, at the total
+    length, so that earlier tokens attend more."""
 
 
 class PageOptions(Options):
     """Picture and page."""
 
-    lengths: Several[Tokens] = Field(
-        default=(),
-        description="Context lengths in tokens to show; by default those that the plans were made for.",
-    )
-    output: str | None = Field(default=None, description="PNG file for a heat map.")
-    html: str | None = Field(default=None, description="File for a page with all there is to see; it needs no network.")
+    lengths: Several[Tokens] = ()
+    """Context lengths in tokens to show; by default those that the plans were made for."""
+    output: str | None = None
+    """PNG file for a heat map."""
+    html: str | None = None
+    """File for a page with all there is to see; it needs no network."""
 
 
 class InspectPlanOptions(PageOptions, ImportOptions, ExportOptions):
     """Writing."""
 
-    heads: Several[str] = Field(
-        default=(),
-        description="Heads whose masks the HTML page shows, as LAYER:HEAD such as 7:2; by default some from the "
-        "longest to the shortest span.",
-    )
-    front: str | None = Field(
-        default=None,
-        description="Folder of moa-search whose front the HTML page shows; by default the one that the plan lies in.",
-    )
-    profile: Any = Field(
-        default=None, description="Profile file that predicts, on the HTML page, what each layer loses."
-    )
-    save: str | None = Field(default=None, description="File to write the plan to; for DuoAttention a folder.")
+    heads: Several[str] = ()
+    """Heads whose masks the HTML page shows, as LAYER:HEAD such as 7:2; by default some from the longest to the
+    shortest span."""
+    front: str | None = None
+    """Folder of moa-search whose front the HTML page shows; by default the one that the plan lies in."""
+    profile: Any = None
+    """Profile file that predicts, on the HTML page, what each layer loses."""
+    save: str | None = None
+    """File to write the plan to; for DuoAttention a folder."""
 
 
 class InspectProfileOptions(PageOptions):
     """Profile."""
 
-    criterion: Criterion = Field(default="signed", description="How effects on the loss are summed up.")
-    heads: Several[str] = Field(
-        default=(),
-        description="Heads whose losses the HTML page draws over the window, as LAYER:HEAD; by default those that "
-        "lose most.",
-    )
-    lengths: Several[Tokens] = Field(default=(), description="Profiled lengths in tokens to show; by default all.")
-    output: str | None = Field(
-        default=None, description="PNG file for a heat map of what each head loses, at the longest length shown."
-    )
+    criterion: Criterion = "signed"
+    """How effects on the loss are summed up."""
+    heads: Several[str] = ()
+    """Heads whose losses the HTML page draws over the window, as LAYER:HEAD; by default those that lose most."""
+    lengths: Several[Tokens] = ()
+    """Profiled lengths in tokens to show; by default all."""
+    output: str | None = None
+    """PNG file for a heat map of what each head loses, at the longest length shown."""
 
 
 class DiffOptions(PageOptions):
     """Difference."""
 
-    output: str | None = Field(default=None, description="PNG file for a heat map of the change at the longest length.")
+    output: str | None = None
+    """PNG file for a heat map of the change at the longest length."""
 
 
 class FrontPageOptions(PageOptions):
     """Front."""
 
-    output: str | None = Field(default=None, description="PNG file for a chart of the plans' predicted losses.")
+    output: str | None = None
+    """PNG file for a chart of the plans' predicted losses."""

@@ -81,44 +81,31 @@ TimeLimit = Annotated[
 class SearchOptions(BudgetOptions):
     """Search."""
 
-    criterion: Criterion = Field(
-        default="signed",
-        description="How effects on the loss are summed up; signed did best on held-out data, elementwise is MoA's "
-        "own, recall needs no gradient.",
-    )
-    searcher: Searcher = Field(
-        default="exact",
-        description="exact chooses a rule per KV head. Baselines: moa searches as MoA does, duo makes heads dense or "
-        "short as DuoAttention does, per-layer has one rule a layer, recall keeps most attention mass, uniform has "
-        "one rule for all, as StreamingLLM does.",
-    )
+    criterion: Criterion = "signed"
+    """How effects on the loss are summed up; signed did best on held-out data, elementwise is MoA's own, recall needs
+    no gradient."""
+    searcher: Searcher = "exact"
+    """exact chooses a rule per KV head. Baselines: moa searches as MoA does, duo makes heads dense or short as
+    DuoAttention does, per-layer has one rule a layer, recall keeps most attention mass, uniform has one rule for
+    all, as StreamingLLM does."""
     anchor: Anchor = "position"
-    rules_per_layer: Annotated[int, Field(ge=1, le=2)] | None = Field(
-        default=None, description="Most different rules in one layer, 1 or 2; any number by default."
-    )
-    length_weights: Annotated[dict[int, NotNegative], BeforeValidator(read_weights)] = Field(
-        default={},
-        description="Weights of the losses in the chosen plan by length, such as 1024=1 2048=3; equal by default.",
-    )
-    predict_lengths: Annotated[Sequence[Tokens] | None, ListOrNone] = Field(
-        default=None,
-        description="Lengths never profiled to predict losses at, by extrapolation; they count like profiled ones. By "
-        "default exact looks ahead to twice the longest profiled length, where a budget holds there.",
-    )
-    robust: NotNegative = Field(
-        default=0.0,
-        description="Standard errors to add to every loss, so that noise isn't mistaken for a bargain.",
-    )
-    min_span: Count | None = Field(default=None, description="Smallest span in tokens of any head.")
-    layer_floor: Annotated[Sequence[str], BeforeValidator(read_floors)] = Field(
-        default=(), description="Smallest density of every head of some layers, such as 0-1=1.0 29=0.5."
-    )
+    rules_per_layer: Annotated[int, Field(ge=1, le=2)] | None = None
+    """Most different rules in one layer, 1 or 2; any number by default."""
+    length_weights: Annotated[dict[int, NotNegative], BeforeValidator(read_weights)] = Field(default={})
+    """Weights of the losses in the chosen plan by length, such as 1024=1 2048=3; equal by default."""
+    predict_lengths: Annotated[Sequence[Tokens] | None, ListOrNone] = None
+    """Lengths never profiled to predict losses at, by extrapolation; they count like profiled ones. By default exact
+    looks ahead to twice the longest profiled length, where a budget holds there."""
+    robust: NotNegative = 0.0
+    """Standard errors to add to every loss, so that noise isn't mistaken for a bargain."""
+    min_span: Count | None = None
+    """Smallest span in tokens of any head."""
+    layer_floor: Annotated[Sequence[str], BeforeValidator(read_floors)] = ()
+    """Smallest density of every head of some layers, such as 0-1=1.0 29=0.5."""
     time_limit_s: TimeLimit = 60.0
-    front_steps: Annotated[int, Field(ge=0)] | None = Field(
-        default=None,
-        description="Steps of the lattice of weights over the lengths; 0 for the chosen plan alone, by default as many "
-        "as take about 15 solves.",
-    )
+    front_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of the lattice of weights over the lengths; 0 for the chosen plan alone, by default as many as take about
+    15 solves."""
 
 
 with warnings.catch_warnings():
@@ -128,102 +115,89 @@ with warnings.catch_warnings():
     class FrontOptions(SearchOptions):
         """Result."""
 
-        densities: Several[Share] = Field(
-            default=(),
-            description="Several densities instead of one: the best plan for each, and the one where keeping more "
-            "stops paying.",
-        )
-        validate: str | None = Field(  # type: ignore[assignment]
-            default=None,
-            description="Model to try every plan of the front on, at an unseen, longer length; the best becomes "
-            "plan.json (moa-search validate has more options).",
-        )
-        output: str | None = Field(default=None, description="Folder to write plan.json and front/ to.")
+        densities: Several[Share] = ()
+        """Several densities instead of one: the best plan for each, and the one where keeping more stops paying."""
+        validate: str | None = None  # type: ignore[assignment]
+        """Model to try every plan of the front on, at an unseen, longer length; the best becomes plan.json (moa-search
+        validate has more options)."""
+        output: str | None = None
+        """Folder to write plan.json and front/ to."""
         trust_remote_code: TrustRemoteCode = False
 
     class CompareOptions(BudgetOptions):
         """Comparison."""
 
-        searchers: Several[Searcher] = Field(
-            default=("exact", "moa", "duo", "per-layer", "recall", "uniform"), description="Which to compare."
-        )
-        criterion: Criterion = Field(
-            default="signed",
-            description="What all plans are judged by, and chosen by where a searcher has no criterion of its own.",
-        )
+        searchers: Several[Searcher] = ("exact", "moa", "duo", "per-layer", "recall", "uniform")
+        """Which to compare."""
+        criterion: Criterion = "signed"
+        """What all plans are judged by, and chosen by where a searcher has no criterion of its own."""
         anchor: Anchor = "position"
         time_limit_s: TimeLimit = 60.0
-        validate: str | None = Field(  # type: ignore[assignment]
-            default=None, description="Model to measure the true loss of every plan with, on held-out samples."
-        )
+        validate: str | None = None  # type: ignore[assignment]
+        """Model to measure the true loss of every plan with, on held-out samples."""
         lengths: HeldOutLengths = None
         samples: HeldOutSamples = 16
-        output: str | None = Field(
-            default=None, description="Folder to write every plan, compare.csv and measured losses to."
-        )
+        output: str | None = None
+        """Folder to write every plan, compare.csv and measured losses to."""
         trust_remote_code: TrustRemoteCode = False
 
 
 class ValidationOptions(HeldOutOptions):
     """Held-out samples."""
 
-    lengths: Lengths = Field(
-        default=None,
-        description="Tokens per sample, answer included; by default twice the longest length that the plans were made "
-        "for, or the model's context where that is shorter.",
-    )
-    answers: Literal["model", "dataset"] = Field(
-        default="dataset",
-        description="dataset measures the loss of the reference answers; model that of the dense model's own right "
-        "ones.",
-    )
-    chat: Literal["auto", "never"] = Field(
-        default="never",
-        description="never leaves prompts plain; auto puts them into the tokenizer's chat template where it has one.",
-    )
+    lengths: Lengths = None
+    """Tokens per sample, answer included; by default twice the longest length that the plans were made for, or the
+    model's context where that is shorter."""
+    answers: Literal["model", "dataset"] = "dataset"
+    """dataset measures the loss of the reference answers; model that of the dense model's own right ones."""
+    chat: Literal["auto", "never"] = "never"
+    """never leaves prompts plain; auto puts them into the tokenizer's chat template where it has one."""
 
 
 class ValidateOptions(ValidationOptions, ModelOptions):
     """Validation."""
 
-    model: Any = Field(description='A Hub id, a model folder, a .gguf file, or "demo".')
+    model: Any
+    """A Hub id, a model folder, a .gguf file, or "demo"."""
 
 
 class TuneOptions(BudgetOptions, HeldOutOptions, LoadingOptions):
     """Study."""
 
-    model: str = Field(description='A Hub id, a model folder, a .gguf file, or "demo".')
-    output: str = Field(description="Folder for plan.json, the study and what was measured.")
-    densities: Several[Share] = Field(
-        default=(),
-        description="Smallest and largest density, instead of one: the density is searched too, and loss and density "
-        "are both minimised.",
-    )
-    criteria: Several[Criterion] = Field(
-        default=("signed", "squared"), description="Criteria to choose from, the default first."
-    )
-    trials: Count = Field(default=60, description="Plans to try, by all workers together.")
-    sampler: Literal["tpe", "gp", "random"] = Field(default="tpe", description="Optuna's sampler; gp needs scipy.")
-    storage: str | None = Field(
-        default=None,
-        description="Where the study is kept; a journal file in the output folder by default, or sqlite:///FILE for "
-        "one worker; postgresql://USER@HOST/NAME for many machines, each of which runs this command.",
-    )
-    study: str = Field(default="tune", description="Name of the study in its storage.")
-    workers: Count = Field(default=1, description="Processes on this machine, each with its own copy of the model.")
-    devices: Several[str] = Field(default=(), description="Given to the workers in turn, such as cuda:0 cuda:1.")
-    seed: int = Field(default=0, description="Random seed of samples and sampler.")
+    model: str
+    """A Hub id, a model folder, a .gguf file, or "demo"."""
+    output: str
+    """Folder for plan.json, the study and what was measured."""
+    densities: Several[Share] = ()
+    """Smallest and largest density, instead of one: the density is searched too, and loss and density are both
+    minimised."""
+    criteria: Several[Criterion] = ("signed", "squared")
+    """Criteria to choose from, the default first."""
+    trials: Count = 60
+    """Plans to try, by all workers together."""
+    sampler: Literal["tpe", "gp", "random"] = "tpe"
+    """Optuna's sampler; gp needs scipy."""
+    storage: str | None = None
+    """Where the study is kept; a journal file in the output folder by default, or sqlite:///FILE for one worker;
+    postgresql://USER@HOST/NAME for many machines, each of which runs this command."""
+    study: str = "tune"
+    """Name of the study in its storage."""
+    workers: Count = 1
+    """Processes on this machine, each with its own copy of the model."""
+    devices: Several[str] = ()
+    """Given to the workers in turn, such as cuda:0 cuda:1."""
+    seed: int = 0
+    """Random seed of samples and sampler."""
     time_limit_s: TimeLimit = 20.0
 
 
 class HardwareOptions(Options):
     """Device."""
 
-    name: str | None = Field(
-        default=None, description="What plans and tables call the device; by default its own name."
-    )
+    name: str | None = None
+    """What plans and tables call the device; by default its own name."""
     device: Device = "auto"
-    tile_query: Count = Field(
-        default=128, description="Rows of queries that the attention kernel handles together; not measured."
-    )
-    tile_key: Count = Field(default=128, description="Keys that the attention kernel reads together; not measured.")
+    tile_query: Count = 128
+    """Rows of queries that the attention kernel handles together; not measured."""
+    tile_key: Count = 128
+    """Keys that the attention kernel reads together; not measured."""
