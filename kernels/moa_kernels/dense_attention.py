@@ -62,6 +62,7 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.settings = settings
         wide = torch.promote_types(query.dtype, torch.float32)
+        # [kv_heads, group, N, head_dim]
         grouped = query.unflatten(0, (key.shape[0], -1))
         out = torch.empty_like(grouped)
         for rows, keys in _chunks(query.shape[1], settings[2]):
@@ -81,13 +82,16 @@ class _ChunkedAttention(torch.autograd.Function):
         for rows, keys in _chunks(query.shape[1], ctx.settings[2]):
             near_query, near_key, near_value = grouped[:, :, rows].to(wide), key[:, keys].to(wide), value[:, keys]
             grad_rows = grad_grouped[:, :, rows].to(wide)
+            # The chunk's attention again, then the chain rule through softmax and soft cap.
             weights, slope = _attention_rows(near_query, near_key, *ctx.settings)
+            # dO . v_j, and its mean under the attention: [kv_heads, group, rows, keys or 1]
             gain = _by_head(grad_rows, near_value.to(wide).mT)
             row_gain = (weights * gain).sum(-1, keepdim=True)
             grad_scores = gain.sub_(row_gain).mul_(weights)
             if slope is not None:
                 grad_scores.mul_(slope)
             grad_query[:, :, rows] = (_by_head(grad_scores, near_key) * scale).to(grad_query.dtype)
+            # Query heads of a KV head add up: one product over group and rows.
             grad_key[:, keys] += grad_scores.flatten(1, 2).mT @ near_query.flatten(1, 2) * scale
             grad_value[:, keys] += weights.flatten(1, 2).mT @ grad_rows.flatten(1, 2)
         return grad_query.flatten(0, 1), grad_key.to(key.dtype), grad_value.to(value.dtype), None
@@ -116,6 +120,7 @@ def _attention_rows(
         scores = torch.tanh(scores.div_(softcap))
         slope = 1 - scores * scores
         scores.mul_(softcap)
+    # [rows, keys]
     distance = torch.arange(keys - rows, keys, device=key.device)[:, None] - torch.arange(keys, device=key.device)
     hidden = distance < 0
     if window is not None and window < keys:
@@ -123,6 +128,7 @@ def _attention_rows(
     scores.masked_fill_(hidden, float("-inf"))
     weights = torch.softmax(scores, -1)
     if sink_logits is not None:
+        # A sink logit takes its share of every weight.
         logits = sink_logits.to(scores.dtype).view(key.shape[0], -1, 1, 1)
         weights.mul_(torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True) - logits))
     return weights, slope

@@ -84,6 +84,7 @@ class RingLayout:
         Returns:
             ``[batch, kv_heads, tokens]`` twice: int64, and boolean.
         """
+        # [kv_heads, 1] each, against positions [batch, 1, tokens]
         offset, sink, ring, end = self._columns(position.device)[:, :, None].unbind()
         position = position[:, None]
         slot = _slot(offset, sink, ring, position)
@@ -109,6 +110,7 @@ class RingLayout:
         """
         head, index = self._slots(length.device)
         _, sink, ring, _ = self._columns(length.device)[:, head]
+        # The newest position that falls on each slot: [batch, slots].
         last = length[:, None] - 1
         sunk = index < sink
         position = index.where(sunk, last - (last - index) % ring)

@@ -35,6 +35,7 @@ def span_attention(
     Returns:
         ``[batch, heads, query, value_dim]`` in the dtype of ``value``.
     """
+    # 0 * NaN is NaN: what no query attends becomes 0.
     unread = ~mask.any(dim=1)[:, :, None]
     key, value = key.masked_fill(unread, 0)[:, None], value.masked_fill(unread, 0)[:, None]
     keyless = ~mask.any(dim=2)[:, None, :, None]
@@ -42,14 +43,17 @@ def span_attention(
     mask = mask[:, None] | keyless
     if softcap is None and sink_logits is None:
         heads = query.shape[1]
+        # [batch, heads, keys, dim], without a copy
         key, value = key.expand(-1, heads, -1, -1), value.expand(-1, heads, -1, -1)
         return scaled_dot_product_attention(query, key, value, mask, scale=scale).masked_fill(keyless, 0)
     wide = torch.promote_types(query.dtype, torch.float32)
+    # [batch, heads, query, keys]
     logits = query.to(wide) @ key.to(wide).mT * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~mask, -torch.inf)
     if sink_logits is not None:
+        # One more column, which has weight and no value.
         sinks = sink_logits.to(wide)[None, :, None, None].expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sinks], dim=-1)
     weights = logits.softmax(dim=-1)[..., : key.shape[2]]

@@ -96,6 +96,7 @@ class HeadSpans:
         Returns:
             ``[kv_heads, *position.shape]``; beyond the query itself where the window is empty.
         """
+        # [kv_heads, 1, ...] each
         sink, min_span, alpha, beta_256 = (
             torch.tensor(column, device=position.device).view(-1, *[1] * position.ndim)
             for column in zip(*self.heads, strict=True)
@@ -113,6 +114,7 @@ class HeadSpans:
         Returns:
             Boolean ``[kv_heads, ..., query, key]``.
         """
+        # [..., query, 1] and [..., 1, key]
         i, j = query_at[..., None], key_at[..., None, :]
         sink = torch.tensor([head[0] for head in self.heads], device=i.device).view(-1, *[1] * i.ndim)
         near = j >= self.oldest_key(query_at)[..., None]

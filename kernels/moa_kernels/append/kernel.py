@@ -27,26 +27,31 @@ def append_kernel(
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per KV head, sample and BLOCK_T new tokens."""
+    # Heads of a token next to each other, as projections write them.
     program = tl.program_id(0)
     head = program % num_kv_heads
     blocks = tl.cdiv(num_new, BLOCK_T)
     batch = (program // num_kv_heads // blocks).to(tl.int64)
     token = (program // num_kv_heads % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
 
+    # Where the head's slots are, and what its sample holds already.
     offset = tl.load(layout + head * 3)
     sink = tl.load(layout + head * 3 + 1)
     capacity = tl.load(layout + head * 3 + 2)
     length = tl.load(lens + batch).to(tl.int32)
+    # Tokens from the count on are padding.
     count = num_new
     if HAS_COUNTS:
         count = tl.minimum(tl.load(counts + batch), num_new).to(tl.int32)
 
+    # Positions [BLOCK_T] and their slots within the head.
     ring = tl.maximum(capacity - sink, 1)
     position = length + token
     slot = tl.where(position < sink, position, sink + (position - sink) % ring)
     # Of all positions that map to a slot, only the last one is written: no two programs write one slot.
     kept = (token < count) & ((position < sink) | (position >= length + count - ring)) & (slot < capacity)
 
+    # Offsets of large caches don't fit into 32 bits.
     token = token.to(tl.int64)
     slot = (offset + slot).to(tl.int64)
     _copy(

@@ -31,6 +31,7 @@ def append_tokens(call: Append) -> None:
         tensor.view(BITS[tensor.element_size()])
         for tensor in (keys, values, rows_contiguous(new_keys), rows_contiguous(new_values))
     )
+    # One new token needs no more than a small tile.
     block_t = DECODE_TOKENS if new <= DECODE_TOKENS else PREFILL_TOKENS
     append_kernel[(batch * kv_heads * triton.cdiv(new, block_t),)](
         keys, values, new_keys, new_values, lens, counts, layout.tensor(keys.device), new, kv_heads,

@@ -26,6 +26,7 @@ def _in_reach(length, sink, capacity, min_span, alpha, beta_256, sliding_window,
     Returns:
         First sink position, number of sink positions, first ring position, number of ring positions.
     """
+    # The oldest of the new tokens reaches farthest back.
     row = tl.maximum(length - NEW, 0)
     sunk_from = tl.maximum(row + 1 - sliding_window, 0)
     sunk = tl.maximum(tl.minimum(tl.minimum(sink, capacity), length) - sunk_from, 0)
@@ -50,6 +51,7 @@ def _planned_reach(
     lens, layout, spans, start, pairs, num_kv_heads, sliding_window, NEW: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """Keys in reach of pairs ``start`` to ``start + BLOCK_P``, 0 for those that don't exist."""
+    # A pair is a sample and a KV head.
     pair = start + tl.arange(0, BLOCK_P)
     known = pair < pairs
     length = tl.load(lens + pair // num_kv_heads, mask=known, other=0).to(tl.int32)
@@ -76,12 +78,14 @@ def split_kernel(
     ROWS: tl.constexpr = GROUP * NEW
 
     # The plan, the same in every program: first the size of tiles, then where each pair's tiles end.
+    # Keys in reach of all pairs; so many to a tile that TARGET_TILES hold them, in whole blocks.
     everything = tl.zeros([], tl.int64)
     for start in tl.range(0, PLANS * BLOCK_P, BLOCK_P):
         reach = _planned_reach(lens, layout, spans, start, pairs, num_kv_heads, sliding_window, NEW, BLOCK_P)
         everything += tl.sum(reach.to(tl.int64))
     chunk = (tl.cdiv(tl.cdiv(everything, TARGET_TILES), BLOCK_N) * BLOCK_N).to(tl.int32)
     chunk = tl.maximum(chunk, BLOCK_N)
+    # Pairs whose tiles end before this one: how many (its own number), and where the last of them ends.
     planned = tl.zeros([], tl.int32)
     mine = tl.zeros([], tl.int32)
     first_tile = tl.zeros([], tl.int32)
@@ -92,6 +96,7 @@ def split_kernel(
         planned += tl.sum(tiles)
         mine += tl.sum((end <= tile).to(tl.int32))
         first_tile = tl.maximum(first_tile, tl.max(tl.where(end <= tile, end, 0)))
+        # Once for all: `merge_kernel` needs to know.
         if (tile == 0) & (tl.program_id(1) == 0):
             pair = start + tl.arange(0, BLOCK_P)
             tl.store(ends + pair, end, mask=pair < pairs)
@@ -108,11 +113,13 @@ def split_kernel(
     sunk_from, sunk, ring_from, ringed = _in_reach(
         length, sink, capacity, min_span, alpha, beta_256, sliding_window, NEW
     )
+    # Keys low to high - 1 in reach are this program's, counted from the first sink token on.
     ring = tl.maximum(capacity - sink, 1)
     ring_slot = (ring_from - sink) % ring
     low = (tile - first_tile) * chunk
     high = tl.where(live, tl.minimum(low + chunk, sunk + ringed), low)
 
+    # Rows [BLOCK_M]: new tokens of one query head after the other.
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     query_head = head * GROUP + row // NEW
     row_at = length - NEW + row % NEW
@@ -128,12 +135,14 @@ def split_kernel(
         q = q.to(tl.float32)
     oldest = oldest_key(row_at, sink, min_span, alpha, beta_256, sliding_window)
 
+    # First slot of this head.
     key_base = keys + batch * keys_batch_stride + offset.to(tl.int64) * keys_slot_stride
     value_base = values + batch * values_batch_stride + offset.to(tl.int64) * values_slot_stride
     top = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in tl.range(low, high, BLOCK_N):
+        # From the place in reach to the slot: sink tokens as they lie, then around the ring.
         index = start + tl.arange(0, BLOCK_N)
         there = index < high
         sunken = index < sunk
@@ -153,9 +162,11 @@ def split_kernel(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
+        # [BLOCK_M, BLOCK_N]
         scores = scores_of(tl.dot(q, k, input_precision="ieee"), scale, SOFTCAP)
         visible = there[None, :]
         if NEW > 1:
+            # One new token sees all in reach; of several, each has its own window and its own past.
             at = tl.where(sunken, sunk_from + index, ring_from + later)[None, :]
             near = (at >= oldest[:, None]) | ((at < sink) & (at > row_at[:, None] - sliding_window))
             visible = visible & near & (at <= row_at[:, None])
@@ -168,6 +179,7 @@ def split_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = higher
 
+    # Final results, or what `merge_kernel` puts together.
     written = real[:, None] & within[None, :]
     if sunk + ringed <= chunk:  # the pair's only tile
         sink_logit = top
@@ -197,6 +209,7 @@ def merge_kernel(
     program = tl.program_id(0)
     pair = program // ROWS
     row = program % ROWS
+    # Tiles of the pair; a single one has written its result itself.
     first = tl.load(ends + pair - 1, mask=pair > 0, other=0)
     end = tl.load(ends + pair)
     if end - first == 1:
@@ -216,6 +229,7 @@ def merge_kernel(
         block = tl.load(
             partial + source[:, None] * HEAD_DIM + column[None, :], mask=there[:, None] & within[None, :], other=0.0
         )
+        # All partial results to one maximum, then added up.
         higher = tl.maximum(top, tl.max(tile_top, 0))
         weight = tl.math.exp2(tile_top - higher)
         shrink = tl.math.exp2(top - higher)

@@ -55,10 +55,12 @@ def span_decode(call: Decode) -> tuple[Tensor, Tensor]:
     target = TILES_PER_MULTIPROCESSOR * multiprocessors(device)
     # Rounding each pair up to whole tiles adds less than one for each.
     most_tiles = target + pairs
+    # Partial results of every tile and row: weighted sum, maximum, total.
     partial = torch.empty(most_tiles, rows, head_dim, dtype=torch.float32, device=device)
     tops, totals = torch.empty(2, most_tiles, rows, dtype=torch.float32, device=device)
     fewest, most = PLANNED_AT_ONCE
     block_p = min(max(triton.next_power_of_2(pairs), fewest), most)
+    # Where each pair's tiles end: written by the first kernel, read by the second.
     ends = torch.empty(pairs, dtype=torch.int32, device=device)
     split_kernel[(most_tiles, triton.cdiv(rows, block_m))](
         query, keys, values, lens, layout.tensor(device), spans.tensor(device), sink_logits,

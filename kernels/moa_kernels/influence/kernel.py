@@ -51,6 +51,7 @@ def _product(a, b, UPCAST: tl.constexpr):
 @triton.jit
 def _effect(attention, gain, row_gain, share):
     """Single-entry effects ``|A (g - D) / (1 - A)|`` over ``share``."""
+    # One rsqrt and two products are cheaper than a division.
     root = tl.math.rsqrt(tl.maximum(1.0 - attention * share[:, None], EPSILON))
     return attention * tl.abs(gain - row_gain[:, None]) * (root * root)
 
@@ -90,6 +91,7 @@ def row_statistics_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Shift, share and ``D_i`` of every row into ``rows[heads, 3, n]``, by online softmax."""
+    # Last rows first: they have most keys.
     tile = tl.cdiv(n, BLOCK_M) - 1 - tl.program_id(0) // num_heads
     head = tl.program_id(0) % num_heads
     own, shared = head.to(tl.int64), (head // group).to(tl.int64)
@@ -107,16 +109,19 @@ def row_statistics_kernel(
     for first in tl.range(0, tl.minimum(i0 + BLOCK_M, n), BLOCK_N):
         k = _rows_of(key + shared * key_head_stride, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
         v = _rows_of(value + shared * value_head_stride, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        # Scores and gains g_ij: [BLOCK_M, BLOCK_N].
         score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
         gain = _product(grad, v, UPCAST)
         if first + BLOCK_N > i0:
             score = tl.where((first + tl.arange(0, BLOCK_N))[None, :] <= i[:, None], score, MASKED)
+        # Online softmax: what was summed so far is scaled to the new maximum.
         larger = tl.maximum(shift, tl.max(score, 1))
         attention = tl.math.exp2(score - larger[:, None])
         decay = tl.math.exp2(shift - larger)
         total = total * decay + tl.sum(attention, 1)
         weighted = weighted * decay + tl.sum(attention * gain, 1)
         shift = larger
+    # Attention is exp2(score - shift) * share; D_i is the gain's mean under it.
     place = rows + own * 3 * n + i
     tl.store(place, shift, mask=i < n)
     tl.store(place + n, 1.0 / total, mask=i < n)
@@ -223,13 +228,16 @@ def aligned_kernel(
         key_token_stride, value_token_stride,
         SOFTCAP, HAS_SINK_LOGITS, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
+    # Running sums of the rows: attention and gain since the sink, effects since the last window.
     effects = tl.zeros([BLOCK_M, LANES], tl.float32)
     place = partial + ((head * tiles + tile).to(tl.int64) * GROUPS + g) * COUNT * bands
+    # Tiles of keys from the diagonal to the sink; those before `masked` need no masks.
     key_tiles = tl.maximum(tl.cdiv(i0 + BLOCK_M - sink, BLOCK_N), 0)
     sunk = (i0 + BLOCK_M - sink) // BLOCK_N
     nearest = (i0 + BLOCK_M - 1 - last) // BLOCK_N
     masked = nearest
     for t in tl.range(nearest, key_tiles):
+        # The t-th tile from the diagonal, [BLOCK_N, BLOCK_D].
         first = i0 + (BLOCK_M - BLOCK_N) - t * BLOCK_N
         k = _rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
         v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
@@ -238,6 +246,7 @@ def aligned_kernel(
         attention = tl.math.exp2(score - shift[:, None])
         if t == masked:
             masked = tl.maximum(t + 1, tl.minimum(tl.load(following + t + 1), sunk))
+            # Sink keys were counted before.
             seen = (first + column <= i[:, None]) & (first + column >= sink)
             attention = tl.where(seen, attention, 0.0)
             effect = _effect(attention, gain, row_gain, share)
@@ -254,10 +263,12 @@ def aligned_kernel(
             row_mass = tl.sum(mass, 1)
             delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass, TINY) - row_gain, 0.0)
             recall = tl.where(cut, row_mass * share, 0.0)
+            # Groups for which a window ends in this tile write what it costs.
             window = tl.load(passed + t + g)
             passing = tl.load(passed + t + g + 1) > window
             _store(place + window, bands, passing, delta, tl.sum(effects, 1) * share, recall, GROUPS)
             passing_row = tl.load(passed + t + r // BLOCK_N + 1) > tl.load(passed + t + r // BLOCK_N)
+            # Then the farther part, which belongs to the next window.
             mass += far_mass
             gained += far_gained
             effects = tl.where(passing_row[:, None], 0.0, effects) + far_effects
@@ -265,6 +276,7 @@ def aligned_kernel(
             mass += _lanes(attention, LANES)
             gained += _lanes(attention * gain, LANES)
             effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
+    # What no window but the whole keeps.
     beyond = _by_group(tl.sum(effects, 1) * share, GROUPS)
     tl.store(place + 3 * bands + tl.load(passed + key_tiles + g), beyond)
 
@@ -301,6 +313,7 @@ def banded_kernel(
         SOFTCAP, HAS_SINK_LOGITS, HEAD_DIM, BLOCK_D, BLOCK_N, LANES, UPCAST,
     )  # fmt: skip
     place = partial + (head * tiles + tile).to(tl.int64) * COUNT * bands + tl.arange(0, 1)
+    # Bands of distances, from the diagonal outwards.
     nearest = 0
     for band in range(bands):
         window = tl.load(windows + band)
@@ -310,6 +323,7 @@ def banded_kernel(
             v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
             score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
             gain = _product(grad, v, UPCAST)
+            # Other bands' keys in these tiles don't count here.
             distance = i[:, None] - (first + tl.arange(0, BLOCK_N))[None, :]
             within = (distance >= nearest) & (distance < window)
             attention = tl.where(within, tl.math.exp2(score - shift[:, None]), 0.0)

@@ -189,6 +189,7 @@ def _crossings(
     windows: tuple[int, ...], n: int, block_m: int, block_n: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`aligned_kernel`'s ``PASSED`` and ``NEXT``."""
+    # Row group g of a tile reaches key tile t at distance (t + g + 1 - groups) * block_n.
     groups = block_m // block_n
     key_tiles = -(-(n + block_m) // block_n) + 1
     ends = torch.arange(1 - groups, key_tiles + 1) * block_n
@@ -209,6 +210,7 @@ def _whole_rows(
     windows: tuple[int, ...], row_buckets: int, bucket_rows: int, n: int, sink: int, device: torch.device
 ) -> Tensor:
     """How many rows of each bucket keep all their keys, which their window and the sink cover; ``[bucket, window]``."""
+    # Rows below window + sink keep everything: [bucket, window].
     starts = (torch.arange(row_buckets + 1) * bucket_rows).clamp(max=n)
     start, stop = starts[:-1, None], starts[1:, None]
     whole = torch.minimum(torch.maximum(torch.tensor(windows) + sink, start), stop)
@@ -217,6 +219,7 @@ def _whole_rows(
 
 def _weight_of_logits(rows: Tensor, sink_logits: Tensor, kv_heads: int, row_buckets: int, bucket_rows: int) -> Tensor:
     """What the sink logits take of each bucket's attention, ``[kv_heads, bucket, 1]``."""
+    # [heads, N]
     weight = rows[:, 1] * torch.exp2(sink_logits[:, None] * math.log2(math.e) - rows[:, 0])
     by_bucket = pad(weight, (0, row_buckets * bucket_rows - weight.shape[1])).view(
         kv_heads, -1, row_buckets, bucket_rows

@@ -49,6 +49,7 @@ def influence_totals(call: Influence) -> Tensor:
     group = query.shape[0] // kv_heads
     totals = query.new_zeros(len(STATISTICS), kv_heads, row_buckets, len(windows), dtype=wide)
     logits = None if sink_logits is None else sink_logits.to(wide).view(kv_heads, group, 1, 1)
+    # Windows that all are multiples of a unit: sums by blocks of so many keys give every one.
     sizes = torch.tensor(windows, device=query.device)
     unit = math.gcd(*(window for window in windows if window < n)) or n
     chunks = _chunks(n, group, query.device.type)
@@ -56,6 +57,7 @@ def influence_totals(call: Influence) -> Tensor:
     scratch = query.new_empty(3, most, dtype=wide)  # fresh memory for each product would cost more than the product
     for head in range(kv_heads):
         shared = slice(head * group, (head + 1) * group)
+        # [group, N, head_dim]; keys and values [head_dim, N], newest first
         queries, grads = query[shared].to(wide), grad_out[shared].to(wide)
         keys, values = (x[head].to(wide).flip(0).mT.contiguous() for x in (key, value))  # column c is key n-1-c
         for start, stop in chunks:
@@ -68,6 +70,7 @@ def influence_totals(call: Influence) -> Tensor:
             by_row = _window_statistics(
                 attention, weighted, room[2], kept, start=start, sink=sink, sizes=sizes, unit=unit
             )
+            # Rows to buckets, by a product with who belongs where: [buckets, rows] @ [statistic, rows, window].
             first, last = start // bucket_rows, (stop - 1) // bucket_rows + 1
             bucket = torch.arange(start, stop, device=query.device) // bucket_rows
             member = (bucket == torch.arange(first, last, device=query.device)[:, None]).to(wide)
@@ -143,13 +146,16 @@ def _window_statistics(
     """`STATISTICS` of every row and window, ``[statistic, row, window]``. Overwrites its first three arguments."""
     stop, device = attention.shape[2], attention.device
     sunk = slice(max(0, stop - sink), stop)
+    # D_i, then what the sink keeps: [group, rows, 1].
     row_gain = weighted.sum(-1, keepdim=True)
     mass, gain = (x[..., sunk].sum(-1, keepdim=True) for x in (attention, weighted))
     near_gain = _within(weighted, sunk, sizes, unit)
+    # |A (g - D) / (1 - A)|, in place of tensors that aren't needed any more.
     effect = torch.addcmul(weighted, attention, row_gain, value=-1, out=effect)
     complement = torch.sub(attention.new_ones(()), attention, out=weighted).clamp_min_(SMALLEST_COMPLEMENT)
     effect.div_(complement).abs_()
     near_mass, near_effect = (_within(matrix, sunk, sizes, unit) for matrix in (attention, effect))
+    # Rows that see all their keys lose nothing, exactly.
     position = torch.arange(start, stop, device=device)[:, None]
     whole = sizes > position - sink
     kept_mass, kept_gain = mass + near_mass, gain + near_gain
@@ -176,6 +182,7 @@ def _within(matrix: Tensor, sunk: slice, sizes: Tensor, unit: int) -> Tensor:
     if blocks == 0:
         return matrix.new_zeros(group, rows, len(sizes))
     shape, strides = (group, rows, blocks, unit), (rows * width, width - 1, unit, 1)
+    # [group, rows, blocks]
     by_block = matrix.as_strided(shape, strides, matrix.storage_offset() + rows - 1).sum(-1)
     last = torch.div(sizes, unit, rounding_mode="floor").clamp_max(blocks) - 1
     return by_block.cumsum_(-1).index_select(-1, last)

@@ -59,6 +59,7 @@ def span_prefill(
         query, key, value, spans, starts, ends, key.shape[-1] ** -0.5 if scale is None else scale, softcap, sink_logits
     )
     _check(call)
+    # Once: neither the operator nor an implementation asks again.
     backend = choose(impl, query, key, value, head_dim=key.shape[3])
     if torch.compiler.is_compiling():
         out, lse = _operator(*call[:3], spans.flat, spans.sliding_window, *call[4:], backend.value)

@@ -70,20 +70,24 @@ def plan_work(
     cost = tiles_per_item(spans, queries, keys, block_m, block_n)  # [kv_heads, tiles]
     kv_heads, tiles = cost.shape
     section = _sections(cost, keys, block_n, token_bytes)
+    # Head and row tile of every item: [kv_heads * tiles].
     kv_head, block = (x.flatten() for x in torch.meshgrid(torch.arange(kv_heads), torch.arange(tiles), indexing="ij"))
     cost = cost.flatten()
     # Longest first within a section; equally long ones by head and place, so that neighbours read the same keys.
     order = torch.argsort(section[kv_head] * (int(cost.max()) + 1) + cost.max() - cost, stable=True)
     shares = _shares(cost, batch * group, processors)
 
+    # Samples and query heads of an item next to each other: they read the same keys.
     each = torch.arange(batch * group)
     place = order.repeat_interleave(batch * group)
     sample, member = each.repeat(len(order)) // group, each.repeat(len(order)) % group
     sample_head = (sample * kv_heads + kv_head[place]) * group + member
+    # Divided items: a slot of the workspace per share, and a row for `merge_kernel`.
     count = shares[place]
     divided = count > 1
     slot = torch.where(divided, (count * divided).cumsum(0) - count, -1)
     shared = torch.stack([sample_head, block[place], slot, count], 1)[divided]
+    # One row per share: [items, 5].
     item = torch.arange(len(place)).repeat_interleave(count)
     share = torch.arange(len(item)) - (count.cumsum(0) - count)[item]
     own_slot = torch.where(divided[item], slot[item] + share, -1)
@@ -97,6 +101,7 @@ def plan_work(
 
 def tiles_per_item(spans: HeadSpans, queries: int, keys: int, block_m: int, block_n: int) -> Tensor:
     """Tiles of keys that each tile of rows reads, int64 ``[kv_heads, row tiles]``."""
+    # First row of each tile, as a column: [tiles].
     first = torch.arange(keys - queries, keys, block_m)
     reach = (first + block_m).clamp(max=keys)
     sink = torch.tensor([head[0] for head in spans.heads])[:, None]
