@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -73,7 +74,13 @@ def _main(target: Callable[..., None], index: int, device: str | None, arguments
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
+    def end_with(parent: BaseProcess) -> None:
+        parent.join()  # it was killed: otherwise it waits for its workers
+        os.kill(os.getpid(), signal.SIGINT)
+
     signal.signal(signal.SIGINT, interrupt)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     try:
         target(index, device, *arguments)
     except KeyboardInterrupt:
