@@ -66,7 +66,7 @@ def show_diff(loaded: list[Plan], /, *, plans: Sequence[str], lengths: Sequence[
     console = open_console()
     at, names = diff_lengths(loaded, lengths), plan_titles(plans)
     console.print(diff_line(loaded, at), highlight=False)
-    console.print(to_rich(plan_frame(dict(zip(names, loaded, strict=True)), at, title="What they keep and compute")))
+    console.print(to_rich(plan_frame(dict(zip(names, loaded, strict=True)), at)))
     if loaded[0].fingerprint != loaded[1].fingerprint:
         console.print(to_rich(change_frame(loaded, names, max(at), CHANGES)))
     _say_written("heat map", **options)

@@ -189,6 +189,7 @@ class Plan(_Strict):
     validated: tuple[Validation, ...] = ()
 
     # Frames and pictures, in a module of their own.
+    by_length: ClassVar = plan_views.by_length
     cell_texts: ClassVar = plan_views.cell_texts
     diff: ClassVar = plan_views.diff
     plot_density: ClassVar = plan_views.plot_density

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moa_search.formats.plan import Plan, PlanLike
 
 __all__ = [
+    "by_length",
     "cell_texts",
     "density_lengths",
     "diff",
@@ -95,6 +96,38 @@ def to_frame(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows).astype({"alpha": "Int64", "beta": "Float64"})
+
+
+def by_length(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
+    """What the plan keeps, computes and is predicted to lose, one row per length.
+
+    Args:
+        plan: The plan.
+        lengths: Context lengths in tokens, or one; by default `lengths`.
+
+    Returns:
+        Columns ``length``, ``density`` and ``attention_density`` (shares, native layers aside), ``kv_bytes`` (of keys
+        and values in 16 bits, native layers' too), and where the plan predicts them ``loss``, ``loss_error`` and
+        ``extrapolated``.
+    """
+    import pandas as pd
+
+    rows, at = [], _checked(plan, lengths)
+    predicted = {metrics.length: metrics for metrics in plan.predicted}
+    for length, computed in zip(at, plan.attention_densities(at), strict=True):
+        known = predicted.get(length)
+        rows.append(
+            {
+                "length": length,
+                "density": plan.density(length),
+                "attention_density": computed,
+                "kv_bytes": plan.kv_bytes(length),
+                "loss": known and known.loss,
+                "loss_error": known and known.loss_error,
+                "extrapolated": known is not None and known.extrapolated,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def diff(plan: Plan, other: PlanLike, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
@@ -239,7 +272,8 @@ def to_html(plan: Plan) -> str:
         label=f"Share of {at} tokens kept by layer and KV head",
         focusable=False,
     )
-    rows = [[n, f"{plan.density(n):.1%}", f"{plan.attention_density(n):.1%}"] for n in plan.lengths]
+    kept = plan.by_length()[["length", "density", "attention_density"]]
+    rows = [[n, f"{share:.1%}", f"{computed:.1%}"] for n, share, computed in kept.itertuples(index=False)]
     about = (
         f"for {plan.model.architecture}, {plan.model.num_hidden_layers} layers of {plan.model.num_key_value_heads} KV "
         f"heads{found}; colours at {at} tokens"

@@ -82,6 +82,10 @@ class Table:
         """The texts, row by row."""
         return [[column.show(row) for column in self.columns] for row in self.rows]
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return to_html(self)
+
 
 def column(
     name: str, heading: str | None = None, form: Callable[[Any], str] | None = None, *, left: bool = False

@@ -45,36 +45,26 @@ HEADS_PER_LINE = 8
 """KV heads in one line of a table: as many as a terminal shows."""
 
 
-def plan_frame(
-    plans: Plan | Mapping[str, Plan], lengths: Sequence[int], *, title: str = "What it keeps, computes and loses"
-) -> Table:
+def plan_frame(plans: Plan | Mapping[str, Plan], lengths: Sequence[int]) -> Table:
     """KV cache kept, prefill computed and predicted loss by length; shares leave native layers out, bytes don't.
 
     Args:
         plans: A plan, or several by name, of which no losses are shown: they may be in different units.
         lengths: Context lengths in tokens.
-        title: Of the table.
     """
-    rows = []
     named = {"": plans} if isinstance(plans, Plan) else plans
-    for name, plan in named.items():
-        predicted = {metrics.length: metrics for metrics in plan.predicted}
-        for length, computed in zip(lengths, plan.attention_densities(lengths), strict=True):
-            row: dict[str, object] = {"plan": name, "length": length, "density": plan.density(length)}
-            row |= {"kv_bytes": plan.kv_bytes(length), "attention_density": computed}
-            known = predicted.get(length)
-            row |= {"loss": known and known.loss, "loss_error": known and known.loss_error}
-            rows.append(row | {"extrapolated": known is not None and known.extrapolated})
-    kept = [
+    frame = pd.concat([plan.by_length(lengths).assign(plan=name) for name, plan in named.items()])
+    columns = [
         column("length", "tokens"),
         column("density", "KV cache kept", percent),
         column("kv_bytes", "KV MiB (16 bit)", mebibytes),
         column("attention_density", "prefill computed", percent),
     ]
     if isinstance(plans, Plan):
-        return Table(pd.DataFrame(rows), [*kept, Column("predicted loss", predicted_text)], title)
-    by_length = sorted(rows, key=lambda row: lengths.index(row["length"]))
-    return Table(pd.DataFrame(by_length), [column("plan", left=True), *kept], title, group=["length"])
+        columns.append(Column("predicted loss", predicted_text))
+        return Table(frame, columns, "What it keeps, computes and is predicted to lose")
+    frame = frame.sort_values("length", kind="stable")
+    return Table(frame, [column("plan", left=True), *columns], "What they keep and compute", group=["length"])
 
 
 def rule_frame(plan: Plan, most: int = 8) -> Table:

@@ -68,7 +68,7 @@ def diff_page(plans: Sequence[Plan], names: Sequence[str], *, lengths: Sequence[
     density = chart(
         lambda ax: draw_lines(over, lines, ax, title="", xlabel="context (tokens)", ylabel="KV cache kept (%)")
     )
-    kept = plan_frame(dict(zip(names, plans, strict=True)), at, title="What they keep and compute")
+    kept = plan_frame(dict(zip(names, plans, strict=True)), at)
     page.add(
         "Density against length",
         figure_block(density, "Share of the KV cache that each plan keeps, over the context length"),

@@ -40,6 +40,24 @@ class TestLengths:
         assert Plan.uniform(DENSE, model).lengths == lengths
 
 
+class TestByLength:
+    def test_what_is_kept_computed_and_predicted(self, tiny_plan):
+        frame = tiny_plan.by_length([512, 1024])
+        assert frame["length"].tolist() == [512, 1024]
+        for row in frame.itertuples():
+            assert row.density == tiny_plan.density(row.length)
+            assert row.attention_density == pytest.approx(tiny_plan.attention_density(row.length))
+            assert row.kv_bytes == tiny_plan.kv_bytes(row.length)
+        assert frame["loss"].isna().tolist() == [True, False]
+        assert frame["loss"][1] == tiny_plan.predicted[0].loss
+
+    def test_by_default_at_the_plans_lengths(self, tiny_plan):
+        assert tiny_plan.by_length()["length"].tolist() == tiny_plan.lengths
+        assert tiny_plan.by_length(2048)["length"].tolist() == [2048]
+        with pytest.raises(ConfigError, match="at least 1 token"):
+            tiny_plan.by_length([0])
+
+
 class TestFrame:
     def test_a_row_per_length_layer_and_head(self, tiny_plan):
         frame = tiny_plan.to_frame([512, 1024])

@@ -49,6 +49,10 @@ def test_every_printer_shows_the_same_cells(table, show):
     assert "unseen" not in text
 
 
+def test_notebooks_show_it_as_pages_do(table):
+    assert table._repr_html_() == to_html(table)
+
+
 def test_terminals_break_headings_before_lengths_and_draw_groups_apart(table):
     text, rows = in_terminal(table)
     assert rows[0] == ["", "loss", ""]
