@@ -10,6 +10,7 @@ from moa_kernels.backends import Backend, Impl, choose
 from moa_kernels.prefill import span_prefill
 
 from moa_search.errors import BackendUnavailableError, ConfigError
+from moa_search.modeling.text import text_config
 from moa_search.runtime.layer import EMPTY
 from moa_search.runtime.padding import reordered
 from moa_search.spans import BETA_ONE
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["chosen", "prefill"]
+__all__ = ["attends_by", "chosen", "prefill"]
 
 
 def chosen(impl: Impl, *states: torch.Tensor) -> Backend:
@@ -42,6 +43,18 @@ def chosen(impl: Impl, *states: torch.Tensor) -> Backend:
         raise BackendUnavailableError(str(error)) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def attends_by(model: Any) -> str:
+    """What attends under a plan on a model's device and in its type, where nothing is insisted on, in words."""
+    config = text_config(model.config)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    backend = choose("auto", torch.empty(0, width, dtype=model.dtype, device=model.device), head_dim=width)
+    if backend != Backend.CPU:
+        return backend.value
+    from moa_kernels.cpu.library import description
+
+    return f"{backend.value}: {description()}"
 
 
 def prefill(

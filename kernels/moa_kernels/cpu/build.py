@@ -13,7 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["SHIPPED", "VARIANTS", "UnavailableError", "compile_library", "find_library", "shipped_library"]
+__all__ = [
+    "SHIPPED",
+    "VARIANTS",
+    "UnavailableError",
+    "compile_library",
+    "find_library",
+    "has_compiler",
+    "shipped_library",
+]
 
 SOURCE = Path(__file__).parent / "source"
 
@@ -114,6 +122,11 @@ def compile_library(path: Path, machine_flags: list[str], compiler: str | None =
         [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     )
     raise UnavailableError(f"{compiler} failed: {errors[0].strip()}")
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is found."""
+    return _compiler() is not None
 
 
 @functools.cache

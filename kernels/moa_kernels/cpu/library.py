@@ -10,7 +10,7 @@ import torch  # its OpenMP must be loaded first: the library uses the same
 
 from moa_kernels.cpu.build import UnavailableError, find_library
 
-__all__ = ["DTYPES", "Call", "Influence", "Strided", "library", "unavailable"]
+__all__ = ["DTYPES", "Call", "Influence", "Strided", "description", "library", "unavailable"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types that the library takes, by its numbers."""
@@ -61,6 +61,14 @@ def library() -> ctypes.CDLL:
     if reason is not None:
         raise UnavailableError(reason)
     return _loaded()
+
+
+def description() -> str:
+    """What the loaded library was made for, in words."""
+    loaded, products = library(), "floats"
+    if loaded.moa_multiplies_bf16():
+        products = "AMX tiles" if loaded.moa_tiles() else "bfloat16 pairs"
+    return f"vectors of {loaded.moa_lanes()} floats, bfloat16 multiplied as {products}"
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from moa_search.evaluation.throughput.ways import Way, forget_compiled, generati
 from moa_search.modeling.private import attention_of
 from moa_search.modeling.text import dtype_name, text_config
 from moa_search.progress import progress
+from moa_search.runtime.kernels import attends_by
 from moa_search.version import __version__
 
 __all__ = ["LARGEST", "Throughput", "measure"]
@@ -191,6 +192,7 @@ def _facts(model: Any) -> dict[str, str]:
         f"{text.num_hidden_layers} layers",
         "dtype": dtype_name(model),
         "dense_attention": str(attention_of(text)),
+        "plan_attention": attends_by(model),
         "weights_bytes": str(sum(p.nbytes for p in model.parameters())),
         "moa_search": __version__,
         "torch": torch.__version__,

@@ -33,6 +33,7 @@ def test_every_cell_is_timed_and_the_model_left_alone(tiny_model, plan, bars):
     assert [len(part.runs) for part in kept] == [8, 16]
     assert (model.generation_config, model.config._attn_implementation, {*vars(model)}) == before
     assert {"device", "torch", "transformers", "dtype"} <= {*found.facts}
+    assert found.facts["plan_attention"].startswith(("cpu: vectors of", "torch", "triton"))
     stored = 512 + UNTIMED_STEPS + 6  # the last token is never stored
     by_way = found.runs[(found.runs["length"] == 512) & (found.runs["batch"] == 3)].set_index("variant")["cache_bytes"]
     assert set(by_way["dense"]) == {3 * 2 * 2 * 2 * stored * 8 * 4}
