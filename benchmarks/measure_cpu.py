@@ -1,6 +1,7 @@
 """Prefill and decoding on a CPU, under plans and dense: the tables of docs/throughput.md.
 
     OMP_NUM_THREADS=1 python benchmarks/measure_cpu.py decode --lengths 1024 4096 --dtypes bfloat16 --output cpu.jsonl
+    python benchmarks/measure_cpu.py table --output cpu.jsonl
 
 Dense is transformers' SDPA with a DynamicCache. The cells of a row take turns in one process, so that a busy machine
 slows all of them; with one thread, that thread's CPU time counts, with several the clock on the wall. Times are minima.
@@ -31,6 +32,9 @@ PLANS = Path(__file__).parent.parent / "profiles" / "smollm2-135m-instruct"
 
 def main() -> None:
     options = parsed()
+    if options.what == "table":
+        print_tables(rows_of(options.output))
+        return
     torch.set_grad_enabled(False)
     done = {key(row) for row in rows_of(options.output)}
     for dtype in options.dtypes:
@@ -55,7 +59,7 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prefill", "decode"])
+    parser.add_argument("what", choices=["prefill", "decode", "table"])
     parser.add_argument("--plans", nargs="+", default=["half", "quarter", "eighth", "all-dense"])
     parser.add_argument("--impls", nargs="+", default=["cpu", "torch"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8192])
@@ -130,6 +134,27 @@ def measured(
         | versions
         for plan, impl in cells[1:]
     ]
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Times as fast as dense SDPA, a table for each kind of run."""
+    kinds = list(dict.fromkeys((row["what"], row["batch"], row["threads"]) for row in rows))
+    for what, batch, threads in kinds:
+        chosen = [row for row in rows if (row["what"], row["batch"], row["threads"]) == (what, batch, threads)]
+        lengths = sorted({row["length"] for row in chosen})
+        print(f"\n{what}, batch {batch}, {threads} thread{'s' * (threads > 1)}\n")
+        print(f"| type | plan | by | {' | '.join(f'{length:,}' for length in lengths)} |")
+        print(f"|---|---|---|{'---|' * len(lengths)}")
+        dense = {(row["dtype"], row["length"]): row["dense_ms"] for row in chosen}
+        for dtype in dict.fromkeys(row["dtype"] for row in chosen):
+            times = (f"{dense[dtype, length]:,.0f} ms" if (dtype, length) in dense else "" for length in lengths)
+            print(f"| {dtype} | dense | SDPA | {' | '.join(times)} |")
+            for plan, impl in dict.fromkeys((row["plan"], row["impl"]) for row in chosen if row["dtype"] == dtype):
+                found = {
+                    row["length"]: row["ratio"] for row in chosen if key(row)[1:2] + key(row)[5:] == (dtype, plan, impl)
+                }
+                ratios = (f"{found[length]:.2f}" if length in found else "" for length in lengths)
+                print(f"| {dtype} | {plan} | {impl} | {' | '.join(ratios)} |")
 
 
 def ms(seconds: float) -> float:
