@@ -62,7 +62,9 @@ def load_profile(profile: str | Profile) -> Profile:
 
 def with_a_budget(options: SearchKind) -> SearchKind:
     """The options, with `DEFAULT_DENSITY` where they name no budget."""
-    return options if options.density or options.budget else options.replace(density=[DEFAULT_DENSITY])
+    return (
+        options if options.density or options.kv_share or options.budget else options.replace(density=[DEFAULT_DENSITY])
+    )
 
 
 def require_plans_fit(plans: Mapping[str, Plan], network: Any) -> None:

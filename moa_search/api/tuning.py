@@ -107,6 +107,8 @@ class _Setup:
             "dtype": options.dtype,
             "density": list(search.density),
             "budget": list(search.budget),
+            **({"kv_share": list(search.kv_share)} if search.kv_share else {}),
+            **({} if search.tiers is None else {"tiers": list(search.tiers)}),
             "budget_lengths": list(search.budget_lengths or ()),
             "hardware": None if search.hardware is None else search.hardware.model_dump(),
             "weights_bytes": search.weights_bytes,

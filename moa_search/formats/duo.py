@@ -108,6 +108,8 @@ def write_duo(plan: Plan) -> dict[str, str]:
         ConfigError: Some head is neither dense nor as short, at every length, as the others; the message names the
             first one.
     """
+    if not plan.is_plain:
+        raise _inexpressible("some heads store fewer than 16 bits")
     shared: int | None = None
     scores = []
     for layer, heads in enumerate(plan.patterns):

@@ -74,6 +74,8 @@ def write_moa(plan: Plan, *, reanchor: bool = False) -> str:
     Raises:
         ConfigError: MoA's format can't say what the plan says.
     """
+    if not plan.is_plain:
+        raise _inexpressible("some heads store fewer than 16 bits")
     if plan.native_layers:
         raise _inexpressible(f"layer {plan.native_layers[0]} keeps the model's own sliding window")
     for name, own, theirs in (("sink", plan.sink, MOA_SINK_TOKENS), ("block", plan.block, MOA_BLOCK_TOKENS)):

@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -31,11 +32,13 @@ from moa_search.formats.files import (
     sha256_of,
 )
 from moa_search.formats.signature import ModelSignature
+from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier, head_bytes, token_bytes, wants_transform
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SINK_TOKENS, SpanRule
 from moa_search.version import __version__
 
 __all__ = [
-    "PLAN_SCHEMA",
+    "PLAN_SCHEMAS",
     "Budget",
     "DensePattern",
     "LengthMetrics",
@@ -49,14 +52,36 @@ __all__ = [
     "plan_json_schema",
 ]
 
-PLAN_SCHEMA: Final = "moa-plan/1"
+PLAN_SCHEMAS: Final = ("moa-plan/1", "moa-plan/2")
+"""Of plans whose heads all store 16 bits, and of others."""
+
+Bits = Literal[16, 8, 4, 3, 2]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class SpanPattern(_Strict):
+class _Stored(_Strict):
+    """How precisely a head's keys and values are stored, the sink's tokens aside; 16 bits are the model's own type."""
+
+    key_bits: Bits = Field(default=PLAIN_BITS, description="bits of a number of a key")
+    value_bits: Bits = Field(default=PLAIN_BITS, description="bits of a number of a value")
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if (name, value) not in _PLAIN_ENTRIES}
+
+    @property
+    def tier(self) -> Tier:
+        """Bits of keys and of values."""
+        return self.key_bits, self.value_bits
+
+
+_PLAIN_ENTRIES = (("key_bits", PLAIN_BITS), ("value_bits", PLAIN_BITS))
+
+
+class SpanPattern(_Stored):
     """``span(n) = alpha + floor(beta_256 / 256 * n)``, clamped as in `moa_search.spans`."""
 
     kind: Literal["span"] = "span"
@@ -69,7 +94,7 @@ class SpanPattern(_Strict):
         return SpanRule(self.alpha, self.beta_256)
 
 
-class DensePattern(_Strict):
+class DensePattern(_Stored):
     """Every key is kept."""
 
     kind: Literal["dense"] = "dense"
@@ -90,22 +115,28 @@ class NativePattern(_Strict):
         """Dense: nothing is dropped beyond what the model's own window hides."""
         return DENSE
 
+    @property
+    def tier(self) -> Tier:
+        """16 bits."""
+        return PLAIN
+
 
 Pattern = Annotated[SpanPattern | DensePattern | NativePattern, Field(discriminator="kind")]
 
 
 class Budget(_Strict):
-    """An upper bound that the plan keeps at one length: on its density, or on a time in milliseconds."""
+    """An upper bound that the plan keeps at one length: on its density, its bytes, or on a time in milliseconds."""
 
     length: int = Field(ge=1, description="tokens")
     density: float | None = Field(default=None, gt=0, le=1, description="share of the KV cache; None for a time")
+    share: float | None = Field(default=None, gt=0, le=1, description="share of the bytes of a 16-bit cache")
     asked: str | None = Field(default=None, description="what the user wrote, where that wasn't a density")
     hardware: str | None = Field(default=None, description="whose cost model a time was computed with")
 
     @model_validator(mode="after")
     def _bounds_something(self) -> Budget:
-        if self.density is None and self.asked is None:
-            raise ValueError("neither density nor asked says what is bounded")
+        if self.density is None and self.share is None and self.asked is None:
+            raise ValueError("neither density nor share nor asked says what is bounded")
         return self
 
     @model_serializer(mode="wrap")
@@ -150,7 +181,8 @@ class LengthMetrics(_Strict):
     """What a plan costs at one length."""
 
     length: int = Field(ge=1, description="tokens")
-    density: float = Field(description="share of the dense KV cache kept, native layers aside")
+    density: float = Field(description="share of the dense KV cache's tokens kept, native layers aside")
+    share: float | None = Field(default=None, description="share of the dense 16-bit cache's bytes kept, likewise")
     attention_density: float = Field(description="share of causal pairs computed in a prefill, native layers aside")
     loss: float | None = Field(default=None, description="predicted loss, in the criterion's unit")
     loss_error: float | None = Field(default=None, description="standard error of that loss")
@@ -164,7 +196,7 @@ class Plan(_Strict):
     densities don't count them. A layer is native as a whole, and some layer isn't.
 
     Attributes:
-        schema_: Schema of the file, ``moa-plan/1``.
+        schema_: Schema of the file: ``moa-plan/2`` if some head stores fewer than 16 bits, else ``moa-plan/1``.
         library_version: Version of moa-search that wrote it.
         model: Signature of the model.
         sink: First tokens that are always attended.
@@ -172,21 +204,24 @@ class Plan(_Strict):
         anchor: ``position`` evaluates a rule at every query's own position; ``prompt`` once, at the total
             length (MoA's released plans).
         patterns: ``[layer][kv_head]``.
+        transforms: Hash of the file beside the plan with the transforms of keys, which keys below 8 bits need.
         provenance: How it was found.
         predicted: Densities and predicted losses per length.
         validated: Losses of sparse forward passes on held-out samples.
     """
 
-    schema_: Literal["moa-plan/1"] = Field(default=PLAN_SCHEMA, alias="schema")
+    schema_: Literal["moa-plan/1", "moa-plan/2"] = Field(default="moa-plan/1", alias="schema")
     library_version: str = __version__
     model: ModelSignature
     sink: int = Field(default=SINK_TOKENS, ge=0, le=2**20)
     block: int = Field(default=BLOCK_TOKENS, ge=1, le=2**20)
     anchor: Literal["position", "prompt"] = "position"
     patterns: tuple[tuple[Pattern, ...], ...]
+    transforms: str | None = Field(default=None, pattern="^sha256:[0-9a-f]{64}$")
     provenance: Provenance | None = None
     predicted: tuple[LengthMetrics, ...] = ()
     validated: tuple[Validation, ...] = ()
+    _key_transforms: KeyTransforms | None = PrivateAttr(default=None)
 
     # Frames and pictures, in a module of their own.
     by_length: ClassVar = plan_views.by_length
@@ -224,9 +259,29 @@ class Plan(_Strict):
             raise ValueError("every layer is native, so there is no head that a plan could shorten")
         return self
 
+    @model_validator(mode="after")
+    def _schema_says_whether_bits_differ(self) -> Plan:
+        tiers = {pattern.tier for heads in self.patterns for pattern in heads}
+        if self.is_plain != (tiers == {PLAIN}):
+            what = "in which every head stores" if self.is_plain else "with less than"
+            raise ValueError(f"{self.schema_} is for plans {what} 16 bits")
+        transformed = any(wants_transform(key_bits) for key_bits, _ in tiers)
+        if transformed and self.transforms is None:
+            raise ValueError("transforms is missing, which keys below 8 bits need")
+        if self.transforms is not None and not transformed:
+            raise ValueError("transforms is given, but no head's keys are stored below 8 bits")
+        return self
+
     @classmethod
     def from_rules(
-        cls, rules: list[list[SpanRule]], model: ModelSignature, *, native_layers: Collection[int] = (), **fields: Any
+        cls,
+        rules: list[list[SpanRule]],
+        model: ModelSignature,
+        *,
+        native_layers: Collection[int] = (),
+        tiers: Sequence[Sequence[Tier]] | None = None,
+        transforms: KeyTransforms | None = None,
+        **fields: Any,
     ) -> Plan:
         """A plan from rules ``[layer][kv_head]``.
 
@@ -234,12 +289,31 @@ class Plan(_Strict):
             rules: The rules; those of native layers don't matter.
             model: Signature of the model.
             native_layers: Layers that keep their own sliding window.
+            tiers: Bits of keys and of values ``[layer][kv_head]``, likewise; None for 16.
+            transforms: Of keys; kept only if some head's keys are stored below 8 bits.
             **fields: The remaining attributes.
+
+        Raises:
+            ValueError: Keys below 8 bits, and no transforms.
         """
-        patterns = [tuple(_pattern(rule) for rule in heads) for heads in rules]
-        for layer in native_layers:
-            patterns[layer] = tuple(NativePattern() for _ in patterns[layer])
-        return cls(model=model, patterns=tuple(patterns), **fields)
+        patterns: list[tuple[Pattern, ...]] = []
+        for layer, heads in enumerate(rules):
+            stored = [PLAIN] * len(heads) if tiers is None else tiers[layer]
+            native = layer in native_layers
+            patterns.append(
+                tuple(NativePattern() if native else _pattern(*head) for head in zip(heads, stored, strict=True))
+            )
+        found = {pattern.tier for heads in patterns for pattern in heads}
+        needed = transforms if any(wants_transform(key_bits) for key_bits, _ in found) else None
+        plan = cls(
+            schema=PLAN_SCHEMAS[found != {PLAIN}],
+            model=model,
+            patterns=tuple(patterns),
+            transforms=None if needed is None else needed.checksum,
+            **fields,
+        )
+        plan._key_transforms = needed
+        return plan
 
     @classmethod
     def uniform(cls, rule: SpanRule, model: ModelSignature, **fields: Any) -> Plan:
@@ -261,6 +335,30 @@ class Plan(_Strict):
     def rules(self) -> list[list[SpanRule]]:
         """Rules ``[layer][kv_head]``; dense in native layers, whose own window hides keys on top of that."""
         return [[pattern.rule for pattern in layer] for layer in self.patterns]
+
+    @property
+    def tiers(self) -> list[list[Tier]]:
+        """Bits of keys and of values ``[layer][kv_head]``; 16 in native layers."""
+        return [[pattern.tier for pattern in layer] for layer in self.patterns]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every head stores 16 bits."""
+        return self.schema_ == PLAN_SCHEMAS[0]
+
+    @property
+    def key_transforms(self) -> KeyTransforms | None:
+        """Transforms of keys; None if no head's keys are stored below 8 bits.
+
+        Raises:
+            PlanFormatError: The plan came without its file, as text.
+        """
+        if self.transforms is not None and self._key_transforms is None:
+            raise PlanFormatError(
+                f"plan: its transforms of keys, {KeyTransforms.file_name(self.transforms)}, weren't read with it; "
+                "use Plan.load on its file"
+            )
+        return self._key_transforms
 
     @property
     def native_layers(self) -> tuple[int, ...]:
@@ -303,14 +401,41 @@ class Plan(_Strict):
         return spans.attention_densities(self._searchable_rules(), lengths, self.min_span)
 
     def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
-        """Bytes of keys and values kept at ``length`` tokens, native layers' too, cache granularity aside."""
-        tokens = sum(map(sum, self.spans(length)))
-        return 2 * tokens * self.model.head_dim * bytes_per_element * batch
+        """Bytes of keys and values kept at ``length`` tokens, native layers' too, cache granularity aside.
+
+        Args:
+            length: Tokens.
+            batch: Samples.
+            bytes_per_element: Of numbers stored in 16 bits, i.e. in the model's own type.
+        """
+        return batch * sum(self._bytes_by_layer(length, bytes_per_element))
+
+    def share(self, length: int) -> float:
+        """Share of a dense 16-bit cache's bytes that is kept at ``length`` tokens, native layers aside."""
+        layers = [layer for layer in range(len(self.patterns)) if layer not in self.native_layers]
+        kept = self._bytes_by_layer(length, 2)
+        dense = 2 * token_bytes(PLAIN_BITS, self.model.head_dim) * length * self.model.num_key_value_heads
+        return sum(kept[layer] for layer in layers) / (dense * len(layers))
+
+    def _bytes_by_layer(self, length: int, bytes_per_element: int) -> list[int]:
+        width, native = self.model.head_dim, self.native_layers
+        return [
+            sum(
+                head_bytes(tokens, tier, width, sink=0 if layer in native else self.sink, plain_bytes=bytes_per_element)
+                for tokens, tier in zip(spans_of_layer, tiers_of_layer, strict=True)
+            )
+            for layer, (spans_of_layer, tiers_of_layer) in enumerate(zip(self.spans(length), self.tiers, strict=True))
+        ]
 
     def anchored_at(self, length: int) -> Plan:
         """The same plan with every rule fixed at its span for ``length`` tokens, anchored at positions."""
-        fixed = [[SpanRule(tokens, 0) for tokens in layer] for layer in self.spans(length)]
-        patterns = Plan.from_rules(fixed, self.model, native_layers=self.native_layers).patterns
+        patterns = tuple(
+            tuple(
+                pattern if pattern.kind == "native" else _pattern(SpanRule(tokens, 0), pattern.tier)
+                for pattern, tokens in zip(*layer, strict=True)
+            )
+            for layer in zip(self.patterns, self.spans(length), strict=True)
+        )
         return self.model_copy(update={"anchor": "position", "patterns": patterns, "predicted": (), "validated": ()})
 
     def resolve(self, length: int) -> Plan:
@@ -320,7 +445,7 @@ class Plan(_Strict):
     @property
     def fingerprint(self) -> str:
         """Hash of what decides the model's output under the plan: two plans with one fingerprint act the same."""
-        parts = ("model", "sink", "block", "anchor", "patterns")
+        parts = ("model", "sink", "block", "anchor", "patterns", "transforms")
         return _checksum({name: value for name, value in self._content().items() if name in parts})
 
     @property
@@ -338,7 +463,14 @@ class Plan(_Strict):
         return text.replace('\n  "patterns": []', f'\n  "patterns": [\n    {body}\n  ]') + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan atomically."""
+        """Write the plan atomically, and its transforms of keys beside it.
+
+        Raises:
+            ConfigError: It can't be written there.
+            PlanFormatError: The plan came without its transforms.
+        """
+        if self.key_transforms is not None:
+            self.key_transforms.save(Path(path).parent)
         with atomic_write(path) as file:
             file.write(self.dumps().encode())
 
@@ -353,8 +485,8 @@ class Plan(_Strict):
         content = parse_plan_json(text, source)
         schema = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(schema, str) or not schema.startswith("moa-plan/"):
-            raise PlanFormatError(f'{source}: not a moa-search plan (no "schema": "{PLAN_SCHEMA}")')
-        if schema != PLAN_SCHEMA:
+            raise PlanFormatError(f'{source}: not a moa-search plan (no "schema": "{PLAN_SCHEMAS[0]}")')
+        if schema not in PLAN_SCHEMAS:
             raise PlanVersionError(
                 f"{source}: schema {one_line(schema)} is unknown to moa-search {__version__}; upgrade it"
             )
@@ -379,12 +511,15 @@ class Plan(_Strict):
         Raises:
             ConfigError: There is no such file.
             PlanVersionError: The schema is of another version.
-            PlanFormatError: The file is no valid plan.
+            PlanFormatError: The file is no valid plan, or its transforms of keys are missing, foreign or altered.
         """
         try:
-            return cls.loads(Path(path).read_bytes(), source=str(path))
+            plan = cls.loads(Path(path).read_bytes(), source=str(path))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}") from None
+        if plan.transforms is not None:
+            plan._key_transforms = KeyTransforms.load(Path(path).parent, plan.transforms, plan.model, str(path))
+        return plan
 
     @classmethod
     def of(cls, plan: PlanLike, name: str = "plan") -> Plan:
@@ -427,9 +562,13 @@ class Plan(_Strict):
         content = self.model_dump(mode="json", by_alias=True)
         if not self.validated:
             del content["validated"]  # as in files from before it: equal plans give equal bytes
+        if self.transforms is None:
+            del content["transforms"]  # likewise
         for metrics in content["predicted"]:
             if not metrics["extrapolated"]:
-                del metrics["extrapolated"]  # likewise
+                del metrics["extrapolated"]
+            if metrics["share"] is None:
+                del metrics["share"]
         return content
 
 
@@ -464,8 +603,9 @@ def own_window(model: ModelSignature) -> int | None:
     return window if type(window) is int and window > 0 else None
 
 
-def _pattern(rule: SpanRule) -> Pattern:
-    return DensePattern() if rule.is_dense else SpanPattern(alpha=rule.alpha, beta_256=rule.beta_256)
+def _pattern(rule: SpanRule, tier: Tier) -> Pattern:
+    bits: dict[str, Any] = dict(zip(("key_bits", "value_bits"), tier, strict=True))
+    return DensePattern(**bits) if rule.is_dense else SpanPattern(alpha=rule.alpha, beta_256=rule.beta_256, **bits)
 
 
 def _checksum(content: dict[str, Any]) -> str:

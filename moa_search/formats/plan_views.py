@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moa_search.errors import ConfigError
+from moa_search.formats.tiers import PLAIN
 from moa_search.masks import span_mask
 from moa_search.spans import SpanRule
 
@@ -58,9 +59,15 @@ def density_lengths(plan: Plan) -> list[int]:
 
 
 def rule_text(plan: Plan, layer: int, kv_head: int) -> str:
-    """The exact rule of one head, such as ``0.25n-512`` or ``dense``; of a native layer, its own window."""
+    """The exact rule of one head, such as ``0.25n-512`` or ``dense``; of a native layer, its own window.
+
+    Where fewer than 16 bits are stored, those of keys and of values follow: ``0.25n-512, 4/8 bits``.
+    """
     pattern = plan.patterns[layer][kv_head]
-    return f"own window, {plan.native_window}" if pattern.kind == "native" else str(pattern.rule)
+    if pattern.kind == "native":
+        return f"own window, {plan.native_window}"
+    bits = "" if pattern.tier == PLAIN else ", {}/{} bits".format(*pattern.tier)
+    return f"{pattern.rule}{bits}"
 
 
 def to_frame(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
@@ -72,7 +79,7 @@ def to_frame(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
 
     Returns:
         Columns ``length``, ``layer``, ``kv_head``, ``kind``, ``rule``, ``alpha`` and ``beta`` (missing in native
-        layers), ``span`` in tokens, and ``share``, which is span / length.
+        layers), ``span`` in tokens, ``share``, which is span / length, and ``key_bits`` and ``value_bits``.
     """
     import pandas as pd
 
@@ -93,6 +100,8 @@ def to_frame(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
                         "beta": rule.beta if rule else None,
                         "span": tokens,
                         "share": tokens / length,
+                        "key_bits": pattern.tier[0],
+                        "value_bits": pattern.tier[1],
                     }
                 )
     return pd.DataFrame(rows).astype({"alpha": "Int64", "beta": "Float64"})

@@ -11,15 +11,40 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["CODED_BITS", "SIDES", "TierGrid", "TierLength", "TierStatistics", "TiersHeader", "tier_grid"]
+__all__ = [
+    "CODED_BITS",
+    "PLAIN",
+    "PLAIN_BITS",
+    "SIDES",
+    "Tier",
+    "TierGrid",
+    "TierLength",
+    "TierStatistics",
+    "TiersHeader",
+    "head_bytes",
+    "tier_grid",
+    "token_bytes",
+    "wants_transform",
+]
 
 CODED_BITS = (8, 4, 3, 2)
 """Bits of a number that keys and values can be stored in, beside 16, which means the model's own type."""
+
+PLAIN_BITS: Final = 16
+"""The model's own type, whatever its size."""
+
+Tier = tuple[int, int]
+"""Bits of keys and of values."""
+
+PLAIN: Final[Tier] = (PLAIN_BITS, PLAIN_BITS)
+
+SCALE_BYTES = 2
 
 SIDES = ("key", "value")
 
@@ -72,6 +97,37 @@ class TiersHeader(BaseModel):
         if set(self.bits) - set(CODED_BITS) or any(a <= b for a, b in itertools.pairwise(self.bits)):
             raise ValueError(f"the tiers' bits are {list(self.bits)}, not a decreasing choice of {list(CODED_BITS)}")
         return self
+
+
+def wants_transform(bits: int) -> bool:
+    """Whether keys are stored under a measured transform; 8 bits do without."""
+    return bits < 8
+
+
+def token_bytes(bits: int, width: int, plain_bytes: int = 2) -> int:
+    """Bytes of one token's key, or value, in one head: its codes and their float16 scale.
+
+    Args:
+        bits: Of a number.
+        width: Numbers of a key.
+        plain_bytes: Of a number where ``bits`` is 16.
+    """
+    return width * plain_bytes if bits == PLAIN_BITS else -(-width * bits // 8) + SCALE_BYTES
+
+
+def head_bytes(tokens: int, tier: Tier, width: int, *, sink: int, plain_bytes: int = 2) -> int:
+    """Bytes of the keys and values of one head, of which the first ``sink`` are stored in 16 bits.
+
+    Args:
+        tokens: Tokens kept, the sink's included.
+        tier: Bits of keys and of values.
+        width: Numbers of a key.
+        sink: Tokens.
+        plain_bytes: Of a number in 16 bits.
+    """
+    plain = min(tokens, sink)
+    coded = sum(token_bytes(bits, width, plain_bytes) for bits in tier)
+    return 2 * plain * token_bytes(PLAIN_BITS, width, plain_bytes) + (tokens - plain) * coded
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from moa_search.options.base import Count, Lengths, Options, Several, Share
+from moa_search.options.base import Count, Lengths, ListOrNone, Options, Several, Share
 
 __all__ = [
     "BudgetOptions",
@@ -87,6 +88,12 @@ class BudgetOptions(Options):
 
     density: Several[Share] = ()
     """Largest share of the KV cache to keep: one for all lengths, or one for each; 0.25 if no other budget is given."""
+    kv_share: Several[Share] = ()
+    """Largest share of a 16-bit KV cache's bytes to keep, likewise; from a profile with tiers, the bits of keys and
+    values are chosen along with the spans."""
+    tiers: Annotated[Sequence[int] | None, ListOrNone] = None
+    """Bits that keys and values may be stored in, such as 16 8 4; by default all that the profile knows where a budget
+    is in bytes, else 16."""
     budget_lengths: Lengths = None
     """Lengths in tokens that the densities hold at, profiled or not; by default the profiled ones and, with the last
     density, the predicted ones and the model's full context."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationMixin
 
-from moa_search.errors import ModelUnsupportedError
+from moa_search.errors import BackendUnavailableError, ModelUnsupportedError
 from moa_search.formats import Plan
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.modeling.attention import attention_choice, set_attention
@@ -67,6 +67,8 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
     modules = _attention_modules(model)
     if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
         chosen(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
+    if impl not in ("auto", "torch") and any(layer.codecs is not None for layer in rules):
+        raise BackendUnavailableError(f"impl is {impl}, but heads that store fewer than 16 bits run in torch only")
     register()
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:

@@ -11,7 +11,7 @@ from transformers.masking_utils import causal_mask_function
 from moa_search.errors import UnsupportedInputError
 from moa_search.modeling import attention as modeling
 from moa_search.modeling.private import is_causal_mask
-from moa_search.runtime import blockwise, decoding, kernels, native
+from moa_search.runtime import blockwise, coded, decoding, kernels, native
 from moa_search.runtime.rules import LayerRules
 from moa_search.runtime.staged import Staged
 
@@ -145,6 +145,8 @@ def moa_attention(
         "softcap": softcap,
         "sink_logits": s_aux,
     }
+    if rules.codecs is not None:
+        return coded.attend(query, key, value, valid, rules, past, **options).transpose(1, 2).contiguous(), None
     decodes = past is not None and past.decodes(query.shape[2], valid)
     if past is not None and decodes and past.is_compileable:
         # Operators decode whatever runs them: in a compiled step, nothing may depend on what they find.

@@ -62,7 +62,7 @@ def attend(
         # Padding rows take their predecessor's position: nobody reads them, and positions stay sorted.
         query_at = start[:, None] + (valid.cumsum(1) - 1)[:, keys - rows :].clamp(min=0)
     ring = None if past is None or past.is_empty else past
-    ring_key, ring_value, ring_at = (None,) * 3 if ring is None else (ring.keys, ring.values, ring.positions())
+    ring_key, ring_value, ring_at = (None,) * 3 if ring is None else (*ring.states(), ring.positions())
     tops = list(range(0, rows, ROW_BLOCK))
     last_rows = [min(top + ROW_BLOCK, rows) - 1 for top in tops]
     ends = (query_at[:, last_rows] - start[:, None] + 1).amax(0).tolist()

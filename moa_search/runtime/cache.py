@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from moa_search.errors import ConfigError, ModelUnsupportedError
 from moa_search.formats import Plan
 from moa_search.modeling.text import text_config
+from moa_search.runtime.coded import CodedCacheLayer
 from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
 from moa_search.runtime.report import CacheReport, LayerReport
 from moa_search.runtime.rules import layer_rules
@@ -28,9 +29,13 @@ __all__ = ["MoACache"]
 def _ragged(layer: Any, rules: LayerRules) -> Any:
     """What takes the place of a cache layer of transformers: itself where it holds no keys that grow."""
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-        return MoACacheLayer(rules)
+        return MoACacheLayer(rules) if rules.codecs is None else CodedCacheLayer(rules)
     if not isinstance(layer, DynamicLayer):
         return layer
+    if rules.codecs is not None:
+        raise ModelUnsupportedError(
+            f"the model's {type(layer).__name__} can't store fewer than 16 bits; search with tiers 16"
+        )
     if not hasattr(layer, "update_conv_state"):
         raise ModelUnsupportedError(f"a plan can't take the place of the model's {type(layer).__name__}")
     from moa_search.runtime.hybrid import MoAHybridCacheLayer  # only versions that have such layers can import it
@@ -44,6 +49,10 @@ def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) ->
         raise ModelUnsupportedError(
             f"a MoACache of fixed size can't replace the model's {type(layer).__name__}; leave max_length, or "
             "cache_implementation, unset"
+        )
+    if rules.codecs is not None:
+        raise ModelUnsupportedError(
+            "a MoACache of fixed size can't store fewer than 16 bits; leave max_length, or cache_implementation, unset"
         )
     first = not any(isinstance(other, StaticMoACacheLayer) for other in before)
     return StaticMoACacheLayer(rules, max_length, checks=first)
@@ -114,6 +123,7 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
                     length=int(layer.get_seq_length()) if not layer.is_compileable else layer.get_max_length(),
                     capacities=layer.layout.capacities,
                     token_bytes=layer.keys.itemsize * (layer.keys.shape[-1] + layer.values.shape[-1]),
+                    nbytes=layer.nbytes,
                     device=str(layer.keys.device),
                 )
                 for index, layer in enumerate(self.layers)

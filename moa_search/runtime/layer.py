@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moa_search.runtime.native import Step
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACacheLayer"]
+__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACacheLayer", "gather_slots"]
 
 EMPTY = 2**31 - 1
 """Position of a slot that holds no key: later than any query, so that causality hides it."""
@@ -169,13 +169,21 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         lens = self.lens + (tokens if counts is None else counts)
         longest = self._longest + tokens if counts is None else int(lens.max())
         self._reserve(longest)
-        append_tokens(self.keys, self.values, key, value, self.lens, self.layout, counts=counts, impl=impl)
+        self._write(key, value, counts, impl)
         self.lens, self._longest = lens, longest
         self.cumulative_length += tokens
         self._even = self._even and valid is None
         trailing = tokens if valid is None else int(valid.all(0).flip(0).long().cumprod(0).sum())
         self._unpadded = self._unpadded + tokens if trailing == tokens else trailing
         self._staged = False
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None, impl: str) -> None:
+        """Put new tokens, padding last, into their slots; ``counts`` ``[batch]`` are real, or all."""
+        append_tokens(self.keys, self.values, key, value, self.lens, self.layout, counts=counts, impl=impl)
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all slots, as attention sees them."""
+        return self.keys, self.values
 
     def make_room(self, tokens: int) -> None:
         """Lay the rings out for so many more tokens."""
@@ -313,8 +321,12 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._floor = self._oldest_held()
         position = layout.positions(self.lens)
         source = self.layout.slot(layout.heads(self.device), position).where(position >= 0, 0)
-        self.keys, self.values = _gather(self.keys, source), _gather(self.values, source)
+        self._move(layout, source)
         self.layout = layout
+
+    def _move(self, layout: RingLayout, source: torch.Tensor) -> None:
+        """Lay the slots out anew, each from slot ``source`` ``[batch, new slots]`` of `layout` so far."""
+        self.keys, self.values = gather_slots(self.keys, source), gather_slots(self.values, source)
 
     def _oldest_held(self) -> torch.Tensor:
         """Position from which on every head still holds all keys besides the sink, ``[batch, kv_heads]``.
@@ -325,7 +337,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return self._floor.maximum(self.lens[:, None] - self.layout.rings(self.device))
 
 
-def _gather(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+def gather_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """``[batch, slots, dim]`` from the slots ``source`` ``[batch, new slots]`` of ``states``."""
     if states.shape[1] == 0:
         return states.new_empty(*source.shape, states.shape[2])

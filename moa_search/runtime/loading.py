@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moa_search.formats import Plan
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE, PLAN_FILE, read_saved_plan
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.modeling.private import optional_file
 from moa_search.modeling.text import text_config
 from moa_search.runtime.apply import apply_plan
@@ -57,9 +59,18 @@ def from_pretrained(
         config = AutoConfig.from_pretrained(name, **hub, **trusted)
     if plan is None:
         file = optional_file(os.fspath(name), PLAN_FILE, **hub)
+        if file is not None:
+            _fetch_transforms(os.fspath(name), file, hub)
         plan = read_saved_plan(os.fspath(name), file, getattr(text_config(config), CONFIG_ATTRIBUTE, None))
     else:
         plan = Plan.of(plan)
     layer_rules(plan, config)
     options.setdefault("attn_implementation", None)  # not what the configuration says, which is the plan's
     return apply_plan(AutoModelForCausalLM.from_pretrained(name, **options), plan, impl=impl)
+
+
+def _fetch_transforms(name: str, file: str, hub: dict[str, Any]) -> None:
+    """Bring the transforms of keys that a plan names beside it, where it comes from the hub."""
+    checksum = Plan.loads(Path(file).read_bytes(), source=file).transforms
+    if checksum is not None:
+        optional_file(name, KeyTransforms.file_name(checksum), **hub)

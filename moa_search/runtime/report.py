@@ -18,7 +18,8 @@ class LayerReport:
         batch: Samples.
         length: Tokens per sample, padding included, or what a cache of fixed size was made for.
         capacities: Tokens that each KV head has room for.
-        token_bytes: Bytes of one token's key and value in one KV head.
+        token_bytes: Bytes of one token's key and value in one KV head, in 16 bits.
+        nbytes: Bytes of keys and values.
         device: Where they are.
     """
 
@@ -27,12 +28,8 @@ class LayerReport:
     length: int
     capacities: tuple[int, ...]
     token_bytes: int
+    nbytes: int
     device: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.batch * sum(self.capacities) * self.token_bytes
 
     @property
     def dense_nbytes(self) -> int:

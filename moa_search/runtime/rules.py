@@ -17,6 +17,7 @@ from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedE
 from moa_search.formats import ModelSignature, Plan
 from moa_search.modeling.support import require_own_keys
 from moa_search.modeling.text import text_config
+from moa_search.runtime.codecs import LayerCodecs, layer_codecs
 from moa_search.spans import BETA_ONE, SpanRule, span
 
 if TYPE_CHECKING:
@@ -34,12 +35,14 @@ class LayerRules:
         sink: First tokens that are always attended; 0 in a native layer, which keeps only its own window.
         block: Tokens by which the layer's cache grows; also the smallest window.
         sliding_window: The model's own window in tokens, applied on top of the rules; None where it has none.
+        codecs: How precisely the heads store keys and values; None where all store 16 bits.
     """
 
     rules: tuple[SpanRule, ...]
     sink: int
     block: int
     sliding_window: int | None = None
+    codecs: LayerCodecs | None = None
 
     @cached_property
     def heads_by_rule(self) -> dict[SpanRule, tuple[int, ...]]:
@@ -92,6 +95,7 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
 
     Raises:
         ConfigError: The plan's rules aren't anchored at positions.
+        PlanFormatError: The plan came without its transforms of keys.
         ModelMismatchError: The plan was made for another model, or a native layer has no sliding window.
         ModelUnsupportedError: The model's attention isn't a plain causal one with its own keys in each layer.
     """
@@ -119,6 +123,7 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
             sink=0 if layer in native else plan.sink,
             block=plan.block,
             sliding_window=window,
+            codecs=codecs,
         )
-        for layer, (rules, window) in enumerate(zip(plan.rules, windows, strict=True))
+        for layer, (rules, window, codecs) in enumerate(zip(plan.rules, windows, layer_codecs(plan), strict=True))
     )

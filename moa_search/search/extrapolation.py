@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from moa_search.errors import ConfigError
 from moa_search.formats.profile import Profile
+from moa_search.formats.tiers import PLAIN, Tier
 from moa_search.search.losses import RuleLosses, losses_from, rule_losses
 from moa_search.spans import SpanRule
 
@@ -47,9 +48,15 @@ def require_reachable(profile: Profile, length: int) -> None:
 
 
 def extrapolate(
-    profile: Profile, rules: Sequence[SpanRule], criterion: str, length: int, *, anchor: str = "position"
+    profile: Profile,
+    rules: Sequence[SpanRule],
+    criterion: str,
+    length: int,
+    *,
+    anchor: str = "position",
+    tiers: Sequence[Tier] = (PLAIN,),
 ) -> RuleLosses:
-    """Losses of every rule at any length within reach of the profiled ones.
+    """Losses of every rule under every tier at any length within reach of the profiled ones.
 
     Between two profiled lengths each contributes by its nearness in log length; beyond the longest, that one alone
     tells. The ranking of heads and rules carries over; the total may be off by a factor of three either way.
@@ -60,6 +67,7 @@ def extrapolate(
         criterion: One of `moa_search.formats.criteria.CRITERIA`.
         length: Tokens. A profiled length gives what `rule_losses` does.
         anchor: One of `moa_search.search.losses.ANCHORS`.
+        tiers: Bits of keys and of values.
 
     Returns:
         Losses with standard errors over the samples that they come from; how well one length tells another is not
@@ -79,11 +87,19 @@ def extrapolate(
             return _stand_in(windows, nearest, length, profiled)
 
         return losses_from(
-            entry, profile, rules, criterion, length=length, anchor=anchor, profiled_window=profiled_window
+            entry,
+            profile,
+            rules,
+            criterion,
+            length=length,
+            anchor=anchor,
+            profiled_window=profiled_window,
+            tiers=tiers,
         )
 
     if length in profile.by_length:
-        return next(found for found in rule_losses(profile, rules, criterion, anchor=anchor) if found.length == length)
+        measured = rule_losses(profile, rules, criterion, anchor=anchor, tiers=tiers)
+        return next(found for found in measured if found.length == length)
     below = max(profiled for profiled in profile.lengths if profiled < length)
     if below == profile.lengths[-1]:
         return stretched(below)

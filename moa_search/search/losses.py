@@ -12,7 +12,8 @@ from moa_search.errors import ConfigError, ProfilingError
 from moa_search.formats.criteria import head_losses, require_criterion, statistic_of
 from moa_search.formats.files import nearest
 from moa_search.formats.plan import Plan
-from moa_search.formats.profile import LengthProfile, Profile
+from moa_search.formats.profile import SAMPLE_STATISTICS, LengthHeader, LengthProfile, Profile
+from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier, TierGrid, TierLength
 from moa_search.spans import SpanRule, span
 
 __all__ = ["ANCHORS", "RuleLosses", "losses_from", "plan_losses", "rule_losses"]
@@ -32,11 +33,13 @@ Doubles = npt.NDArray[np.float64]
 class RuleLosses:
     """Losses at one length.
 
+    An option is a rule under a tier, tiers outermost: of R rules, option ``t * R + r`` is rule r under tier t.
+
     Attributes:
         length: Tokens.
-        mean: ``[head, rule]``, heads in layer-major order, without those of native layers.
-        per_sample: ``[sample, head, rule]`` where the criterion is kept per sample, else None.
-        error: ``[head, rule]``, standard errors where it isn't, else None.
+        mean: ``[head, option]``, heads in layer-major order, without those of native layers.
+        per_sample: ``[sample, head, option]`` where the criterion is kept per sample, else None.
+        error: ``[head, option]``, standard errors where it isn't, else None.
     """
 
     length: int
@@ -45,7 +48,7 @@ class RuleLosses:
     error: Doubles | None
 
     def of_choice(self, choice: npt.NDArray[np.int64]) -> tuple[float, float]:
-        """Predicted loss of giving head h the rule ``choice[h]``, with its standard error over samples.
+        """Predicted loss of giving head h the option ``choice[h]``, with its standard error over samples.
 
         For criteria kept only as means the error adds up the heads' errors, an upper bound.
         """
@@ -60,7 +63,7 @@ class RuleLosses:
     def robust(self, k: float) -> Doubles:
         """What to minimise instead of ``mean`` to be wary of noise: ``mean`` plus ``k`` standard errors.
 
-        A bare matrix ``[head, rule]``, so that nobody reports it: `of_choice` stays the prediction.
+        A bare matrix ``[head, option]``, so that nobody reports it: `of_choice` stays the prediction.
 
         Raises:
             ConfigError: ``k`` isn't a finite number of at least 0, or the profile tells no errors.
@@ -80,9 +83,14 @@ class RuleLosses:
 
 
 def rule_losses(
-    profile: Profile, rules: Sequence[SpanRule], criterion: str, *, anchor: str = "position"
+    profile: Profile,
+    rules: Sequence[SpanRule],
+    criterion: str,
+    *,
+    anchor: str = "position",
+    tiers: Sequence[Tier] = (PLAIN,),
 ) -> list[RuleLosses]:
-    """Losses of every rule at every profiled length.
+    """Losses of every rule under every tier at every profiled length.
 
     A rule's window is looked up at the middle row of each row bucket and interpolated linearly between the
     measured windows. Heads of native layers are no choices and have no losses.
@@ -93,30 +101,32 @@ def rule_losses(
         criterion: One of `moa_search.formats.criteria.CRITERIA`.
         anchor: One of `ANCHORS`. With ``prompt`` every row's span is that of the whole length, as
             `Plan.anchored_at` runs it.
+        tiers: Bits of keys and of values.
 
     Raises:
-        ConfigError: An unknown criterion or anchor.
+        ConfigError: An unknown criterion or anchor, or tiers that the profile doesn't hold for the criterion.
         ProfilingError: The criterion's statistics can't be used: not finite, negative where they can't be, or the
             same for every window.
     """
     return [
-        losses_from(profile.by_length[length], profile, rules, criterion, length=length, anchor=anchor)
+        losses_from(profile.by_length[length], profile, rules, criterion, length=length, anchor=anchor, tiers=tiers)
         for length in profile.lengths
     ]
 
 
 def plan_losses(profile: Profile, plan: Plan, criterion: str) -> tuple[list[RuleLosses], npt.NDArray[np.int64]]:
-    """Losses of a plan's rules at every profiled length, and which of these rules each searchable head has.
+    """Losses of a plan's options at every profiled length, and which of these each searchable head has.
 
     Args:
         profile: Statistics of the plan's model, with the plan's sink and block.
         plan: The plan.
         criterion: One of `moa_search.formats.criteria.CRITERIA`.
     """
-    mine = [rule for layer in profile.header.searchable_layers for rule in plan.rules[layer]]
-    rules = sorted(set(mine))
-    choice = np.array([rules.index(rule) for rule in mine], dtype=np.int64)
-    return rule_losses(profile, rules, criterion, anchor=plan.anchor), choice
+    layers = profile.header.searchable_layers
+    mine = [head for layer in layers for head in zip(plan.rules[layer], plan.tiers[layer], strict=True)]
+    rules, tiers = sorted({rule for rule, _ in mine}), sorted({tier for _, tier in mine}, reverse=True)
+    choice = np.array([tiers.index(tier) * len(rules) + rules.index(rule) for rule, tier in mine], dtype=np.int64)
+    return rule_losses(profile, rules, criterion, anchor=plan.anchor, tiers=tiers), choice
 
 
 def losses_from(
@@ -128,8 +138,9 @@ def losses_from(
     length: int,
     anchor: str = "position",
     profiled_window: Callable[[Doubles], Doubles] | None = None,
+    tiers: Sequence[Tier] = (PLAIN,),
 ) -> RuleLosses:
-    """Losses of every rule at ``length``, from statistics that may have been measured at another length.
+    """Losses of every rule under every tier at ``length``, from statistics perhaps measured at another length.
 
     Args:
         entry: Statistics, one of those of ``profile``. A row bucket stands for the same share of the rows.
@@ -140,31 +151,66 @@ def losses_from(
         anchor: One of `ANCHORS`.
         profiled_window: Turns windows at ``length`` into the measured ones that stand for them, in tokens, any
             shape; None where both are the same.
+        tiers: Bits of keys and of values.
 
     Raises:
-        ConfigError: An unknown criterion or anchor.
+        ConfigError: An unknown criterion or anchor, or tiers that the profile doesn't hold for the criterion.
         ProfilingError: The criterion's statistics can't be used.
     """
     require_criterion(criterion)
     if anchor not in ANCHORS:
         raise ConfigError(f"anchor {anchor!r} is unknown{nearest(anchor, ANCHORS)}; choose from {', '.join(ANCHORS)}")
     _require_usable(entry, criterion)
-    wanted = _wanted_windows(entry, profile, rules, length, anchor, profiled_window)
-    # Many rules ask for the same windows, above all with the prompt as their anchor: look up each set once.
-    distinct, rule_of = np.unique(wanted, axis=0, return_inverse=True)
-    lookup, layers = (
-        _lookup(np.asarray(entry.header.windows, dtype=np.float64), distinct),
-        profile.header.searchable_layers,
-    )
 
-    def by_rule(statistic: npt.NDArray[np.float32]) -> Doubles:
-        """``[..., layer, kv_head, bucket, window] -> [..., searchable head, rule]``."""
-        # [..., layer, kv_head, bucket, window] x [bucket, window, distinct] -> [..., layer, kv_head, distinct]
-        values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
-        # Searchable layers, their heads in one axis, and for every rule the set of windows that it asks for
-        return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, lookup.shape[-1]).take(rule_of, axis=-1)
+    def summed_over(grid: LengthHeader | TierGrid) -> Callable[[npt.NDArray[np.float32]], Doubles]:
+        """How a statistic on this grid becomes one number per head and rule."""
+        wanted = _wanted_windows(grid, profile, rules, length, anchor, profiled_window)
+        # Many rules ask for the same windows, above all with the prompt as their anchor: look up each set once.
+        distinct, rule_of = np.unique(wanted, axis=0, return_inverse=True)
+        lookup, layers = _lookup(np.asarray(grid.windows, dtype=np.float64), distinct), profile.header.searchable_layers
 
-    return RuleLosses(length, *head_losses(entry, criterion, by_rule))
+        def by_rule(statistic: npt.NDArray[np.float32]) -> Doubles:
+            """``[..., layer, kv_head, bucket, window] -> [..., searchable head, rule]``."""
+            # [..., layer, kv_head, bucket, window] x [bucket, window, distinct] -> [..., layer, kv_head, distinct]
+            values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
+            # Searchable layers, their heads in one axis, and for every rule the set of windows that it asks for
+            return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, lookup.shape[-1]).take(rule_of, axis=-1)
+
+        return by_rule
+
+    plain = summed_over(entry.header)
+    if tuple(tiers) == (PLAIN,):
+        return RuleLosses(length, *head_losses(entry, criterion, plain))
+    coded, statistic = _coded(profile, entry.header.length, criterion), statistic_of(criterion)
+    changed = summed_over(coded.header)
+    sides = [
+        {bits: changed(side[bits][statistic]) for bits in {tier[which] for tier in tiers} if bits != PLAIN_BITS}
+        for which, side in enumerate((coded.keys, coded.values))
+    ]
+
+    def by_option(values: npt.NDArray[np.float32]) -> Doubles:
+        """As ``by_rule``, ``[sample, searchable head, option]``: what fewer bits add is added before the criterion."""
+        base = plain(values)
+        parts = [
+            sum((side[bits] for side, bits in zip(sides, tier, strict=True) if bits != PLAIN_BITS), start=base)
+            for tier in tiers
+        ]
+        return np.concatenate(parts, axis=-1)
+
+    return RuleLosses(length, *head_losses(entry, criterion, by_option))
+
+
+def _coded(profile: Profile, length: int, criterion: str) -> TierLength:
+    """What the profile knows of tiers at a profiled length.
+
+    Raises:
+        ConfigError: It knows nothing, or nothing that the criterion could use.
+    """
+    if profile.tiers is None:
+        raise ConfigError("tiers: the profile knows nothing of fewer bits; make one with moa-profile --tiers")
+    if statistic_of(criterion) not in SAMPLE_STATISTICS:
+        raise ConfigError(f"criterion {criterion} isn't measured for fewer bits; take signed, squared or root_squared")
+    return profile.tiers.by_length[length]
 
 
 def _require_usable(entry: LengthProfile, criterion: str) -> None:
@@ -193,7 +239,7 @@ def _require_usable(entry: LengthProfile, criterion: str) -> None:
 
 
 def _wanted_windows(
-    entry: LengthProfile,
+    grid: LengthHeader | TierGrid,
     profile: Profile,
     rules: Sequence[SpanRule],
     length: int,
@@ -205,7 +251,7 @@ def _wanted_windows(
     Returns:
         ``[rule, bucket]``.
     """
-    profiled, buckets, windows = entry.header.length, entry.header.row_buckets, entry.header.windows
+    profiled, buckets, windows = grid.length, grid.row_buckets, grid.windows
     sink, min_span = profile.header.sink, profile.header.sink + profile.header.block
     rows = -(-profiled // buckets)
     first = np.arange(buckets, dtype=np.int64) * rows

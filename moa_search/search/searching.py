@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
 from moa_search.formats.plan import LengthMetrics, Plan, Provenance
 from moa_search.formats.profile import Profile
+from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.options import SearchOptions
 from moa_search.progress import progress
 from moa_search.search.budgets import BudgetSpec, used
+from moa_search.search.budgets.specs import BYTE_KINDS
 from moa_search.search.front import BudgetUse, Front
 from moa_search.search.searchers import Searcher, find_searcher
 from moa_search.search.space import SearchSpace, density_specs
@@ -85,7 +89,31 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
     density_specs(profile, options)  # rules are fitted to its lengths, so an absurd one has to be refused before
     lengths = [*profile.lengths, *(options.budget_lengths or ()), *(options.predict_lengths or ())]
     rules = searcher.rules(lengths, sink=header.sink, block=header.block)
-    return SearchSpace.build(profile, options, rules, searcher.criterion or options.criterion)
+    tiers = candidate_tiers(profile, options) if searcher.takes_tiers else [PLAIN]
+    return SearchSpace.build(profile, options, rules, tiers, searcher.criterion or options.criterion)
+
+
+def candidate_tiers(profile: Profile, options: SearchOptions) -> list[Tier]:
+    """Every pair of bits of keys and of values that a search chooses from, the most precise first.
+
+    Raises:
+        ConfigError: The profile doesn't know what the options ask for.
+    """
+    known = (PLAIN_BITS, *(() if profile.header.tiers is None else profile.header.tiers.bits))
+    if options.tiers is None:
+        in_bytes = bool(options.kv_share) or any(BudgetSpec.parse(text).kind in BYTE_KINDS for text in options.budget)
+        bits = known if in_bytes else (PLAIN_BITS,)
+    else:
+        bits = tuple(sorted(set(options.tiers), reverse=True))
+        if not bits:
+            raise ConfigError("tiers names no bits; give some of 16, 8, 4, 3 and 2, or leave it out")
+        unknown = [str(one) for one in bits if one not in known]
+        if unknown:
+            raise ConfigError(
+                f"tiers: the profile knows {', '.join(map(str, known))} bits, not {', '.join(unknown)}; "
+                f"measure them with moa-profile --tiers {' '.join(map(str, bits))}"
+            )
+    return [(key, value) for key in bits for value in bits]
 
 
 def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
@@ -98,7 +126,7 @@ def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
     ahead, context = AHEAD * profile.lengths[-1], profile.header.model.context_length
     asked = density_specs(profile, options) if options.budget_lengths else []
     asked += map(BudgetSpec.parse, options.budget)
-    by_default = bool(options.density) and not options.budget_lengths
+    by_default = bool(options.density or options.kv_share) and not options.budget_lengths
     budgeted = by_default or ahead <= max((spec.length for spec in asked), default=0)
     return (ahead,) if budgeted and (context is None or ahead <= context) else ()
 
@@ -106,13 +134,16 @@ def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
 def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
     """The plan of a choice, with how it came about and what it is predicted to lose."""
     model, header, choice = space.profile.header.model, space.profile.header, point.solution.choice
-    by_layer = [[DENSE] * space.heads_per_layer for _ in range(model.num_hidden_layers)]
-    for layer, rules in zip(header.searchable_layers, choice.reshape(-1, space.heads_per_layer), strict=True):
-        by_layer[layer] = [space.rules[index] for index in rules]
+    by_layer = [[(DENSE, PLAIN)] * space.heads_per_layer for _ in range(model.num_hidden_layers)]
+    for layer, chosen in zip(header.searchable_layers, choice.reshape(-1, space.heads_per_layer), strict=True):
+        by_layer[layer] = [space.option(int(index)) for index in chosen]
+    known = space.profile.tiers
     plan = Plan.from_rules(
-        by_layer,
+        [[rule for rule, _ in layer] for layer in by_layer],
         model,
         native_layers=header.native_layers,
+        tiers=[[tier for _, tier in layer] for layer in by_layer],
+        transforms=None if known is None else KeyTransforms(known.mean, known.balance),
         sink=header.sink,
         block=header.block,
         anchor=space.options.anchor,
@@ -124,6 +155,7 @@ def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
             LengthMetrics(
                 length=loss.length,
                 density=plan.density(loss.length),
+                share=None if plan.is_plain else plan.share(loss.length),
                 attention_density=plan.attention_density(loss.length),
                 loss=value,
                 loss_error=error,

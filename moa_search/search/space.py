@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
 from moa_search.formats.profile import Profile
+from moa_search.formats.tiers import Tier
 from moa_search.options import SearchOptions
 from moa_search.search.budgets import BudgetRow, BudgetSpec, Hardware, budget_rows
 from moa_search.search.losses import RuleLosses, rule_losses
@@ -32,21 +33,25 @@ class SearchSpace:
         profile: Influence statistics.
         options: What the user asked for.
         rules: Candidate rules, ascending.
+        tiers: Candidate bits of keys and of values. With R rules, option ``t * R + r`` is rule r under tier t.
         rows: Budgets.
         losses: One per profiled and predicted length, by length; they are what is reported.
-        allowed: ``[head, rule]``, or None for everything.
+        allowed: ``[head, option]``, or None for everything.
     """
 
     profile: Profile
     options: SearchOptions
     rules: list[SpanRule]
+    tiers: list[Tier]
     rows: list[BudgetRow]
     losses: list[RuleLosses]
     allowed: Booleans | None
 
     @classmethod
-    def build(cls, profile: Profile, options: SearchOptions, rules: list[SpanRule], criterion: str) -> SearchSpace:
-        """The space of choosing among ``rules`` by ``criterion``.
+    def build(
+        cls, profile: Profile, options: SearchOptions, rules: list[SpanRule], tiers: list[Tier], criterion: str
+    ) -> SearchSpace:
+        """The space of choosing among ``rules`` and ``tiers`` by ``criterion``.
 
         Raises:
             ConfigError: An option can't be used.
@@ -60,19 +65,28 @@ class SearchSpace:
             specs,
             rules,
             header,
+            tiers=tiers,
             anchor=options.anchor,
             hardware=Hardware.of(options.hardware),
             weights_bytes=options.weights_bytes or header.weights_bytes,
         )
-        losses = rule_losses(profile, rules, criterion, anchor=options.anchor)
+        losses = rule_losses(profile, rules, criterion, anchor=options.anchor, tiers=tiers)
         for length in sorted(set(options.predict_lengths or ()) - set(profile.lengths)):
             from moa_search.search.extrapolation import extrapolate
 
-            losses.append(extrapolate(profile, rules, criterion, length, anchor=options.anchor))
+            losses.append(extrapolate(profile, rules, criterion, length, anchor=options.anchor, tiers=tiers))
         losses.sort(key=lambda loss: loss.length)
-        space = cls(profile, options, rules, rows, losses, _allowed(profile, options, rules, specs))
+        allowed = _allowed(profile, options, rules, specs)
+        if allowed is not None:
+            allowed = np.tile(allowed, len(tiers))
+        space = cls(profile, options, rules, tiers, rows, losses, allowed)
         space._require_feasible()
         return space
+
+    def option(self, index: int) -> tuple[SpanRule, Tier]:
+        """The rule and the bits that an option stands for."""
+        tier, rule = divmod(index, len(self.rules))
+        return self.rules[rule], self.tiers[tier]
 
     @property
     def heads_per_layer(self) -> int:
@@ -103,7 +117,7 @@ class SearchSpace:
 
     @property
     def objectives(self) -> list[Doubles]:
-        """``[head, rule]`` for each length in `weights`: what a searcher minimises."""
+        """``[head, option]`` for each length in `weights`: what a searcher minimises."""
         by_length = {loss.length: loss for loss in self.losses}
         return [by_length[length].robust(self.options.robust) for length in self.weights]
 
@@ -133,26 +147,33 @@ class SearchSpace:
 
 
 def density_specs(profile: Profile, options: SearchOptions) -> list[BudgetSpec]:
-    """Budgets from one density for all lengths, or one for each.
+    """Budgets from one density, and one share of bytes, for all lengths, or one for each.
 
     Raises:
-        ConfigError: A density isn't in (0, 1], their number fits neither, or there are lengths for none.
+        ConfigError: One isn't in (0, 1], their number fits neither, or there are lengths for none.
     """
-    densities, lengths = list(options.density), list(options.budget_lengths or profile.lengths)
-    if not densities:
-        if options.budget_lengths:
-            raise ConfigError("budget_lengths are where densities hold; give a density too, or leave them out")
+    if options.budget_lengths and not options.density and not options.kv_share:
+        raise ConfigError("budget_lengths are where densities hold; give a density too, or leave them out")
+    densities = _at_lengths(profile, options, options.density, "densities")
+    shares = _at_lengths(profile, options, options.kv_share, "shares")
+    return [*(BudgetSpec.density(*each) for each in densities), *(BudgetSpec.share(*each) for each in shares)]
+
+
+def _at_lengths(profile: Profile, options: SearchOptions, parts: Sequence[float], name: str) -> list[tuple[float, int]]:
+    """Each part of the cache with the length in tokens that it holds at."""
+    each, lengths = list(parts), list(options.budget_lengths or profile.lengths)
+    if not each:
         return []
-    if len(densities) not in (1, len(lengths)):
-        raise ConfigError(f"{len(densities)} densities for {len(lengths)} lengths; give one, or one per length")
-    each = densities * (len(lengths) if len(densities) == 1 else 1)
+    if len(each) not in (1, len(lengths)):
+        raise ConfigError(f"{len(each)} {name} for {len(lengths)} lengths; give one, or one per length")
+    each = each * (len(lengths) if len(each) == 1 else 1)
     if not options.budget_lengths:
         context = profile.header.model.context_length
         further = sorted(set(options.predict_lengths or ()) - set(lengths))
         further += [context] if context is not None and context > max(lengths + further) else []
         lengths += further
         each += [each[-1]] * len(further)
-    return [BudgetSpec.density(density, length) for density, length in zip(each, lengths, strict=True)]
+    return list(zip(each, lengths, strict=True))
 
 
 def parse_floors(texts: Sequence[str], layers: int, native_layers: Sequence[int] = ()) -> dict[int, float]:

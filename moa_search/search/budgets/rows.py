@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy.typing as npt
 from moa_search.errors import BudgetInfeasibleError, ConfigError
 from moa_search.formats.plan import Budget, own_window
 from moa_search.formats.profile import ProfileHeader
+from moa_search.formats.tiers import PLAIN, Tier, head_bytes
 from moa_search.search.budgets.cost_model import CostModel
 from moa_search.search.budgets.hardware import HARDWARE, Hardware
-from moa_search.search.budgets.specs import TOKEN_KINDS, BudgetSpec
+from moa_search.search.budgets.specs import BYTE_KINDS, TOKEN_KINDS, BudgetSpec
 from moa_search.spans import SpanRule, span
 
 __all__ = ["BudgetRow", "budget_rows", "used"]
@@ -28,7 +30,8 @@ class BudgetRow:
 
     Attributes:
         budget: What a plan remembers of it.
-        costs: Cost of each rule in one KV head, ``[rule]``: tokens, or picoseconds.
+        costs: Cost of each option in one KV head, ``[option]``: tokens, bytes or picoseconds. An option is a rule under
+            a tier, tiers outermost.
         limit: What all searchable heads may cost together; no more than they can.
         spec: What the user asked for.
         fixed: Part of the amount that no rule changes (weights, native layers), in the unit of ``spec.amount``.
@@ -48,6 +51,7 @@ def budget_rows(
     rules: Sequence[SpanRule],
     header: ProfileHeader,
     *,
+    tiers: Sequence[Tier] = (PLAIN,),
     anchor: Literal["position", "prompt"] = "position",
     hardware: Hardware | None = None,
     weights_bytes: int | None = None,
@@ -59,6 +63,7 @@ def budget_rows(
         specs: Budgets, as text or parsed.
         rules: The rules to choose from.
         header: Of the profile: shapes, sink and block, native layers.
+        tiers: Bits of keys and of values to choose from.
         anchor: Where the plan evaluates its rules; decides what a prefill costs.
         hardware: For ``decode`` and ``prefill``.
         weights_bytes: Size of the model's weights, for ``memory``, ``decode`` and ``prefill``.
@@ -68,7 +73,7 @@ def budget_rows(
         ConfigError: A text can't be read, a budget stands twice, or hardware or weights aren't given.
         BudgetInfeasibleError: The smallest spans break a budget; the message names it and the least that would do.
     """
-    measures = _Measures(rules, header, anchor, hardware, weights_bytes, bytes_per_element)
+    measures = _Measures(rules, header, tuple(tiers), anchor, hardware, weights_bytes, bytes_per_element)
     seen: dict[tuple[str, int, int], str] = {}
     rows = []
     for spec in map(_parsed, specs):
@@ -81,7 +86,7 @@ def budget_rows(
 
 
 def used(row: BudgetRow, choice: npt.NDArray[np.int64]) -> str:
-    """What giving head h the rule ``choice[h]`` uses of a budget, in the user's unit.
+    """What giving head h the option ``choice[h]`` uses of a budget, in the user's unit.
 
     Rounded down, since ``2.001GiB`` beside ``2GiB`` would look like a broken promise when it's only a rounding.
     """
@@ -90,7 +95,7 @@ def used(row: BudgetRow, choice: npt.NDArray[np.int64]) -> str:
 
 @dataclass(frozen=True)
 class _Measure:
-    """Costs of each rule, and how they make up an amount: ``fixed + step * sum of costs``."""
+    """Costs of each option, and how they make up an amount: ``fixed + step * sum of costs``."""
 
     costs: list[int]
     fixed: Fraction
@@ -103,6 +108,7 @@ class _Measures:
 
     rules: Sequence[SpanRule]
     header: ProfileHeader
+    tiers: tuple[Tier, ...]
     anchor: Literal["position", "prompt"]
     hardware: Hardware | None
     weights_bytes: int | None
@@ -144,12 +150,26 @@ class _Measures:
         spans = [span(spec.length, rule, header.sink + header.block) for rule in self.rules]
         if spec.kind in TOKEN_KINDS:
             whole = self.heads * (spec.length if spec.kind == "density" else 1)
-            return _Measure(spans, Fraction(0), Fraction(1, whole))
-        token_bytes = Fraction(2 * header.model.head_dim * self.bytes_per_element * spec.batch)
+            return _Measure(spans * len(self.tiers), Fraction(0), Fraction(1, whole))
+        token = 2 * header.model.head_dim * self.bytes_per_element  # of one head, in 16 bits
+        if self.tiers == (PLAIN,):
+            costs, step = spans, Fraction(token)
+        else:
+            size = partial(
+                head_bytes, width=header.model.head_dim, sink=header.sink, plain_bytes=self.bytes_per_element
+            )
+            costs, step = [size(tokens, tier) for tier in self.tiers for tokens in spans], Fraction(1)
+        if spec.kind == "share":
+            return _Measure(costs, Fraction(0), step / (token * self.heads * spec.length))
         weights = self._weights(spec) if spec.kind == "memory" else 0
-        return _Measure(spans, weights + token_bytes * self.native_heads * self._native_span(spec.length), token_bytes)
+        native = token * spec.batch * self.native_heads * self._native_span(spec.length)
+        return _Measure(costs, Fraction(weights + native), step * spec.batch)
 
     def _time(self, spec: BudgetSpec) -> _Measure:
+        if self.tiers != (PLAIN,):
+            raise ConfigError(
+                f"budget '{spec.text}': times are modelled for 16 bits only; give tiers: 16, or a budget in bytes"
+            )
         if self.hardware is None:
             raise ConfigError(
                 f"budget '{spec.text}' needs the speeds of a device; give hardware: one of {', '.join(HARDWARE)}, "
@@ -191,6 +211,11 @@ class _Measures:
             return Budget(length=spec.length, asked=spec.text, hardware=self.hardware.name)
         if spec.kind == "density":
             return Budget(length=spec.length, density=float(spec.amount))
+        if spec.kind == "share":
+            return Budget(length=spec.length, share=float(spec.amount))
+        if spec.kind in BYTE_KINDS and self.tiers != (PLAIN,):
+            whole = 2 * self.header.model.head_dim * self.bytes_per_element * self.heads * spec.length
+            return Budget(length=spec.length, share=min(1.0, limit / whole), asked=spec.text)
         return Budget(length=spec.length, density=min(1.0, limit / (self.heads * spec.length)), asked=spec.text)
 
 

@@ -17,7 +17,7 @@ from moa_search.formats.files import nearest, one_line
 from moa_search.search.budgets.cost_model import PICOSECONDS
 from moa_search.spans import MAX_LENGTH
 
-__all__ = ["TOKEN_KINDS", "BudgetSpec"]
+__all__ = ["BYTE_KINDS", "TOKEN_KINDS", "BudgetSpec"]
 
 _BYTES = {"B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -32,6 +32,7 @@ _UNITS: Final[dict[str, dict[str, int]]] = {
     "memory": _BYTES,
     "decode": _TIMES,
     "prefill": _TIMES,
+    "share": {"": 1},
 }
 """Units of each kind of budget: shares, tokens, bytes and picoseconds are what amounts are kept in."""
 
@@ -42,8 +43,11 @@ _EXAMPLES: Final = {
     "memory": "memory=24GiB@32768x4",
     "decode": "decode=12ms@32768x8",
     "prefill": "prefill=900ms@32768",
+    "share": "share=0.125@2048",
 }
 TOKEN_KINDS = ("density", "tokens")
+BYTE_KINDS = ("share", "kv", "memory")
+PER_SAMPLE = (*TOKEN_KINDS, "share")
 _VALUE = re.compile(r"([0-9]{1,24}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})\s*([A-Za-z]*)")
 _PLACE = re.compile(r"([0-9]{1,12})([kK]?)(?:\s*[xX]\s*([0-9]{1,12}))?")
 
@@ -56,7 +60,8 @@ class BudgetSpec:
     """What a user asks for.
 
     Attributes:
-        kind: ``density``, ``tokens``, ``kv``, ``memory``, ``decode`` or ``prefill``.
+        kind: ``density``, ``tokens``, ``share`` (of a 16-bit cache's bytes), ``kv``, ``memory``,
+            ``decode`` or ``prefill``.
         amount: At most this: a share, mean tokens per KV head, bytes or picoseconds.
         unit: The unit that the user thinks in, for messages.
         length: Tokens per sample.
@@ -74,13 +79,13 @@ class BudgetSpec:
     def __post_init__(self) -> None:
         if not self.amount > 0:
             self._refuse("the amount must be over 0")
-        if self.kind == "density" and self.amount > 1:
-            self._refuse("a density is at most 1")
+        if self.kind in ("density", "share") and self.amount > 1:
+            self._refuse(f"a {self.kind} is at most 1")
         if not 1 <= self.length <= MAX_LENGTH:
             self._refuse(f"the length must lie in 1..{MAX_LENGTH} tokens")
         if not 1 <= self.batch <= MAX_BATCH:
             self._refuse(f"the batch must lie in 1..{MAX_BATCH}")
-        if self.kind in TOKEN_KINDS and self.batch != 1:
+        if self.kind in PER_SAMPLE and self.batch != 1:
             self._refuse("what each sample keeps doesn't depend on the batch, so name none")
 
     @classmethod
@@ -90,10 +95,23 @@ class BudgetSpec:
         Raises:
             ConfigError: It isn't in (0, 1].
         """
-        if not 0 < density <= 1:
-            raise ConfigError(f"density {density:g} is out of range; it must be over 0 and at most 1")
-        decimal = repr(float(density))
-        return cls("density", Fraction(decimal), "", length, 1, f"density={decimal}@{length}")
+        return cls._part("density", density, length, option="density")
+
+    @classmethod
+    def share(cls, share: float, length: int) -> BudgetSpec:
+        """A share of a 16-bit KV cache's bytes at ``length`` tokens, likewise.
+
+        Raises:
+            ConfigError: It isn't in (0, 1].
+        """
+        return cls._part("share", share, length, option="kv_share")
+
+    @classmethod
+    def _part(cls, kind: str, part: float, length: int, *, option: str) -> BudgetSpec:
+        if not 0 < part <= 1:
+            raise ConfigError(f"{option} {part:g} is out of range; it must be over 0 and at most 1")
+        decimal = repr(float(part))
+        return cls(kind, Fraction(decimal), "", length, 1, f"{kind}={decimal}@{length}")
 
     @classmethod
     def parse(cls, text: str) -> BudgetSpec:

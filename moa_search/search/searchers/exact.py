@@ -13,11 +13,12 @@ __all__ = ["ExactSearcher", "PerLayerSearcher", "RecallSearcher"]
 
 
 class ExactSearcher(Searcher):
-    """The best rule for every KV head, proven, with the front over the profiled lengths."""
+    """The best rule and bits for every KV head, proven, with the front over the profiled lengths."""
 
     name = "exact"
     proves = True
     looks_ahead = True
+    takes_tiers = True
     rules_per_layer: int | None = None
 
     def choose(self, space: SearchSpace) -> list[FrontPoint]:
@@ -47,4 +48,5 @@ class RecallSearcher(ExactSearcher):
 
     name = "recall"
     looks_ahead = False
+    takes_tiers = False
     criterion = "recall"

@@ -186,7 +186,7 @@ def test_errors_say_what_and_where(tiny_plan: Plan, change: Callable[[dict[str, 
     assert error_of(content).startswith(message)
 
 
-@pytest.mark.parametrize("schema", ["moa-plan/2", "moa-plan/1.1", "moa-plan/\n"])
+@pytest.mark.parametrize("schema", ["moa-plan/3", "moa-plan/1.1", "moa-plan/\n"])
 def test_another_schema_asks_for_an_upgrade(tiny_plan: Plan, schema: str) -> None:
     message = error_of({**without_checksum(tiny_plan), "schema": schema, "new": 1}, PlanVersionError)
     assert "is unknown to moa-search" in message
@@ -364,7 +364,7 @@ class TestBudgets:
     def test_that_bound_nothing_are_refused(self, tiny_plan: Plan) -> None:
         content = without_checksum(tiny_plan)
         put([{"length": 1024}], "provenance", "budgets")(content)
-        assert error_of(content) == "provenance.budgets.0: neither density nor asked says what is bounded"
+        assert error_of(content) == "provenance.budgets.0: neither density nor share nor asked says what is bounded"
 
 
 class TestNativeLayers:
@@ -446,7 +446,7 @@ def test_the_json_schema_accepts_plans_and_nothing_else(tiny_plan: Plan) -> None
     validator.validate(without_checksum(tiny_plan))
     for change in (
         put(1, "ancor"),
-        put("moa-plan/2", "schema"),
+        put("moa-plan/3", "schema"),
         put(300, "patterns", 2, 1, "beta_256"),
         put("wave", "patterns", 1, 0, "kind"),
         put("sha256:0", "checksum"),

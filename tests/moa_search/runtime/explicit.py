@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from moa_kernels.codes import Codec, Transform
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from moa_search.formats import ModelSignature, Plan
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.masks import head_masks
 from moa_search.spans import DENSE, SpanRule
 
@@ -80,7 +83,35 @@ def explicit(model: Any, plan: Plan) -> Any:
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int):
             module.explicit = (plan.rules[layer], plan.sink, plan.min_span)
+            module.stored = None if plan.is_plain else (plan, layer)
     return reference
+
+
+def as_stored(plan: Plan, layer: int, states: torch.Tensor, side: int) -> torch.Tensor:
+    """Keys (side 0) or values (1) ``[batch, kv_heads, length, width]`` from position 0 on, as codes give them back."""
+    found, given = states.clone(), plan.key_transforms
+    for head, tier in enumerate(plan.tiers[layer]):
+        bits, width = tier[side], states.shape[-1]
+        if bits == 16:
+            continue
+        transform = None
+        if bits < 8 and side == 1:
+            transform = Transform.rotation(1, width)
+        elif bits < 8:
+            balance, mean = (torch.from_numpy(part[layer, head : head + 1]) for part in (given.balance, given.mean))
+            transform = Transform.balanced(balance, mean)
+        codec = Codec(bits, transform)
+        coded = states[:, head : head + 1, plan.sink :]
+        found[:, head : head + 1, plan.sink :] = codec.decode(codec.encode(coded), states.dtype)
+    return found
+
+
+def key_transforms(signature: ModelSignature, seed: int = 0) -> KeyTransforms:
+    """Transforms that differ in every head and are far from doing nothing."""
+    rng = np.random.default_rng(seed)
+    shape = (signature.num_hidden_layers, signature.num_key_value_heads, signature.head_dim)
+    balance = np.eye(shape[-1]) + 0.2 * rng.standard_normal((*shape, shape[-1]))
+    return KeyTransforms(rng.standard_normal(shape).astype(np.float32), balance.astype(np.float32))
 
 
 @torch.no_grad()
@@ -112,6 +143,8 @@ def _explicit_attention(
     rules, sink, min_span = module.explicit
     length, group = query.shape[2], query.shape[1] // key.shape[1]
     assert key.shape[2] == length
+    if module.stored is not None:
+        key, value = (as_stored(*module.stored, states, side) for side, states in enumerate((key, value)))
     mask = torch.from_numpy(head_masks(rules, group, length, sink=sink, min_span=min_span))
     scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
     if softcap is not None:

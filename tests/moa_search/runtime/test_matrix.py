@@ -16,7 +16,7 @@ from moa_search.runtime import MoACache, apply_plan
 from moa_search.spans import DENSE, SpanRule
 from tests.moa_search.architectures import ARCHITECTURES, HYBRIDS, MORE_ARCHITECTURES, SMALL, make_model
 
-from .explicit import explicit, logits
+from .explicit import explicit, key_transforms, logits
 
 ALL = [*ARCHITECTURES, *MORE_ARCHITECTURES, *HYBRIDS]
 ATTENTION_ONLY = [*ARCHITECTURES, *MORE_ARCHITECTURES]
@@ -25,6 +25,7 @@ OWN_STATE = {"recurrent_gemma"}
 SINGLE_PRECISION_INSIDE = {"minimax_m2"}
 """Models that compute something in single precision whatever they are given."""
 NEW = 14
+BITS = (16, 8, 4, 3, 2)
 
 
 SAMPLE = ("llama", "gemma2", "gpt_oss", "qwen2 with sliding layers", "gpt_neox", "falcon_h1")
@@ -32,17 +33,30 @@ SAMPLE = ("llama", "gemma2", "gpt_oss", "qwen2 with sliding layers", "gpt_neox",
 logits, sliding windows, a hybrid."""
 
 
-def each(architectures):
-    """Each architecture on the torch path in double precision, then by the CPU library in single precision."""
+def each(architectures, *, coded=True):
+    """Each architecture on the torch path in double precision, by the CPU library in single precision, and coded.
+
+    Coded: heads store keys and values in fewer than 16 bits, each in its own.
+    """
     cases = list(architectures)
     for name in architectures:
         marks = () if name in SAMPLE else pytest.mark.all_impls
         cases.append(pytest.param(f"{name} by cpu", marks=marks))
+        if coded and name not in {*KEEPS_STATES_BESIDE_KEYS, *STATES_IN_SINGLE_PRECISION}:
+            cases.append(pytest.param(f"{name} coded", marks=marks))
     return pytest.mark.parametrize("architecture", cases)
 
 
-def random_plan(model, seed):
-    """Other rules for every head; in each layer at least one that is not dense."""
+KEEPS_STATES_BESIDE_KEYS = {"falcon_h1"}
+"""Refused where heads store fewer than 16 bits."""
+
+
+STATES_IN_SINGLE_PRECISION = {"nemotron_h"}
+"""Their states differ in the seventh digit by how a sequence is cut; a code between two levels may flip."""
+
+
+def random_plan(model, seed, *, coded=False):
+    """Other rules, and if ``coded`` bits, for every head; in each layer at least one that is not dense."""
     signature = ModelSignature.of(model.config)
     draw = random.Random(seed)
     rules = [
@@ -54,16 +68,27 @@ def random_plan(model, seed):
     ]
     for layer in rules:
         layer[draw.randrange(len(layer))] = SpanRule(draw.randrange(20), 0)
-    return Plan.from_rules(rules, signature, sink=draw.randrange(1, 6), block=draw.randrange(5, 10))
+    sizes = {"sink": draw.randrange(1, 6), "block": draw.randrange(5, 10)}
+    if not coded:
+        return Plan.from_rules(rules, signature, **sizes)
+    tiers = [[(draw.choice(BITS), draw.choice(BITS)) for _ in heads] for heads in rules]
+    tiers[0][0] = (2, 3)
+    return Plan.from_rules(rules, signature, tiers=tiers, transforms=key_transforms(signature), **sizes)
+
+
+def bare(architecture):
+    """Its name without how it runs."""
+    return architecture.removesuffix(" by cpu").removesuffix(" coded")
 
 
 @cache
 def prepared(architecture):
     """A model under a plan, the plan, and the reference, in double precision."""
-    name, by_cpu = architecture.removesuffix(" by cpu"), architecture.endswith(" by cpu")
+    by_cpu, coded = architecture.endswith(" by cpu"), architecture.endswith(" coded")
+    name = bare(architecture)
     model = make_model(name)
     model.generation_config.eos_token_id = None
-    plan = random_plan(model, name)
+    plan = random_plan(model, name, coded=coded)
     reference = explicit(model, plan)
     if by_cpu:
         model.float()
@@ -86,7 +111,7 @@ def forward(model, part, **options):
 
 def assert_close(architecture, found, expected):
     """Equal but for rounding."""
-    loose = {"rtol": 1.3e-6, "atol": 1e-5} if architecture in SINGLE_PRECISION_INSIDE else {}
+    loose = {"rtol": 1.3e-6, "atol": 1e-5} if bare(architecture) in SINGLE_PRECISION_INSIDE else {}
     if architecture.endswith(" by cpu"):
         found, expected = found.double(), expected.double()
         loose = {"rtol": 1e-6, "atol": 4 * error_of_single_precision(architecture)}
@@ -113,7 +138,7 @@ def test_a_forward_pass(architecture):
     prompt = prompts(2, 61)
     expected = logits(reference, prompt)
     assert_close(architecture, logits(model, prompt), expected)
-    if architecture.endswith(" by cpu"):
+    if architecture != bare(architecture):
         return
     own = make_model(architecture)
     own.set_attn_implementation("eager")
@@ -132,11 +157,11 @@ def test_greedy_decoding_of_a_left_padded_batch(architecture):
     prompt[1, :13] = 0
     found = model.generate(prompt, attention_mask=real, max_new_tokens=NEW, do_sample=False)
     assert_follows(reference, found[:1], 47)
-    if architecture.removesuffix(" by cpu") not in OWN_STATE:
+    if bare(architecture) not in OWN_STATE:
         assert_follows(reference, found[1:, 13:], 47 - 13)
 
 
-@each([name for name in ALL if name != "falcon_h1"])
+@each([name for name in ALL if name != "falcon_h1"], coded=False)
 def test_a_cache_of_fixed_size(architecture):
     model, _, reference = prepared(architecture)
     found = model.generate(prompts(2, 40), max_new_tokens=NEW, do_sample=False, cache_implementation="static")

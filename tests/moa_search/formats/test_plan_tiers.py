@@ -1,0 +1,195 @@
+"""Plans whose heads store fewer than 16 bits: schema moa-plan/2 and the transforms of keys beside it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from moa_kernels import codes
+
+from moa_search import Plan
+from moa_search.errors import ConfigError, PlanFormatError
+from moa_search.formats import tiers
+from moa_search.formats.duo import write_duo
+from moa_search.formats.moa import write_moa
+from moa_search.formats.plan import PLAN_SCHEMAS
+from moa_search.formats.transforms import KeyTransforms
+from moa_search.spans import DENSE, SpanRule
+from tests.moa_search.formats.test_golden import MODEL
+
+RULES = [[SpanRule(320, 0), DENSE], [SpanRule(64, 160), DENSE]]
+MIXED = [[(4, 8), (16, 16)], [(8, 2), (3, 4)]]
+WITHOUT_TRANSFORMS = [[(8, 8), (16, 4)], [(16, 16), (8, 2)]]
+
+
+def transforms(seed=0):
+    rng = np.random.default_rng(seed)
+    heads, width = (MODEL.num_hidden_layers, MODEL.num_key_value_heads), MODEL.head_dim
+    mean = rng.standard_normal((*heads, width)).astype(np.float32)
+    return KeyTransforms(mean, rng.standard_normal((*heads, width, width)).astype(np.float32))
+
+
+@pytest.fixture
+def plan():
+    return Plan.from_rules(RULES, MODEL, tiers=MIXED, transforms=transforms())
+
+
+def test_what_is_saved_is_read_again_with_its_transforms(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    read = Plan.load(tmp_path / "plan.json")
+    assert read == plan
+    assert read.schema_ == "moa-plan/2"
+    assert read.tiers == MIXED
+    assert read.rules == RULES
+    assert np.array_equal(read.key_transforms.mean, transforms().mean)
+    assert np.array_equal(read.key_transforms.balance, transforms().balance)
+    assert read.fingerprint == plan.fingerprint
+
+
+def test_plans_of_one_profile_share_one_file(plan, tmp_path):
+    plan.save(tmp_path / "a.json")
+    Plan.from_rules(RULES, MODEL, tiers=[[(2, 2)] * 2] * 2, transforms=transforms()).save(tmp_path / "b.json")
+    assert len(list(tmp_path.glob("transforms-*.safetensors"))) == 1
+
+
+def test_sixteen_bits_everywhere_is_the_plan_it_always_was():
+    stored = Plan.from_rules(RULES, MODEL, tiers=[[(16, 16)] * 2] * 2, transforms=transforms())
+    assert stored.dumps() == Plan.from_rules(RULES, MODEL).dumps()
+    assert "bits" not in stored.dumps()
+    assert stored.schema_ == "moa-plan/1"
+
+
+def test_eight_bits_and_coded_values_need_no_transforms(tmp_path):
+    Plan.from_rules(RULES, MODEL, tiers=WITHOUT_TRANSFORMS, transforms=transforms()).save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert Plan.load(tmp_path / "plan.json").key_transforms is None
+    with pytest.raises(ValueError, match="transforms is missing"):
+        Plan.from_rules(RULES, MODEL, tiers=MIXED)
+
+
+def test_another_transform_is_another_plan(plan):
+    other = Plan.from_rules(RULES, MODEL, tiers=MIXED, transforms=transforms(1))
+    assert other.fingerprint != plan.fingerprint
+    fewer = Plan.from_rules(RULES, MODEL, tiers=[[(4, 4), (16, 16)], MIXED[1]], transforms=transforms())
+    assert fewer.fingerprint != plan.fingerprint
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def change(path):
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda path: path.unlink(), "can't be read (No such file or directory); keep that file beside the plan"),
+        (cut, "altered since"),
+        (change, "altered since"),
+        (lambda path: path.write_bytes(b""), "altered since"),
+    ],
+)
+def test_a_missing_or_altered_file_of_transforms_is_one_line(plan, tmp_path, harm, says):
+    plan.save(tmp_path / "plan.json")
+    harm(next(tmp_path.glob("transforms-*")))
+    with pytest.raises(PlanFormatError) as error:
+        Plan.load(tmp_path / "plan.json")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_transforms_of_another_model_are_refused(plan, tmp_path):
+    wide = KeyTransforms(np.zeros((2, 2, 8), np.float32), np.tile(np.eye(8, dtype=np.float32), (2, 2, 1, 1)))
+    wide.save(tmp_path)
+    content = json.loads(plan.dumps()) | {"transforms": wide.checksum}
+    del content["checksum"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(PlanFormatError, match=r"no transforms of this plan's model \(mean holds float32 \(2, 2, 8\)"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_without_its_file_says_how_to_read_it(plan, tmp_path):
+    text = Plan.loads(plan.dumps())
+    with pytest.raises(PlanFormatError, match=r"use Plan\.load on its file"):
+        _ = text.key_transforms
+    with pytest.raises(PlanFormatError, match=r"use Plan\.load on its file"):
+        text.save(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda c: c.update(schema="moa-plan/1"), "moa-plan/1 is for plans in which every head stores 16 bits"),
+        (lambda c: c.pop("transforms"), "transforms is missing, which keys below 8 bits need"),
+        (lambda c: c["patterns"][0][0].update(key_bits=5), "patterns.0.0.span.key_bits"),
+        (lambda c: c["patterns"][0][0].update(key_bits="4"), "patterns.0.0.span.key_bits"),
+        (lambda c: c.update(transforms="sha256:12"), "transforms: String should match pattern"),
+    ],
+)
+def test_plans_broken_by_hand_are_one_line(plan, edit, says):
+    content = json.loads(plan.dumps())
+    del content["checksum"]
+    edit(content)
+    with pytest.raises(PlanFormatError) as error:
+        Plan.loads(json.dumps(content))
+    assert says in str(error.value)
+
+
+def test_plain_plans_have_no_second_schema():
+    content = json.loads(Plan.from_rules(RULES, MODEL).dumps()) | {"schema": "moa-plan/2"}
+    del content["checksum"]
+    with pytest.raises(PlanFormatError, match="moa-plan/2 is for plans with less than 16 bits"):
+        Plan.loads(json.dumps(content))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
+@pytest.mark.parametrize("width", [16, 64, 80, 128])
+def test_bytes_of_a_token_are_those_of_the_codecs(bits, width):
+    assert tiers.token_bytes(bits, width) == codes.token_bytes(bits, width)
+    assert tiers.wants_transform(bits) == codes.wants_transform(bits)
+
+
+def test_bytes_count_scales_and_a_sink_in_sixteen_bits(plan):
+    length, width, sink = 1000, MODEL.head_dim, plan.sink
+    by_hand = 0
+    for spans, heads in zip(plan.spans(length), MIXED, strict=True):
+        for span, bits in zip(spans, heads, strict=True):
+            for side in bits:
+                coded = width * 2 if side == 16 else -(-width * side // 8) + 2
+                by_hand += sink * width * 2 + (span - sink) * coded
+    assert plan.kv_bytes(length) == by_hand
+    assert plan.kv_bytes(length, batch=3) == 3 * by_hand
+    assert plan.share(length) == by_hand / (4 * length * width * 2 * 2)
+    plain = Plan.from_rules(RULES, MODEL)
+    assert plain.share(length) == pytest.approx(plain.density(length))
+
+
+def test_fixed_at_a_length_heads_keep_their_bits(plan):
+    fixed = plan.anchored_at(512)
+    assert fixed.tiers == MIXED
+    assert fixed.key_transforms is plan.key_transforms
+
+
+def test_schemas_are_named_in_order():
+    assert PLAN_SCHEMAS == ("moa-plan/1", "moa-plan/2")
+
+
+@pytest.mark.parametrize("name", ["moa", "duo"])
+def test_formats_of_others_have_no_bits(plan, name):
+    write = {"moa": write_moa, "duo": write_duo}[name]
+    with pytest.raises(ConfigError, match="some heads store fewer than 16 bits"):
+        write(plan)
+
+
+def test_what_a_plan_shows_says_the_bits(plan):
+    assert [plan.rule_text(0, head) for head in (0, 1)] == ["320, 4/8 bits", "dense"]
+    frame = plan.to_frame(512)
+    assert frame[["key_bits", "value_bits"]].to_numpy().tolist() == [list(tier) for layer in MIXED for tier in layer]
+    changed = plan.diff(Plan.from_rules(RULES, MODEL), 512)
+    assert changed["rule"].tolist() == ["320, 4/8 bits", "0.625n+64, 8/2 bits", "dense, 3/4 bits"]
