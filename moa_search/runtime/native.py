@@ -8,6 +8,8 @@ import torch
 from moa_kernels.backends import Backend
 from moa_kernels.cpu.calls import LayerCall
 
+from moa_search.errors import UnsupportedInputError
+
 if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
@@ -37,8 +39,13 @@ def attend(
 
     Returns:
         ``[batch, query, heads, head_dim]``; zeros for padding.
+
+    Raises:
+        UnsupportedInputError: The cache holds numbers of another type or width.
     """
     batch, heads, queries, dim = query.shape
+    if past is not None:
+        _require_alike(past, query)
     out = query.new_empty(batch, queries, heads, dim)
     if past is not None and valid is None and past.decodes(queries, None) and options["scale"] > 0:
         past.make_room(queries)
@@ -59,6 +66,16 @@ def attend(
     if past is not None:
         past.commit(key, value, valid, Backend.CPU)
     return out
+
+
+def _require_alike(past: MoACacheLayer, query: torch.Tensor) -> None:
+    """The library reads and writes the rings by the type and width of the new tokens."""
+    for states in (past.keys, past.values):
+        if states.dtype != query.dtype or states.shape[-1] != query.shape[-1]:
+            raise UnsupportedInputError(
+                f"the cache holds {states.dtype} [{states.shape[-1]}], the new tokens are {query.dtype} "
+                f"[{query.shape[-1]}]; reset() it, or make another"
+            )
 
 
 class Step:

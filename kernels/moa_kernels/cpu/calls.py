@@ -87,6 +87,8 @@ class LayerCall:
 
     def rings(self, keys: Tensor, values: Tensor, layout: RingLayout) -> None:
         """Where the keys before the new ones are."""
+        if any(DTYPES.get(states.dtype) != self.struct.dtype for states in (keys, values)):
+            raise ValueError(f"rings are {keys.dtype} and {values.dtype}; the library was called for another type")
         place_rings(self.struct, keys, values)
         self.alive += [keys, values]
         self.struct.rings = self._data(layout.tensor(keys.device))

@@ -1,0 +1,88 @@
+"""Plans run by the CPU library: copies of caches, types that don't fit, what `auto` means."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from moa_kernels.cpu.library import unavailable
+
+from moa_search.errors import BackendUnavailableError, UnsupportedInputError
+from moa_search.runtime import MoACache, apply_plan, native
+from moa_search.runtime.kernels import attends_by
+
+from .explicit import explicit, logits, tiny_model, tiny_plan, tokens
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+@pytest.fixture
+def prepared():
+    model = tiny_model(dtype=torch.float32)
+    plan = tiny_plan(model)
+    reference = explicit(model, plan)
+    return apply_plan(model, plan, impl="cpu"), plan, reference
+
+
+@torch.no_grad()
+def run(model, cache, part):
+    return model(part, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("clone", [MoACache.copy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_of_a_cache_that_has_decoded_go_their_own_ways(prepared, clone):
+    model, plan, reference = prepared
+    start, one, other = tokens(2, 60), tokens(2, 30, seed=1), tokens(2, 30, seed=2)
+    cache = MoACache(model.config, plan)
+    for part in start.split([50, *[1] * 10], 1):
+        run(model, cache, part)
+    copied = clone(cache)
+    found = [
+        (run(model, cache, a), run(model, copied, b)) for a, b in zip(one.split(1, 1), other.split(1, 1), strict=True)
+    ]
+    for branch, mine in zip((one, other), zip(*found, strict=True), strict=True):
+        expected = logits(reference, torch.cat([start, branch], 1))[:, 60:]
+        torch.testing.assert_close(torch.cat(mine, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_is_filled_in_once_per_layout(prepared, monkeypatch):
+    model, plan, _ = prepared
+    cache, made = MoACache(model.config, plan), []
+    original = native.Step.__init__
+
+    def counted(self, past, *rest):
+        made.append(id(past.layout))
+        original(self, past, *rest)
+
+    monkeypatch.setattr(native.Step, "__init__", counted)
+    run(model, cache, tokens(1, 40))
+    for token in tokens(1, 60).split(1, 1):
+        run(model, cache, token)
+    assert len(cache.layers) <= len(made) == len(set(made)) < 60
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_cache_of_another_type_is_refused(prepared, count):
+    model, plan, _ = prepared
+    cache = MoACache(model.config, plan)
+    run(model, cache, tokens(1, 30))
+    model.bfloat16()
+    with pytest.raises(
+        UnsupportedInputError, match=r"the cache holds torch.float32 \[16\], the new tokens are torch.bfloat16"
+    ):
+        run(model, cache, tokens(1, count))
+
+
+def test_gradients_go_the_torch_way_under_auto_and_are_an_error_under_cpu(prepared):
+    model, plan, _ = prepared
+    with pytest.raises(BackendUnavailableError, match=r"no gradient here; use torch.no_grad\(\)"):
+        model(tokens(1, 20))
+    apply_plan(model, plan)
+    model(tokens(1, 20)).logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_what_attends_is_said_in_words():
+    assert attends_by(tiny_model(dtype=torch.float32)).startswith("cpu: vectors of ")
+    assert attends_by(tiny_model(dtype=torch.float64)) == "torch"
