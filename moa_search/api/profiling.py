@@ -37,7 +37,10 @@ def profile_model(model: str | tuple[Any, Any], options: ProfileOptions) -> Prof
     from moa_search.modeling.support import require_context
     from moa_search.parallel import joined
     from moa_search.profiling import discard_results, profile_samples, require_profilable, results_folder
+    from moa_search.tasks import parse_source
 
+    for source in options.sources:
+        parse_source(source)  # before a model is loaded
     with joined() as workers:
         if workers.count > 1 and options.device_map is not None:
             raise ConfigError("device_map spreads a model over all GPUs, torchrun gives each process one: choose")

@@ -33,8 +33,8 @@ class CalibrationOptions(Options):
     """Calibration samples per length."""
     sources: Several[str] = ("passkey", "copy")
     """What calibration samples are drawn from, in turn: passkey, multikey, question, copy, lines, lookup or tracking in
-    built-in texts, passkey:FILE in other ones, or question-answer records from a JSONL, parquet or CSV file or a Hub
-    dataset, such as data.jsonl?context=passage."""
+    built-in texts, passkey:FILE in other ones, or question-answer records or conversations from a JSONL, parquet or CSV
+    file or a Hub dataset, such as data.jsonl?context=passage."""
     answers: Literal["model", "dataset"] = "model"
     """model supervises on the dense model's own greedy answers and leaves out wrong ones; dataset on the reference
     answers."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moa_search import profile_model
 from moa_search.data import SourceSpec
 from moa_search.errors import ConfigError
 from moa_search.tasks import parse_source
@@ -55,3 +56,8 @@ def test_refusals_name_the_source(text, message):
         parse_source(text)
     assert f"source {text!r}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_is_none_is_refused_before_a_model_is_loaded():
+    with pytest.raises(ConfigError, match=r"'paskey' is unknown \(did you mean 'passkey'\?\)"):
+        profile_model("no/such/model", lengths=[128], samples=1, sources=["passkey", "paskey:x.txt"])
