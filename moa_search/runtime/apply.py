@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,8 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
     if state is None:
         if attention_of(text) == NAME:  # a plain reload of a model that was saved under a plan
             set_attention(model, None)
-        state = Applied(plan, rules, impl, attention=attention_of(text), overridden={})
+        names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        state = Applied(plan, rules, impl, attention=attention_of(text), parameters=names, overridden={})
     set_attention(model, NAME)
     state.plan, state.rules, state.impl = plan, rules, impl
     for module in modules:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from moa_kernels.backends import Backend
 from transformers.masking_utils import causal_mask_function
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.modeling import attention as modeling
 from moa_search.modeling.private import is_causal_mask
-from moa_search.runtime import blockwise, coded, decoding, kernels, native
+from moa_search.runtime import compiled, dispatch
 from moa_search.runtime.rules import LayerRules
 from moa_search.runtime.staged import Staged
 
 if TYPE_CHECKING:
     from moa_kernels.backends import Impl
+
+    from moa_search.runtime.layer import MoACacheLayer
 
 __all__ = ["IMPL_ATTRIBUTE", "NAME", "RULES_ATTRIBUTE", "moa_attention", "moa_mask", "register"]
 
@@ -71,6 +72,8 @@ def moa_mask(
             f"[batch, {kv_offset + kv_length}], past and new tokens together"
         )
     real = attention_mask[:, -kv_length:].bool()
+    if torch.compiler.is_compiling():  # whether it's all True is found out where it is used
+        return real.contiguous()
     return None if bool(real.all()) else real
 
 
@@ -145,30 +148,46 @@ def moa_attention(
         "softcap": softcap,
         "sink_logits": s_aux,
     }
-    if rules.codecs is not None:
-        return coded.attend(query, key, value, valid, rules, past, **options).transpose(1, 2).contiguous(), None
-    decodes = past is not None and past.decodes(query.shape[2], valid)
-    if past is not None and decodes and past.is_compileable:
-        # Operators decode whatever runs them: in a compiled step, nothing may depend on what they find.
-        past.commit(key, value, valid, impl)
-        return past.decode(query, impl, **options).transpose(1, 2).contiguous(), None
-    backend = kernels.chosen(impl, query, key, value)
-    fixed = past is not None and past.is_compileable
-    if backend == Backend.CPU and not fixed and not torch.compiler.is_compiling():
-        return native.attend(query, key, value, valid, rules, past, **options), None
-    if past is not None and decodes and backend != Backend.TORCH:
-        past.commit(key, value, valid, backend)
-        out = past.decode(query, backend, **options)
-    elif past is not None and backend == Backend.TORCH and decoding.applies(past, valid, query, key, value):
-        return decoding.decode_one(past, query, key, value, **options), None
-    else:
-        if backend == Backend.TORCH:
-            out = blockwise.attend(query, key, value, valid, rules, past, **options)
-        else:
-            out = kernels.prefill(query, key, value, valid, rules, past, impl=backend, **options)
-        if past is not None:
-            past.commit(key, value, valid, backend)
-    return out.transpose(1, 2).contiguous(), None
+    narrow = _autocast_type(query.device.type)
+    if narrow is None:
+        return _attend(query, key, value, valid, rules, past, impl, options), None
+    if query.dtype != torch.float64:
+        query, key, value = (states.to(narrow) for states in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):  # it is one operation, as PyTorch's own attention is
+        return _attend(query, key, value, valid, rules, past, impl, options), None
+
+
+def _autocast_type(device_type: str) -> torch.dtype | None:
+    """What autocast gives PyTorch's own attention, float64 aside; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    rules: LayerRules,
+    past: MoACacheLayer | None,
+    impl: Impl,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """`dispatch.attend`, or what a compiler takes in its place."""
+    if not query.dtype == key.dtype == value.dtype:
+        raise UnsupportedInputError(
+            f"queries, keys and values are {query.dtype}, {key.dtype} and {value.dtype}; they must be of one type, or "
+            "autocast on"
+        )
+    if not torch.compiler.is_compiling():
+        return dispatch.attend(query, key, value, valid, rules, past, impl, **options)
+    if past is None and rules.codecs is not None:  # which tokens are the sink's depends on padding
+        return compiled.uncompiled(query, key, value, valid, rules, past, impl, **options)
+    if past is None:
+        return compiled.attend_whole(query, key, value, valid, rules, **options)
+    if past.is_compileable and past.is_initialized and past.decodes(query.shape[2], valid):
+        return dispatch.attend(query, key, value, valid, rules, past, impl, **options)
+    past.settle()
+    return compiled.attend_past(query, key, value, valid, past, impl, **options)
 
 
 def _check_offsets(q_offset: Any, q_length: int, kv_offset: int, kv_length: int) -> None:

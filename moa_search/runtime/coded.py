@@ -133,6 +133,11 @@ class CodedCacheLayer(MoACacheLayer):
                 part.append(torch.cat([sink[:, head, :plain], decoded[:, plain:]], 1))
         return torch.cat(parts[0], 1), torch.cat(parts[1], 1)
 
+    def _leave_inference_mode(self) -> None:
+        super()._leave_inference_mode()
+        for ring in (ring for head in self._rings for ring in head):
+            ring.change(torch.clone)
+
     def _codecs(self) -> LayerCodecs:
         assert self.rules.codecs is not None
         return self.rules.codecs.on(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -25,7 +26,6 @@ from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
 
     from moa_kernels.backends import Impl
     from torch.utils.hooks import RemovableHandle
@@ -50,6 +50,7 @@ class Applied:
         rules: What it says, layer by layer.
         impl: What attends, as in `apply_plan`.
         attention: The attention implementation before.
+        parameters: Of the model's ``forward``, in order.
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
         giving: What stops `give_cache`.
         max_length: Of the largest cache of fixed size that `generate` has made.
@@ -59,6 +60,7 @@ class Applied:
     rules: tuple[LayerRules, ...]
     impl: Impl
     attention: str | None
+    parameters: tuple[str, ...]
     overridden: dict[str, Any]
     giving: RemovableHandle | None = None
     max_length: int | None = None
@@ -234,16 +236,19 @@ def _has_foreign(model: Any, name: str) -> bool:
 
 def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a forward pass that would make a cache of transformers' kind by itself, hand it a `MoACache`."""
-    if kwargs.get("past_key_values") is None:
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        text = text_config(model.config)
-        use_cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("use_cache")
-        wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
-        free = "past_key_values" in names[len(args) :]
-        if wanted and free and attention_of(text) == NAME:
-            cache = MoACache.following(getattr(model, STATE_ATTRIBUTE).rules, model.config)
-            return args, {**kwargs, "past_key_values": cache}
+    if kwargs.get("past_key_values") is not None:
+        return args, kwargs
+    state: Applied = getattr(model, STATE_ATTRIBUTE)
+    use_cache = {**dict(zip(state.parameters, args, strict=False)), **kwargs}.get("use_cache")
+    text = text_config(model.config)
+    wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
+    if wanted and "past_key_values" in state.parameters[len(args) :] and attention_of(text) == NAME:
+        return args, {**kwargs, "past_key_values": _new_cache(state.rules, model.config)}
     return args, kwargs
+
+
+# A graph serves many caches, so that none can be made in it.
+_new_cache: Callable[..., MoACache] = torch.compiler.disable(MoACache.following)
 
 
 def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> NoReturn:

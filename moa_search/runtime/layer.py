@@ -11,6 +11,7 @@ Only `crop` steps back in n, so it checks.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +22,12 @@ from transformers.cache_utils import CacheLayerMixin
 from moa_search.errors import UnsupportedInputError
 from moa_search.runtime.decoding import DecodingTable
 from moa_search.runtime.padding import real_first
+from moa_search.runtime.registry import ticket_for
 from moa_search.runtime.staged import Staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from moa_kernels.rings import RingLayout
 
@@ -53,6 +56,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         layout: Where every head's keys are.
         cumulative_length: Tokens seen including padding.
         record_past: Whether room for a rollback is kept.
+        ticket: What stands for the layer in a compiled graph.
         step: The call of the CPU library that decodes, as it was last filled in.
     """
 
@@ -79,7 +83,15 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self._spans = rules.head_spans
         self.record_past = False
         self._rollback = ROLLBACK_TOKENS
+        self.ticket = ticket_for(self)
         self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "ticket"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.ticket = ticket_for(self)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch size, widths, dtype and device from the first states."""
@@ -101,15 +113,40 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
                 "the keys of an earlier forward pass were never attended: it failed midway, or the model "
                 "bypasses the plan's attention; reset() the cache"
             )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if len(key_states) != len(self.keys):
-            raise UnsupportedInputError(
-                f"the cache holds {len(self.keys)} samples and gets {len(key_states)}; reset() it, or make another"
-            )
+        if not torch.compiler.is_compiling():
+            self._check_batch(key_states)
         self._staged = True
         staged = Staged(self, key_states, value_states)
         return staged, staged
+
+    def admit(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Be ready for new keys and values of one type: the first decide their type, a wider one widens all.
+
+        Tensors that were made in inference mode are exchanged for others outside of it.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+            return
+        if key.dtype != self.keys.dtype:
+            self._widen(torch.promote_types(key.dtype, self.keys.dtype))
+        if not torch.compiler.is_compiling():
+            self._check_batch(key)
+            if (self.keys.is_inference() or self.lens.is_inference()) and not torch.is_inference_mode_enabled():
+                self._leave_inference_mode()
+
+    def settle(self) -> None:
+        """Take staged keys for stored, which an operator does behind the compiler's back."""
+        self._staged = False
+
+    @property
+    def fixed_storage(self) -> list[torch.Tensor]:
+        """Tensors that stay where they are and that a graph has to know of; none here."""
+        return []
+
+    def stored_in(self, storage: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
+        """While an operator runs, use what it was given in the place of `fixed_storage`."""
+        assert not storage
+        return nullcontext()
 
     @property
     def start(self) -> torch.Tensor:
@@ -163,6 +200,8 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             valid: Boolean ``[batch, new tokens]``, False for padding; None if none is.
             impl: What runs `append_tokens`.
         """
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
         tokens, counts = key.shape[2], None
         if valid is not None:
             key, value, counts = real_first(key, valid), real_first(value, valid), valid.sum(1)
@@ -291,6 +330,21 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the samples that ``indices`` names."""
         self._over_batch(lambda states: states[indices.to(states.device)])
+
+    def _check_batch(self, states: torch.Tensor) -> None:
+        if self.is_initialized and len(states) != len(self.keys):
+            raise UnsupportedInputError(
+                f"the cache holds {len(self.keys)} samples and gets {len(states)}; reset() it, or make another"
+            )
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Hold keys and values in another type."""
+        self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
+
+    def _leave_inference_mode(self) -> None:
+        self.keys, self.values, self.lens, self._floor = (
+            states.clone() for states in (self.keys, self.values, self.lens, self._floor)
+        )
 
     def _over_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:

@@ -117,7 +117,7 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
                 f"plan: layer {layer} is to keep the model's own window of {plan.native_window} tokens, "
                 f"but it attends {windows[layer] or 'all'} tokens; profile and search again"
             )
-    return tuple(
+    made = tuple(
         LayerRules(
             rules=tuple(rules),
             sink=0 if layer in native else plan.sink,
@@ -127,3 +127,6 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
         )
         for layer, (rules, window, codecs) in enumerate(zip(plan.rules, windows, layer_codecs(plan), strict=True))
     )
+    for rules in made:
+        _ = rules.head_spans  # now, since a compiler can't follow how it is made when it is asked for
+    return made

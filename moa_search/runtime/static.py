@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from moa_search.runtime.layer import EMPTY, MoACacheLayer
 from moa_search.runtime.padding import real_first
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from moa_search.runtime.rules import LayerRules
 
@@ -49,12 +50,35 @@ class StaticMoACacheLayer(MoACacheLayer):
         batch = key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.layout = self.rules.layout(self.rules.capacities(self.max_length, self._slack))
-        self.keys = key_states.new_zeros(batch, self.layout.slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, self.layout.slots, value_states.shape[-1])
-        self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False):  # for whatever mode the next pass is in: they stay where they are
+            self.keys = key_states.new_zeros(batch, self.layout.slots, key_states.shape[-1])
+            self.values = value_states.new_zeros(batch, self.layout.slots, value_states.shape[-1])
+            self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self._mark()
         self.is_initialized = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.is_initialized:
+            self._mark()
+
+    @property
+    def fixed_storage(self) -> list[torch.Tensor]:
+        """Keys, values and counts, once there are any."""
+        return [self.keys, self.values, self.lens, self.seen] if self.is_initialized else []
+
+    @contextmanager
+    def stored_in(self, storage: Sequence[torch.Tensor]) -> Iterator[None]:
+        """As `MoACacheLayer.stored_in`."""
+        own = self.fixed_storage
+        if storage:
+            self.keys, self.values, self.lens, self.seen = storage
+        try:
+            yield
+        finally:
+            if storage:
+                self.keys, self.values, self.lens, self.seen = own
 
     @property
     def start(self) -> torch.Tensor:
@@ -132,6 +156,18 @@ class StaticMoACacheLayer(MoACacheLayer):
         else:
             self.keys, self.values, self.lens = changed
             self._mark()
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Refuse, unless nothing changes: graphs were made for the type."""
+        if dtype != self.keys.dtype:
+            raise UnsupportedInputError(
+                f"a MoACache of fixed size that holds {self.keys.dtype} can't take {dtype}; make another, or leave "
+                "max_length unset"
+            )
+
+    def _leave_inference_mode(self) -> None:
+        self.keys, self.values, self.lens, self.seen = (states.clone() for states in self.fixed_storage)
+        self._mark()
 
     def _mark(self) -> None:
         """Tell the compiler that these tensors stay where they are; CUDA graphs would copy them otherwise."""
