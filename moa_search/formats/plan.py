@@ -469,10 +469,14 @@ class Plan(_Strict):
             ConfigError: It can't be written there.
             PlanFormatError: The plan came without its transforms.
         """
-        if self.key_transforms is not None:
-            self.key_transforms.save(Path(path).parent)
+        self.save_transforms(Path(path).parent)
         with atomic_write(path) as file:
             file.write(self.dumps().encode())
+
+    def save_transforms(self, folder: str | os.PathLike[str]) -> None:
+        """Write the transforms of keys, if the plan needs any, into the folder of its file; raises what `save` does."""
+        if self.key_transforms is not None:
+            self.key_transforms.save(folder)
 
     @classmethod
     def loads(cls, text: str | bytes, source: str = "plan") -> Plan:

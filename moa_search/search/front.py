@@ -111,8 +111,12 @@ class Front:
             ConfigError: The folder can't be written; older files stay as they were.
         """
         root = Path(folder)
-        contents = {root / file: plan.dumps() for file, plan in zip(self.files, self.plans, strict=True)}
-        contents |= {root / "front" / "front.csv": self._csv(), root / "plan.json": self.chosen.dumps()}
+        plans = {root / file: plan for file, plan in zip(self.files, self.plans, strict=True)}
+        plans[root / "plan.json"] = self.chosen
+        for path, plan in plans.items():
+            plan.save_transforms(path.parent)
+        contents = {path: plan.dumps() for path, plan in plans.items()}
+        contents[root / "front" / "front.csv"] = self._csv()
         with contextlib.ExitStack() as all_or_none:
             for path, content in contents.items():
                 file = all_or_none.enter_context(atomic_write(path))

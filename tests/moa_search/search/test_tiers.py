@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
+from moa_search.formats import Plan
 from moa_search.formats.criteria import statistic_of
 from moa_search.formats.tiers import PLAIN
 from moa_search.options import SearchOptions
+from moa_search.search.front import Front
 from moa_search.search.losses import plan_losses, rule_losses
 from moa_search.search.searchers import find_searcher
 from moa_search.search.searching import candidate_tiers, make_space, search_profile
@@ -185,3 +187,10 @@ def test_what_cannot_be_is_one_line(profile, options, error, says):
 def test_profiles_of_spans_say_how_to_measure_tiers(tiny_profile):
     with pytest.raises(ConfigError, match="measure them with moa-profile --tiers 16 4"):
         search_profile(tiny_profile, SearchOptions(density=[0.5], tiers=[16, 4]))
+
+
+def test_a_front_is_saved_with_the_transforms_of_its_plans(profile, tmp_path):
+    front = search_profile(profile, SearchOptions(kv_share=[0.4]))
+    front.save(tmp_path)
+    assert Front.load(tmp_path).plans == front.plans
+    assert Plan.load(tmp_path / "plan.json") == front.chosen
