@@ -106,7 +106,19 @@ def test_builds_for_other_processors_pass_the_same_tests(target, tmp_path):
     if not TARGETS[target] <= build.processor_flags() or (build.platform.machine() != "x86_64" and "x86" in target):
         pytest.skip("this processor can't run it")
     tests = str(Path(__file__).with_name("test_kernels.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", "not test_auto"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        tests,
+        "--all-seeds",
+        "-k",
+        "not test_auto",
+    ]
     settings = environment(tmp_path, MOA_CPU_TARGET=target)
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout[-3000:]

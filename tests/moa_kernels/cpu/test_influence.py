@@ -10,11 +10,12 @@ from moa_kernels.influence.coded import coded_changes
 
 from .. import test_influence_coded as codes
 from .. import test_influence_kernel as kernel
+from ..seeds import seeds
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
-@pytest.mark.parametrize("seed", range(160))
+@pytest.mark.parametrize("seed", seeds(240))
 def test_random_problems(seed):
     before = torch.get_num_threads()
     torch.set_num_threads(1 + seed % 2)
