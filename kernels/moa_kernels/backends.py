@@ -5,18 +5,20 @@ another result in silence. ``"auto"`` takes the implementation that `PREFERRED` 
 for everything that it can't do, saying why once in the log.
 
 A further implementation is a member of `Backend`, a function in `OBSTACLES` that says what it can't do, a place in
-`PREFERRED`, and a branch in the ``run`` of each operation's ``op.py``.
+`PREFERRED`, and a place in `MODULES`.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -32,6 +34,7 @@ __all__ = [
     "interpreting",
     "multiprocessors",
     "on_device_of",
+    "run",
 ]
 
 log = logging.getLogger(__name__)
@@ -106,6 +109,24 @@ def choose(impl: str, *tensors: Tensor, head_dim: int | None, dtypes: Sequence[t
     if impl != "auto":
         raise BackendUnavailableError(f'{reason}; use impl="torch" or "auto"')
     return Backend.TORCH
+
+
+def run(backend: str, operation: str, call: tuple[Any, ...]) -> Any:
+    """Run an implementation that was chosen.
+
+    Args:
+        backend: The implementation.
+        operation: Folder and function, such as ``"prefill.span_prefill"``.
+        call: Its checked arguments, a tensor first.
+    """
+    folder, function = operation.split(".")
+    with on_device_of(call[0]):
+        return getattr(_module(backend, folder), function)(call)
+
+
+@functools.cache
+def _module(backend: str, folder: str) -> ModuleType:
+    return importlib.import_module(MODULES[Backend(backend)].format(folder))
 
 
 def interpreting() -> bool:
@@ -205,3 +226,10 @@ OBSTACLES: dict[Backend, Callable[[Inputs], str | None]] = {
 
 PREFERRED = {"cuda": Backend.TRITON, "cpu": Backend.CPU}
 """What ``"auto"`` takes by type of device; torch elsewhere."""
+
+MODULES = {
+    Backend.TRITON: "moa_kernels.{}.launch",
+    Backend.CPU: "moa_kernels.cpu.ops",
+    Backend.TORCH: "moa_kernels.{}.reference",
+}
+"""Where an operation's function is; imported when it first runs."""

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.append import reference
 from moa_kernels.append.reference import Append
-from moa_kernels.backends import Backend, choose, on_device_of
+from moa_kernels.backends import choose, run
 from moa_kernels.rings import RingLayout
 
 __all__ = ["append_tokens"]
@@ -63,22 +62,7 @@ def append_tokens(
     if torch.compiler.is_compiling():
         _operator(*call[:5], layout.flat, counts, backend.value)
     else:
-        run(backend, call)
-
-
-def run(backend: str, call: Append) -> None:
-    """Run an implementation that can."""
-    implementation = reference.append_tokens
-    if backend == Backend.TRITON:
-        from moa_kernels.append import launch
-
-        implementation = launch.append_tokens
-    elif backend == Backend.CPU:
-        from moa_kernels.cpu import ops
-
-        implementation = ops.append_tokens
-    with on_device_of(call.keys):
-        implementation(call)
+        run(backend, "append.append_tokens", call)
 
 
 @torch.library.custom_op(
@@ -90,7 +74,11 @@ def run(backend: str, call: Append) -> None:
 def _operator(*arguments: Any) -> None:
     """`Append` for compilers: the layout as integers."""
     keys, values, new_keys, new_values, lens, layout, counts, impl = arguments
-    run(impl, Append(keys, values, new_keys, new_values, lens, RingLayout.from_flat(layout), counts))
+    run(
+        impl,
+        "append.append_tokens",
+        Append(keys, values, new_keys, new_values, lens, RingLayout.from_flat(layout), counts),
+    )
 
 
 @_operator.register_fake

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import Backend, choose, on_device_of
-from moa_kernels.decode import reference
+from moa_kernels.backends import choose, run
 from moa_kernels.decode.reference import Decode
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
@@ -70,22 +69,8 @@ def span_decode(
     if torch.compiler.is_compiling():
         output, lse = _operator(*call[:4], layout.flat, spans.flat, spans.sliding_window, *call[6:], backend.value)
         return output, lse
-    return run(backend, call)
-
-
-def run(backend: str, call: Decode) -> tuple[Tensor, Tensor]:
-    """Run an implementation that can."""
-    implementation = reference.span_decode
-    if backend == Backend.TRITON:
-        from moa_kernels.decode import launch
-
-        implementation = launch.span_decode
-    elif backend == Backend.CPU:
-        from moa_kernels.cpu import ops
-
-        implementation = ops.span_decode
-    with on_device_of(call.query):
-        return implementation(call)
+    result: tuple[Tensor, Tensor] = run(backend, "decode.span_decode", call)
+    return result
 
 
 @torch.library.custom_op(
@@ -94,11 +79,11 @@ def run(backend: str, call: Decode) -> tuple[Tensor, Tensor]:
     schema="(Tensor query, Tensor keys, Tensor values, Tensor lens, int[] layout, int[] spans, int sliding_window, "
     "float scale, float? softcap, Tensor? sink_logits, str impl) -> (Tensor, Tensor)",
 )
-def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _operator(*arguments: Any) -> Any:
     """`Decode` for compilers: layout and rules as integers."""
     query, keys, values, lens, layout, spans, sliding_window, *others, impl = arguments
     tables = RingLayout.from_flat(layout), HeadSpans.from_flat(spans, sliding_window)
-    return run(impl, Decode(query, keys, values, lens, *tables, *others))
+    return run(impl, "decode.span_decode", Decode(query, keys, values, lens, *tables, *others))
 
 
 @_operator.register_fake

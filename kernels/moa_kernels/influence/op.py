@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import Backend, choose, on_device_of
-from moa_kernels.influence import reference
+from moa_kernels.backends import choose, run
 from moa_kernels.influence.reference import STATISTICS, Influence
 
 __all__ = ["influence_statistics"]
@@ -64,23 +63,9 @@ def influence_statistics(
     )
     _check(call)
     backend = choose(impl, *call[:4], head_dim=key.shape[-1])
-    totals: Tensor = _operator(*call, backend.value) if torch.compiler.is_compiling() else run(backend, call)
+    compiling = torch.compiler.is_compiling()
+    totals: Tensor = _operator(*call, backend.value) if compiling else run(backend, "influence.influence_totals", call)
     return dict(zip(STATISTICS, totals.unbind(), strict=True))
-
-
-def run(backend: str, call: Influence) -> Tensor:
-    """Run an implementation that can."""
-    implementation = reference.influence_totals
-    if backend == Backend.TRITON:
-        from moa_kernels.influence import launch
-
-        implementation = launch.influence_totals
-    elif backend == Backend.CPU:
-        from moa_kernels.cpu import ops
-
-        implementation = ops.influence_totals
-    with on_device_of(call.query):
-        return implementation(call)
 
 
 @torch.library.custom_op(
@@ -89,9 +74,9 @@ def run(backend: str, call: Influence) -> Tensor:
     schema="(Tensor query, Tensor key, Tensor value, Tensor grad_out, int[] windows, int row_buckets, "
     "int bucket_rows, int sink, float scale, float? softcap, Tensor? sink_logits, str impl) -> Tensor",
 )
-def _operator(*arguments: Any) -> Tensor:
+def _operator(*arguments: Any) -> Any:
     """`Influence` for compilers."""
-    return run(arguments[-1], Influence(*arguments[:-1]))
+    return run(arguments[-1], "influence.influence_totals", Influence(*arguments[:-1]))
 
 
 @_operator.register_fake

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import Backend, choose, on_device_of
-from moa_kernels.prefill import reference
+from moa_kernels.backends import choose, run
 from moa_kernels.prefill.reference import Prefill
 from moa_kernels.spans import HeadSpans
 
@@ -64,22 +63,8 @@ def span_prefill(
     if torch.compiler.is_compiling():
         out, lse = _operator(*call[:3], spans.flat, spans.sliding_window, *call[4:], backend.value)
         return out, lse
-    return run(backend, call)
-
-
-def run(backend: str, call: Prefill) -> tuple[Tensor, Tensor]:
-    """Run an implementation that can."""
-    implementation = reference.span_prefill
-    if backend == Backend.TRITON:
-        from moa_kernels.prefill import launch
-
-        implementation = launch.span_prefill
-    elif backend == Backend.CPU:
-        from moa_kernels.cpu import ops
-
-        implementation = ops.span_prefill
-    with on_device_of(call.query):
-        return implementation(call)
+    result: tuple[Tensor, Tensor] = run(backend, "prefill.span_prefill", call)
+    return result
 
 
 @torch.library.custom_op(
@@ -88,10 +73,12 @@ def run(backend: str, call: Prefill) -> tuple[Tensor, Tensor]:
     schema="(Tensor query, Tensor key, Tensor value, int[] spans, int sliding_window, Tensor? starts, Tensor? ends, "
     "float scale, float? softcap, Tensor? sink_logits, str impl) -> (Tensor, Tensor)",
 )
-def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _operator(*arguments: Any) -> Any:
     """`Prefill` for compilers: rules as integers."""
     query, key, value, spans, sliding_window, *others, impl = arguments
-    return run(impl, Prefill(query, key, value, HeadSpans.from_flat(spans, sliding_window), *others))
+    return run(
+        impl, "prefill.span_prefill", Prefill(query, key, value, HeadSpans.from_flat(spans, sliding_window), *others)
+    )
 
 
 @_operator.register_fake
