@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from moa_search.errors import ConfigError, ModelUnsupportedError
+from moa_search.errors import ConfigError, ModelUnsupportedError, UnsupportedInputError
 from moa_search.formats import Plan
 from moa_search.modeling.text import text_config
 from moa_search.runtime.coded import CodedCacheLayer
@@ -105,6 +106,28 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
         cache = cls.__new__(cls)
         Cache.__init__(cache, layers=_layers(rules, config, max_length))
         return cache
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As every cache's; refuses what an earlier pass left half done, which would silently give other tokens.
+
+        Lengths of layers of fixed size lie on their device, and are looked at on a CPU only.
+
+        Raises:
+            UnsupportedInputError: The layers don't hold the same tokens.
+        """
+        layer = self.layers[layer_idx]
+        if isinstance(layer, MoACacheLayer) and not torch.compiler.is_compiling():
+            # The first of them has stored this pass's tokens already.
+            first = next(other for other in self.layers if isinstance(other, MoACacheLayer))
+            known = not layer.is_compileable or key_states.device.type == "cpu"
+            if known and first is not layer and layer.get_seq_length() + key_states.shape[2] != first.get_seq_length():
+                raise UnsupportedInputError(
+                    "the layers of the MoACache hold different numbers of tokens: an earlier forward pass failed or "
+                    "was interrupted midway; reset() the cache"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def copy(self) -> MoACache:
         """A cache of its own with the same tokens: fill one with a prefix, then continue copies of it.

@@ -124,6 +124,7 @@ def _prepare_cache_for_generation(
     if under_plan:
         # While PEFT generates, it stands in for this method.
         require_no_prefix(getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None))
+        _check_checkpointing(model, generation_config)
     if not under_plan or given is not None:
         if under_plan and isinstance(given, MoACache):
             if given.is_compileable:
@@ -158,6 +159,16 @@ def _prepare_cache_for_generation(
     return result
 
 
+def _check_checkpointing(model: Any, generation_config: Any) -> None:
+    """Refuse what transformers only warns of: its layers drop the cache, and each token follows the last one alone."""
+    dropping = model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if dropping and generation_config.use_cache:
+        raise UnsupportedInputError(
+            "gradient checkpointing drops the cache in training mode; call model.eval() to generate, or pass "
+            "use_cache=False"
+        )
+
+
 def _check_room(cache: MoACache, tokens: int) -> None:
     most = max(layer.get_max_length() for layer in cache.layers if isinstance(layer, MoACacheLayer))
     if tokens > most:
@@ -181,6 +192,7 @@ def _prefill(
 ) -> Any:
     """Prefill a long prompt in chunks, and none of them compiled: prompts have too many lengths for that."""
     if isinstance(model_kwargs.get("past_key_values"), MoACache):
+        _check_continues(input_ids, generation_config, model_kwargs)
         # Learned prompts of PEFT, for one, count the tokens of a pass to know what to put in front.
         foreign = _has_foreign(model, "prepare_inputs_for_generation")
         chunked = not foreign and chunks.wants_chunks(model, input_ids, generation_config, model_kwargs)
@@ -191,6 +203,21 @@ def _prefill(
         if chunked:
             generation_config.prefill_chunk_size = chunks.PREFILL_CHUNK_TOKENS
     return _original(model, PREFILL)(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _check_continues(input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """Refuse inputs that leave no new token behind what the cache holds, which transformers cuts wrongly in silence."""
+    past = int(model_kwargs["past_key_values"].get_seq_length())
+    embeddings, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    given = input_ids.shape[1] if embeddings is None else embeddings.shape[1]
+    # A mask without padding is dropped but for its length; one that was never made stands for new tokens only.
+    masked = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    only_new = embeddings is None and masked in (None, -1, past + given)
+    if past and given <= past and not only_new:
+        raise UnsupportedInputError(
+            f"{given} tokens are given and the cache holds {past}: pass the whole sequence, past and new tokens, or "
+            "the new ones with an attention_mask of past and new tokens together"
+        )
 
 
 def _prepare_inputs_for_generation(
