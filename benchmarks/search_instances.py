@@ -13,8 +13,6 @@ import numpy.typing as npt
 from moa_search.search.solver.problem import Problem
 from moa_search.spans import BETA_ONE, SpanRule, span
 
-__all__ = ["BUDGET_LENGTHS", "Curves", "make_problem", "make_rules"]
-
 BUDGET_LENGTHS = tuple(2048 * 2**k for k in range(7))
 PROFILED = {2048: 0.1, 4096: 0.2, 8192: 0.3, 32768: 0.4}
 """Lengths that the losses come from, with the weights of their sum."""

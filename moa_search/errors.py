@@ -4,27 +4,6 @@ Command-line programs print such an error as one line and exit with status 2; an
 is a defect and keeps its traceback.
 """
 
-__all__ = [
-    "BackendUnavailableError",
-    "BudgetInfeasibleError",
-    "CalibrationError",
-    "ConfigError",
-    "FileFormatError",
-    "MoAError",
-    "ModelMismatchError",
-    "ModelNotFoundError",
-    "ModelUnsupportedError",
-    "PlanFormatError",
-    "PlanVersionError",
-    "ProfileFormatError",
-    "ProfileVersionError",
-    "ProfilingError",
-    "SolverError",
-    "TuningError",
-    "UnsupportedInputError",
-    "VerificationError",
-]
-
 
 class MoAError(Exception):
     """Base of every error raised on purpose."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["head_masks", "span_mask"]
-
 
 def span_mask(
     rule: SpanRule, length: int, *, sink: int, min_span: int, most_points: int | None = None

@@ -13,8 +13,6 @@ from typing import TypeVar
 
 from moa_search.errors import ConfigError, MoAError
 
-__all__ = ["ALONE", "Workers", "joined"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

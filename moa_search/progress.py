@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-__all__ = ["no_bars", "progress"]
-
 DISABLED = "TQDM_DISABLE"
 """Environment variable, tqdm's own, that hides all bars; processes that are started inherit it."""
 

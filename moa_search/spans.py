@@ -15,19 +15,6 @@ import numpy as np
 
 from moa_search.errors import ConfigError
 
-__all__ = [
-    "BETA_ONE",
-    "BLOCK_TOKENS",
-    "DENSE",
-    "MAX_LENGTH",
-    "SINK_TOKENS",
-    "SpanRule",
-    "attention_densities",
-    "attention_density",
-    "density",
-    "span",
-]
-
 MAX_LENGTH = 2**27
 """Longest context in tokens that is taken for meant."""
 

@@ -15,8 +15,6 @@ from timing import Case, Run
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["cases"]
-
 DIM, GROUP, KV_HEADS, BATCH, SINK = 128, 4, 8, 4, 64
 MEGABYTES = (16, 64, 256, 1024)
 

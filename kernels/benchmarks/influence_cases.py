@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["cases"]
-
 DIM, GROUP, KV_HEADS, SINK, BLOCK, BUCKETS = 128, 4, 8, 64, 64, 32
 
 

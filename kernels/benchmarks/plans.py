@@ -6,8 +6,6 @@ import torch
 from moa_kernels.spans import HeadSpans
 from torch import Tensor
 
-__all__ = ["BETAS_256", "SINK", "attention_density", "block_lists", "spans_of"]
-
 SINK = 64
 
 BETAS_256 = {

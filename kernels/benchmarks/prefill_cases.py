@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["cases"]
-
 DIM, GROUP, KV_HEADS = 128, 4, 8
 CHECKED_ROWS = 64
 BLOCK = 128

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from moa_kernels.tune import measure
 
-__all__ = ["Case", "Skipped", "copy_bandwidth", "measure", "versions"]
-
 Run = Callable[[], Any]
 
 

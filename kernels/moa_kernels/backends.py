@@ -24,19 +24,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = [
-    "HEAD_DIMS",
-    "Backend",
-    "BackendUnavailableError",
-    "Impl",
-    "Inputs",
-    "choose",
-    "interpreting",
-    "multiprocessors",
-    "on_device_of",
-    "run",
-]
-
 log = logging.getLogger(__name__)
 
 Impl = Literal["auto", "triton", "cpu", "torch"]

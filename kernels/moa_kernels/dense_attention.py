@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["dense_attention"]
-
 ROWS = 128
 """Query rows per chunk."""
 

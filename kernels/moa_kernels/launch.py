@@ -18,20 +18,6 @@ from torch import Tensor
 
 from moa_kernels.backends import interpreting
 
-__all__ = [
-    "COMPILER_OPTIONS",
-    "TABLE",
-    "LaunchConfig",
-    "cache_file",
-    "forget_tuned",
-    "launch_config",
-    "overridden",
-    "padded",
-    "rows_contiguous",
-    "save_tuned",
-]
-
-
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 """Passed with every launch: Triton 3.9 warns where it's left out, later versions change its default."""
 

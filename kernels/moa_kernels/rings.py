@@ -10,8 +10,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-__all__ = ["RingLayout"]
-
 
 @dataclass(frozen=True)
 class RingLayout:

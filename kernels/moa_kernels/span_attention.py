@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["span_attention"]
-
 
 def span_attention(
     query: torch.Tensor,

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FIELDS", "FOREVER", "HeadSpans"]
-
 FIELDS = ("sink", "min_span", "alpha", "beta_256")
 """Integers per KV head, in the order of `HeadSpans.flat`."""
 

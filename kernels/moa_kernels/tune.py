@@ -24,8 +24,6 @@ from moa_kernels.prefill import span_prefill
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 
-__all__ = ["main", "measure"]
-
 CANDIDATES: dict[str, list[tuple[Any, ...]]] = {
     "prefill": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
     "decode": list(itertools.product((32,), (32, 64, 128), (2, 4, 8), (2, 3, 4))),

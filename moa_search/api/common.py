@@ -14,17 +14,6 @@ from moa_search.options import SearchOptions
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
 
-__all__ = [
-    "DEFAULT_DENSITY",
-    "load_profile",
-    "model_and_tokenizer",
-    "require_plans_fit",
-    "require_profile_fits",
-    "require_writable",
-    "require_writable_folder",
-    "with_a_budget",
-]
-
 logger = logging.getLogger(__name__)
 
 SearchKind = TypeVar("SearchKind", bound=SearchOptions)

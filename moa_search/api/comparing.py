@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from moa_search.formats import Profile
 
-__all__ = ["compare_searchers"]
-
 
 @takes(CompareOptions)
 def compare_searchers(profile: str | Profile, options: CompareOptions) -> pd.DataFrame:

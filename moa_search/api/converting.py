@@ -14,8 +14,6 @@ from moa_search.options import ImportOptions, PlanFormat, takes
 if TYPE_CHECKING:
     from moa_search.formats import ModelSignature, Plan, PlanLike
 
-__all__ = ["export_plan", "import_plan"]
-
 SIZES = ("layers", "heads", "kv_heads", "head_dim")
 """What a model given by its numbers alone is made of."""
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-__all__ = ["evaluate_model"]
-
-
 @takes(EvalOptions)
 def evaluate_model(model: str | tuple[Any, Any], options: EvalOptions) -> pd.DataFrame:
     """Score the model dense, under plans and under uniform spans, on held-out items.

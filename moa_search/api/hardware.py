@@ -10,8 +10,6 @@ from moa_search.options import HardwareOptions, takes
 if TYPE_CHECKING:
     from moa_search.search.budgets import Hardware
 
-__all__ = ["measure_hardware"]
-
 
 @takes(HardwareOptions)
 def measure_hardware(output: str | None, options: HardwareOptions) -> Hardware:

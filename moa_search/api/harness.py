@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from moa_search.evaluation.harness import HarnessRun
 
-__all__ = ["run_harness"]
-
 
 @takes(HarnessOptions)
 def run_harness(model: str | tuple[Any, Any], options: HarnessOptions) -> pd.DataFrame:

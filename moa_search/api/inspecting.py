@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from moa_search.formats import Plan, PlanLike, Profile
     from moa_search.search import Front
 
-__all__ = ["diff_plans", "inspect_front", "inspect_plan", "inspect_profile", "kind_of", "plan_titles"]
-
 HEAD = re.compile(r"(\d+):(\d+)")
 
 

@@ -13,8 +13,6 @@ from moa_search.options import ThroughputOptions, takes
 if TYPE_CHECKING:
     from moa_search.evaluation.throughput import Throughput
 
-__all__ = ["measure_throughput"]
-
 
 @takes(ThroughputOptions, may_lack_first=True)
 def measure_throughput(model: str | tuple[Any, Any] | None, options: ThroughputOptions) -> Throughput:

@@ -11,8 +11,6 @@ from moa_search.options import MergeOptions, ProfileOptions, takes
 if TYPE_CHECKING:
     from moa_search.formats import Profile
 
-__all__ = ["merge_profiles", "profile_model"]
-
 
 @takes(ProfileOptions)
 def profile_model(model: str | tuple[Any, Any], options: ProfileOptions) -> Profile:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from moa_search.evaluation.suite import Evaluator, Grid
     from moa_search.tasks import Task
 
-__all__ = ["report_model"]
-
 
 @takes(ReportOptions)
 def report_model(model: str | tuple[Any, Any], options: ReportOptions) -> pd.DataFrame:

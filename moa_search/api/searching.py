@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
     from moa_search.search import Front
 
-__all__ = ["search_front", "search_plan"]
-
 
 @takes(FrontOptions)
 def search_front(profile: str | Profile, options: FrontOptions) -> Front:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from moa_search.formats import Profile
     from moa_search.search.tuning import Summary, Tuning
 
-__all__ = ["tune_plan"]
-
 FRONT_SEEDS = 4
 """Weightings of the lengths besides equal ones that a study begins with."""
 

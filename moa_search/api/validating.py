@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from moa_search.formats.plan import Budget, Validation
     from moa_search.search import Front
 
-__all__ = ["held_out_loss", "try_front", "validate_front"]
-
 TABLE = "validation.csv"
 
 

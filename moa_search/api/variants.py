@@ -14,8 +14,6 @@ from moa_search.options import ReportOptions
 if TYPE_CHECKING:
     from moa_search.formats import Plan, PlanLike
 
-__all__ = ["given_plans", "named_plans", "plan_name", "searched_plans"]
-
 
 def named_plans(plan: Sequence[str | PlanLike], taken: Collection[str] = ()) -> dict[str, Plan]:
     """Plans, loaded where a file is given, by the shortest names that tell them apart.

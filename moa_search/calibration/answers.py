@@ -22,8 +22,6 @@ from moa_search.errors import CalibrationError
 from moa_search.parallel import Workers
 from moa_search.tasks.items import Item
 
-__all__ = ["ModelAnswers", "answering", "greedy_answer", "normalised", "right_part", "shared_words", "stop_tokens"]
-
 LONG_WORDS = 5
 """References from this many words on may be put in other words: see `is_right`."""
 

@@ -15,15 +15,14 @@ from moa_search.data.store import load_samples, save_samples, tokenizer_hash
 from moa_search.data.texts import SPLITS, Split
 from moa_search.errors import ConfigError, FileFormatError, ModelMismatchError
 from moa_search.formats.files import canonical_json, sha256_of
-from moa_search.modeling.loading import cache_dir, weights_hash
+from moa_search.modeling.loading import weights_hash
+from moa_search.modeling.source import cache_dir
 from moa_search.parallel import ALONE, Workers
 from moa_search.progress import progress
 from moa_search.tasks.collecting import Answerer, DataAnswers, collect
 from moa_search.tasks.drawing import Drawing
 from moa_search.tasks.sources import parse_source
 from moa_search.version import __version__
-
-__all__ = ["Answers", "Calibration", "Chat", "calibrate"]
 
 Answers = Literal["model", "dataset"]
 Chat = Literal["auto", "never"]

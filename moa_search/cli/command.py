@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from moa_search.options import Options
 
-__all__ = ["EXIT_BAD_INPUT", "Command", "open_console", "parse", "parser_of", "run"]
-
 WIDTH_WITHOUT_TERMINAL = 140
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -12,8 +12,6 @@ import yaml
 from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
 
-__all__ = ["read_config"]
-
 
 class _AsWritten(yaml.SafeLoader):  # type: ignore[misc]
     """Text, lists and mappings; YAML 1.1 would take 7:2 for 422, 1e-1 for text and no for false."""

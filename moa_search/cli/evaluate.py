@@ -8,8 +8,6 @@ from moa_search.api import evaluate_model, measure_throughput, report_model, run
 from moa_search.cli.command import Command, open_console
 from moa_search.cli.subcommands import run_any
 
-__all__ = ["COMMANDS", "MAIN", "main", "show", "show_harness", "show_report", "show_throughput"]
-
 if TYPE_CHECKING:
     import pandas as pd
 

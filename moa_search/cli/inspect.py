@@ -12,8 +12,6 @@ from moa_search.api.inspecting import kind_of, plan_titles
 from moa_search.cli.command import Command, open_console
 from moa_search.cli.subcommands import run_any
 
-__all__ = ["COMMANDS", "command_for", "main", "show", "show_diff", "show_front", "show_profile"]
-
 CHANGES = 12
 """Changed heads in a terminal's table."""
 

@@ -15,8 +15,6 @@ from moa_search.formats.files import nearest
 from moa_search.options import Options
 from moa_search.version import __version__
 
-__all__ = ["Parser", "build_parser", "first_of"]
-
 METAVARS = {int: "N", float: "X", bool: "true|false"}
 
 

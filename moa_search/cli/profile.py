@@ -8,8 +8,6 @@ from moa_search.api import merge_profiles, profile_model
 from moa_search.cli.command import Command, open_console
 from moa_search.cli.subcommands import run_any
 
-__all__ = ["COMMANDS", "MAIN", "main", "show", "show_merged"]
-
 if TYPE_CHECKING:
     from moa_search.formats import Profile
 

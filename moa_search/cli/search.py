@@ -8,8 +8,6 @@ from moa_search.api import compare_searchers, measure_hardware, search_front, tu
 from moa_search.cli.command import Command, open_console
 from moa_search.cli.subcommands import run_any
 
-__all__ = ["COMMANDS", "MAIN", "main", "show", "show_comparison", "show_hardware", "show_study", "show_validation"]
-
 if TYPE_CHECKING:
     import pandas as pd
 

@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 from moa_search.cli.command import EXIT_BAD_INPUT
 from moa_search.errors import ConfigError, MoAError
 
-__all__ = ["main"]
-
 DESCRIPTION = "Serve a model under a plan through an OpenAI-compatible HTTP API, on top of `transformers serve`."
 EPILOG = """\
 All other options are those of `transformers serve`, such as --host, --port and --device.

@@ -10,8 +10,6 @@ from typing import NoReturn
 from moa_search.cli.command import EXIT_BAD_INPUT, Command, run
 from moa_search.formats.files import nearest
 
-__all__ = ["run_any"]
-
 
 def run_any(program: str, main: Command, others: Mapping[str, Command], *, otherwise: str) -> NoReturn:
     """Run the command that ``sys.argv`` names, or else ``main``, to its exit status.

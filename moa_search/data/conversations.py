@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Conversation", "Message", "messages_of", "with_request_last"]
-
 Message = tuple[str, str]
 """Role, one of ``system``, ``user`` and ``assistant``, and text."""
 

@@ -16,9 +16,7 @@ from moa_search.data.sources import SourceSpec
 from moa_search.data.texts import squeezed
 from moa_search.errors import ConfigError
 from moa_search.formats.files import one_line
-from moa_search.modeling.loading import cache_dir
-
-__all__ = ["Found", "find"]
+from moa_search.modeling.source import cache_dir
 
 KINDS = (*READERS, *TEXT_FILES)
 

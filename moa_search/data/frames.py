@@ -16,8 +16,6 @@ from moa_search.data.texts import encode
 from moa_search.errors import CalibrationError
 from moa_search.formats.files import one_line
 
-__all__ = ["Frame", "chat_frame", "chat_pieces", "plain_frame"]
-
 Tokens = npt.NDArray[np.int64]
 
 MARKER = "moaContentMarker"

@@ -15,8 +15,6 @@ from moa_search.data.texts import Document, Split, documents, of_split, squeezed
 from moa_search.errors import CalibrationError, ConfigError
 from moa_search.formats.files import nearest, one_line
 
-__all__ = ["Record", "load_records", "load_texts"]
-
 SECTION_CHARACTERS = 4_000
 """A text file is cut at line ends into sections of about this size, so that one book has all three splits."""
 

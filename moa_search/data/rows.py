@@ -22,8 +22,6 @@ import numpy as np
 from moa_search.errors import ConfigError
 from moa_search.formats.files import one_line
 
-__all__ = ["COMPRESSED", "READERS", "TEXT_FILES", "Rows", "arrow_rows", "ending", "read_csv", "read_text"]
-
 FIELD_CHARACTERS = 2**31 - 1
 """Longest CSV cell; the module's own limit is 128 Ki, less than a long document."""
 

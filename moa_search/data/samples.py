@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from moa_search.formats.files import sha256_of
 
-__all__ = ["Sample", "hash_samples"]
-
 
 @dataclass(frozen=True, eq=False)
 class Sample:

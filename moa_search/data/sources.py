@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["ROLES", "TURNS", "SourceSpec"]
-
 TURNS = ("last", "all")
 """Which answers of a conversation can be supervised."""
 

@@ -16,8 +16,6 @@ from moa_search.errors import ConfigError, FileFormatError, ModelMismatchError
 from moa_search.formats.files import canonical_json, one_line, parse_json, sha256_of
 from moa_search.version import __version__
 
-__all__ = ["SCHEMA", "StoredSamples", "load_samples", "require_samples_folder", "save_samples", "tokenizer_hash"]
-
 SCHEMA = "moa-samples/1"
 METADATA = "moa-samples.json"
 COLUMNS = ("ids", "answer_tokens", "target_length", "task", "source", "depth", "document")

@@ -18,8 +18,6 @@ import numpy.typing as npt
 
 from moa_search.errors import CalibrationError, ConfigError
 
-__all__ = ["SPLITS", "Document", "Split", "TextSource", "documents", "encode", "of_split", "squeezed"]
-
 Tokens = npt.NDArray[np.int64]
 Document = tuple[str, str]
 """Name and text."""

@@ -20,23 +20,6 @@ from moa_search.runtime import applied
 from moa_search.spans import SpanRule
 from moa_search.tasks import AnswerMode, Task, require_tasks
 
-__all__ = [
-    "BASELINES",
-    "Comparison",
-    "Variant",
-    "compare_variants",
-    "constant_like",
-    "densities",
-    "is_baseline_name",
-    "kept_tokens",
-    "make_variants",
-    "measure",
-    "require_baselines",
-    "under",
-    "uniform_like",
-    "uniform_name",
-]
-
 BASELINES = ("dense", "uniform")
 """``dense`` is the untouched model; ``uniform`` gives every head, for each plan and length, one constant span that
 keeps as much of the cache as the plan does (StreamingLLM's sink and window)."""

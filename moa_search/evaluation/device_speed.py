@@ -11,8 +11,6 @@ import torch
 from moa_search.errors import ConfigError
 from moa_search.search.budgets import Hardware
 
-__all__ = ["measure_speed"]
-
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
 MATRIX_WIDTH = {"cuda": 8192, "cpu": 512}
 REPEATS = 20

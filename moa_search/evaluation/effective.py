@@ -26,17 +26,6 @@ import pandas as pd
 
 from moa_search.evaluation.statistics import accuracy_by_item, draws_of, interval_of
 
-__all__ = [
-    "THRESHOLD",
-    "EffectiveContext",
-    "effective_context",
-    "effective_contexts",
-    "effective_table",
-    "enough",
-    "multiple",
-    "window_lengths",
-]
-
 THRESHOLD = 0.9
 """Share of items that have to be answered rightly."""
 

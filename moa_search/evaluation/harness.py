@@ -16,8 +16,6 @@ from moa_search.evaluation.compare import Variant, under
 from moa_search.evaluation.statistics import bootstrap_interval
 from moa_search.formats.files import nearest, one_line
 
-__all__ = ["Harness", "HarnessRun", "harness_summary"]
-
 
 @dataclass(frozen=True)
 class HarnessRun:

@@ -10,8 +10,6 @@ from typing import Final
 
 from moa_search.evaluation.result_folder import ResultFolder
 
-__all__ = ["DENSE_PLAN", "LOSSES_SCHEMA", "LossCache", "LossKey"]
-
 LOSSES_SCHEMA: Final = "moa-losses/1"
 
 DENSE_PLAN: Final = "dense"

@@ -6,8 +6,6 @@ import platform
 
 import torch
 
-__all__ = ["device_name"]
-
 
 def device_name(device: torch.device) -> str:
     """A GPU's name, or the processor's as Linux knows it, else as Python does."""

@@ -11,8 +11,6 @@ from moa_search.errors import ConfigError
 from moa_search.formats.files import atomic_write, canonical_json, parse_json, sha256_of
 from moa_search.version import __version__
 
-__all__ = ["ResultFolder"]
-
 
 class ResultFolder:
     """Results by key.

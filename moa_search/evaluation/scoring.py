@@ -17,8 +17,6 @@ from moa_search.calibration.answers import answering
 from moa_search.data import Sample
 from moa_search.tasks import AnswerMode, Task
 
-__all__ = ["AnswerScore", "Score", "generate_answer", "generate_tokens", "score_answer", "score_item"]
-
 ROWS_AT_ONCE = 1024
 """Answer tokens that are scored together: the float32 logits of a whole document would take gigabytes."""
 

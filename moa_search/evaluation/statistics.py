@@ -15,8 +15,6 @@ import pandas as pd
 from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest
 
-__all__ = ["LEVEL", "RESAMPLES", "bootstrap_interval", "draws_of", "interval_of", "paired_differences", "summarise"]
-
 RESAMPLES = 2000
 LEVEL = 0.95
 CELL = ["task", "length", "variant"]

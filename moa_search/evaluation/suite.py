@@ -23,8 +23,6 @@ from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.text import dtype_name
 from moa_search.tasks import AnswerMode, Task
 
-__all__ = ["CELLS_SCHEMA", "Evaluator", "Grid", "measure_grid", "measure_windows", "refine_grid"]
-
 CELLS_SCHEMA: Final = "moa-cells/1"
 
 PARTS = ("item", "depth", "nll", "score")

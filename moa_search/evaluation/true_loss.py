@@ -27,8 +27,6 @@ from moa_search.modeling.text import dtype_name
 from moa_search.progress import progress
 from moa_search.runtime import remove_plan
 
-__all__ = ["Estimate", "TrueLoss"]
-
 Losses = npt.NDArray[np.float64]
 
 

@@ -7,8 +7,6 @@ from typing import Any, Final
 
 from pydantic import JsonValue
 
-__all__ = ["NESTED_KEYS", "RECORDED", "ROPE_KEYS", "Settings", "attention_settings"]
-
 Settings = dict[str, Any]
 
 ROPE_KEYS: Final = ("rope_parameters", "partial_rotary_factor")

@@ -10,8 +10,6 @@ from typing import Any
 from moa_search.errors import ConfigError
 from moa_search.formats.plan import Plan
 
-__all__ = ["CONFIG_ATTRIBUTE", "PLAN_FILE", "read_saved_plan"]
-
 CONFIG_ATTRIBUTE = "moa_plan"
 """Attribute of a text decoder's configuration that holds the plan as plain data."""
 

@@ -14,8 +14,6 @@ from moa_search.formats.files import nearest
 if TYPE_CHECKING:
     from moa_search.formats.profile import LengthProfile
 
-__all__ = ["CRITERIA", "head_losses", "require_criterion", "statistic_of", "window_losses"]
-
 CRITERIA = ("squared", "root_squared", "signed", "absolute", "elementwise", "recall")
 """How a rule's effect on a head is summed up.
 

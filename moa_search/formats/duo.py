@@ -17,8 +17,6 @@ from moa_search.formats.plan import Plan
 from moa_search.formats.signature import ModelSignature
 from moa_search.spans import BLOCK_TOKENS, DENSE, SpanRule
 
-__all__ = ["DEFAULT_THRESHOLD", "DUO_FILES", "looks_like_scores", "read_duo", "read_duo_sizes", "write_duo"]
-
 DUO_FILES = ("full_attention_heads.tsv", "config.json")
 """Names in a pattern's folder: the table, and the file that holds the two sizes among much else."""
 

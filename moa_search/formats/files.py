@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from pydantic import ValidationError
 
-__all__ = [
-    "atomic_write",
-    "canonical_json",
-    "describe_invalid",
-    "nearest",
-    "one_line",
-    "parse_json",
-    "parse_plan_json",
-    "sha256_of",
-    "write_csv",
-]
-
 MESSAGE_CHARACTERS = 300
 """Longest text quoted from a file in an error."""
 

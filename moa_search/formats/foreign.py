@@ -15,8 +15,6 @@ from moa_search.formats.moa import MOA_KEYS, read_moa, write_moa
 from moa_search.formats.plan import Plan
 from moa_search.formats.signature import ModelSignature
 
-__all__ = ["PlanFormat", "find_format", "read_foreign", "save_as"]
-
 PlanFormat = Literal["plan", "moa", "duo"]
 """Ours, MoA's JSON and DuoAttention's folder."""
 

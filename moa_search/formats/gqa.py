@@ -8,8 +8,6 @@ import numpy as np
 
 from moa_search.spans import BETA_ONE, SpanRule, span
 
-__all__ = ["envelope", "merge_rules", "to_kv_heads"]
-
 
 def to_kv_heads(
     rules: Sequence[Sequence[SpanRule]], group: int, min_span: int, lengths: Sequence[int] = ()

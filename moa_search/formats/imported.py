@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from moa_search.formats.plan import LengthMetrics, Plan, Provenance
 
-__all__ = ["imported"]
-
 
 def imported(plan: Plan, origin: str, notes: Sequence[str], lengths: Sequence[int]) -> Plan:
     """``plan`` with its origin, what the import changed, and its densities at ``lengths`` tokens."""

@@ -19,8 +19,6 @@ from moa_search.formats.profile import (
 )
 from moa_search.formats.tiers import TierLength, TierStatistics
 
-__all__ = ["merge"]
-
 Floats = npt.NDArray[np.float32]
 
 SETTINGS = ("weights_hash", "dtype", "sink", "block", "native_layers")

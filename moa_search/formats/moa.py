@@ -20,8 +20,6 @@ from moa_search.formats.plan import Plan
 from moa_search.formats.signature import ModelSignature
 from moa_search.spans import BETA_ONE, SpanRule, density
 
-__all__ = ["MOA_BLOCK_TOKENS", "MOA_KEYS", "MOA_SINK_TOKENS", "read_moa", "write_moa"]
-
 MOA_KEYS = ("alphas", "betas")
 MOA_SINK_TOKENS = 64
 MOA_BLOCK_TOKENS = 64

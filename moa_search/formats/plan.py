@@ -37,21 +37,6 @@ from moa_search.formats.transforms import KeyTransforms
 from moa_search.spans import BETA_ONE, BLOCK_TOKENS, DENSE, SINK_TOKENS, SpanRule
 from moa_search.version import __version__
 
-__all__ = [
-    "PLAN_SCHEMAS",
-    "Budget",
-    "DensePattern",
-    "LengthMetrics",
-    "NativePattern",
-    "Plan",
-    "PlanLike",
-    "Provenance",
-    "SpanPattern",
-    "Validation",
-    "own_window",
-    "plan_json_schema",
-]
-
 PLAN_SCHEMAS: Final = ("moa-plan/1", "moa-plan/2")
 """Of plans whose heads all store 16 bits, and of others."""
 

@@ -23,22 +23,6 @@ if TYPE_CHECKING:
 
     from moa_search.formats.plan import Plan, PlanLike
 
-__all__ = [
-    "by_length",
-    "cell_texts",
-    "density_lengths",
-    "diff",
-    "plot_density",
-    "plot_diff",
-    "plot_mask",
-    "plot_spans",
-    "rule_text",
-    "shares",
-    "to_frame",
-    "to_html",
-    "usual_lengths",
-]
-
 MASK_POINTS = 512
 """Positions along each side of a picture of a mask: more than a figure has pixels for."""
 

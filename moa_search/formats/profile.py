@@ -46,17 +46,6 @@ from moa_search.formats.signature import ModelSignature
 from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, require_transforms
 from moa_search.version import __version__
 
-__all__ = [
-    "MEAN_STATISTICS",
-    "PROFILE_SCHEMAS",
-    "SAMPLE_STATISTICS",
-    "LengthHeader",
-    "LengthProfile",
-    "Profile",
-    "ProfileHeader",
-    "RunSummary",
-]
-
 PROFILE_SCHEMAS: Final = ("moa-profile/1", "moa-profile/2")
 """Without tiers, and with them."""
 METADATA_KEY = "moa-profile"

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
 
     from moa_search.formats.profile import Profile
 
-__all__ = [
-    "DECADES",
-    "influence",
-    "influence_colours",
-    "influence_texts",
-    "plot_influence",
-    "to_frame",
-    "to_html",
-]
-
 DECADES = 3
 """Powers of ten that the colours of influences span; what is smaller has the last colour."""
 

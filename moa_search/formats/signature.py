@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from moa_search.errors import ConfigError, ModelMismatchError, ModelUnsupportedError
 from moa_search.formats.attention_settings import NESTED_KEYS, RECORDED, ROPE_KEYS, attention_settings
 
-__all__ = ["ModelSignature"]
-
 UNKNOWN_CONTEXT = 4096
 """Tokens assumed where a configuration names no context."""
 

@@ -17,22 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = [
-    "CODED_BITS",
-    "PLAIN",
-    "PLAIN_BITS",
-    "SIDES",
-    "Tier",
-    "TierGrid",
-    "TierLength",
-    "TierStatistics",
-    "TiersHeader",
-    "head_bytes",
-    "tier_grid",
-    "token_bytes",
-    "wants_transform",
-]
-
 CODED_BITS = (8, 4, 3, 2)
 """Bits of a number that keys and values can be stored in, beside 16, which means the model's own type."""
 

@@ -23,8 +23,6 @@ from moa_search.formats.files import atomic_write, one_line
 from moa_search.formats.signature import ModelSignature
 from moa_search.formats.tiers import require_transforms
 
-__all__ = ["KeyTransforms"]
-
 SCHEMA = "moa-transforms/1"
 DIGITS = 16
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "chart", "draw_front", "draw_layers", "draw_window_losses", "in_ink", "svg_of"]
-
 INK = "#1b2a3c"
 """Colour of text and axes in figures; `svg_of` puts the page's own in its place, light or dark."""
 

@@ -20,19 +20,6 @@ if TYPE_CHECKING:
 
     from moa_search.search import Front
 
-__all__ = [
-    "plot_densities",
-    "plot_spans",
-    "plot_throughput",
-    "save_density_plot",
-    "save_diff_map",
-    "save_figure",
-    "save_front_plot",
-    "save_heat_map",
-    "save_influence_map",
-    "save_throughput_plot",
-]
-
 
 def plot_spans(plan: Plan, lengths: Sequence[int]) -> Figure:
     """`Plan.plot_spans` at several lengths, one below the other.

@@ -16,23 +16,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table as RichTable
 
-__all__ = [
-    "Column",
-    "Table",
-    "column",
-    "digits",
-    "fact_lines",
-    "is_missing",
-    "mebibytes",
-    "percent",
-    "plain",
-    "to_html",
-    "to_markdown",
-    "to_rich",
-    "whole",
-    "with_error",
-]
-
 FACT_WIDTH = 10
 """Characters that a terminal leaves for the name of a fact."""
 

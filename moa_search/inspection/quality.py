@@ -10,8 +10,6 @@ from moa_search.formats import Profile
 from moa_search.search.losses import rule_losses
 from moa_search.spans import BETA_ONE, SpanRule
 
-__all__ = ["LengthQuality", "heaviest_heads", "profile_quality", "sample_advice"]
-
 QUARTER, EIGHTH = SpanRule(0, BETA_ONE // 4), SpanRule(0, BETA_ONE // 8)
 
 LOCAL_SHARE = 0.01

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_by_length", "plot_by_position", "plot_depths"]
-
 DASHES = ("-", "--", ":", "-.")
 MARKS = "osD^vPX*"
 PANELS_PER_ROW = 2

@@ -10,8 +10,6 @@ from moa_search.errors import ConfigError, ModelNotFoundError
 from moa_search.modeling.private import optional_file
 from moa_search.modeling.wrappers import require_no_prompt
 
-__all__ = ["ADAPTER_FILE", "load_adapter", "read_adapter"]
-
 ADAPTER_FILE = "adapter_config.json"
 
 

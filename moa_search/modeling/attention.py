@@ -13,8 +13,6 @@ from moa_search.modeling.text import attention_modules, text_config, text_decode
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["attention_choice", "register", "set_attention", "swapped"]
-
 
 def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Make an attention function and its mask function known to transformers; without the latter there is no mask."""

@@ -13,23 +13,12 @@ from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.formats.files import sha256_of
 from moa_search.modeling.adapters import load_adapter, read_adapter
 from moa_search.modeling.private import optional_file
-from moa_search.modeling.source import DEMO_MODEL, Source, cache_dir, find_base, find_source
+from moa_search.modeling.source import Source, find_base, find_source
 from moa_search.modeling.support import require_causal
 from moa_search.modeling.text import text_config
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "DEMO_MODEL",
-    "cache_dir",
-    "load_config",
-    "load_model",
-    "random_model",
-    "resolve_device",
-    "resolve_dtype",
-    "weights_hash",
-]
 
 HASHED_VALUES = 64
 """Values of each parameter that `weights_hash` looks at."""

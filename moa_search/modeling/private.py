@@ -8,21 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "CHECKPOINTING_FUNCTION",
-    "PREFILL",
-    "PREPARE_CACHE",
-    "attention_of",
-    "calls_attention_interface",
-    "compile_everywhere",
-    "forget_compiled",
-    "generates_with_dynamic_cache",
-    "is_causal_mask",
-    "language_model_kinds",
-    "optional_file",
-    "tensor_parallel_ranks",
-]
-
 CHECKPOINTING_FUNCTION = "_gradient_checkpointing_func"
 """Attribute of a decoder layer: what recomputes it in the backward pass. `profiling.checkpointing` sets it."""
 

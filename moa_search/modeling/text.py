@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["attention_modules", "context_length", "dtype_name", "text_config", "text_decoders"]
-
 
 def text_config(config: Any) -> Any:
     """The part of a configuration that describes the text decoder; for most models, all of it."""

@@ -6,8 +6,6 @@ from typing import Any
 
 from moa_search.errors import ModelUnsupportedError
 
-__all__ = ["adapted_model", "decoder_within", "require_no_prefix", "require_no_prompt", "way_in"]
-
 KEYS_IN_FRONT = ("PREFIX_TUNING", "CARTRIDGE")
 """Types of PEFT adapters that are keys and values, handed over in a cache of their own."""
 

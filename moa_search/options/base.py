@@ -18,19 +18,6 @@ from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
 from moa_search.spans import MAX_LENGTH
 
-__all__ = [
-    "Count",
-    "Lengths",
-    "ListOrNone",
-    "NotNegative",
-    "Options",
-    "Positive",
-    "Several",
-    "Share",
-    "Tokens",
-    "takes",
-]
-
 P = ParamSpec("P")
 First = TypeVar("First")
 Made = TypeVar("Made", bound="Options")

@@ -9,21 +9,6 @@ from pydantic import Field
 
 from moa_search.options.base import Count, Lengths, ListOrNone, Options, Several, Share
 
-__all__ = [
-    "BudgetOptions",
-    "Criterion",
-    "Device",
-    "Dtype",
-    "HeldOutLengths",
-    "HeldOutOptions",
-    "HeldOutSamples",
-    "LoadingOptions",
-    "ModelOptions",
-    "PlanOptions",
-    "Searcher",
-    "TrustRemoteCode",
-]
-
 Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
 Searcher = Literal["exact", "moa", "duo", "per-layer", "recall", "uniform"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -7,16 +7,6 @@ from typing import Any, Literal
 from moa_search.options.base import Options, Several, Tokens
 from moa_search.options.groups import Criterion, TrustRemoteCode
 
-__all__ = [
-    "DiffOptions",
-    "ExportOptions",
-    "FrontPageOptions",
-    "ImportOptions",
-    "InspectPlanOptions",
-    "InspectProfileOptions",
-    "PlanFormat",
-]
-
 PlanFormat = Literal["plan", "moa", "duo"]
 
 

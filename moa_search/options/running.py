@@ -10,16 +10,6 @@ from moa_search.options.base import Count, Lengths, Options, Positive, Several, 
 from moa_search.options.groups import ModelOptions, PlanOptions, Searcher
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 
-__all__ = [
-    "EvalOptions",
-    "HarnessOptions",
-    "MergeOptions",
-    "ProfileOptions",
-    "ReportOptions",
-    "ThroughputOptions",
-    "WayKind",
-]
-
 WayKind = Literal["dense", "dense-static", "plan", "plan-static"]
 Depth = Annotated[float, Field(ge=0, le=1)]
 

@@ -35,16 +35,6 @@ from moa_search.options.groups import (
     TrustRemoteCode,
 )
 
-__all__ = [
-    "CompareOptions",
-    "FrontOptions",
-    "HardwareOptions",
-    "SearchOptions",
-    "TuneOptions",
-    "ValidateOptions",
-    "ValidationOptions",
-]
-
 
 def read_weights(value: Any) -> Any:
     """``LENGTH=WEIGHT``, such as ``2048=2``, or a mapping, as a weight by length."""

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from matplotlib.axes import Axes
 
-__all__ = ["OKABE_ITO", "axes_or_new", "cells_size", "draw_cells", "draw_lines", "draw_mask"]
-
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Line colours of Okabe and Ito (2008); the yellow, too pale on white, is left out."""
 

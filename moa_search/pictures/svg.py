@@ -12,8 +12,6 @@ from moa_search.pictures.templates import load_macros, render
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["cell_grid", "hex_colours", "notebook_html"]
-
 CELL, GAP, LEFT, TOP, BOTTOM = 20, 1, 26, 4, 34
 MISSING = "#d3d3d3"
 

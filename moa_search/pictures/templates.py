@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-__all__ = ["load_macros", "render"]
-
 
 def load_macros(package: str, file: str) -> Any:
     """The macros of a template: functions that give safe HTML and escape what they are given.

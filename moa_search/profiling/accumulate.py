@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from moa_search.formats.profile import MEAN_STATISTICS, SAMPLE_STATISTICS, LengthHeader, LengthProfile
 
-__all__ = ["LengthAccumulator"]
-
 Doubles = npt.NDArray[np.float64]
 
 

@@ -18,8 +18,6 @@ from moa_search.errors import ModelUnsupportedError
 from moa_search.modeling.attention import swapped
 from moa_search.profiling.tiers import TierMeter
 
-__all__ = ["Recorder", "dense", "no_mask", "observed", "record_into"]
-
 IMPLEMENTATION = "moa_profile"
 """Name under which the function is registered with transformers."""
 

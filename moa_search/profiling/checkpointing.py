@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from moa_search.errors import ConfigError
 from moa_search.modeling.private import CHECKPOINTING_FUNCTION
 
-__all__ = ["checkpointed"]
-
 
 @contextmanager
 def checkpointed(model: Any, enabled: bool) -> Iterator[None]:

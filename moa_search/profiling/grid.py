@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from moa_search.spans import BLOCK_TOKENS
 
-__all__ = ["ROW_BUCKETS", "window_grid"]
-
 ROW_BUCKETS = 32
 """Equal slices of the rows; a rule's window is looked up once per slice."""
 

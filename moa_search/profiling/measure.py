@@ -21,8 +21,6 @@ from moa_search.profiling.grid import window_grid
 from moa_search.profiling.results import SampleResult
 from moa_search.profiling.tiers import TierMeter
 
-__all__ = ["SampleMeter", "answer_loss"]
-
 HALF_LOSS_SCALE = 2.0**14
 """Gradients of long samples are below float16's smallest number: its loss is scaled up, the results down."""
 

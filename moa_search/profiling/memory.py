@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["on_gpu", "peak_memory_bytes", "reset_peak_memory"]
-
 
 def on_gpu(model: Any) -> bool:
     """Whether any of a model's parameters lie on a GPU."""

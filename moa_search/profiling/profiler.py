@@ -41,8 +41,6 @@ from moa_search.progress import progress
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 from moa_search.version import __version__
 
-__all__ = ["profile_samples", "require_profilable"]
-
 BYTES_PER_WEIGHT = 2
 """What a model is served with, whatever type it was profiled in."""
 

@@ -19,8 +19,6 @@ from safetensors.numpy import load_file, save
 from moa_search.errors import ConfigError
 from moa_search.formats.files import atomic_write
 
-__all__ = ["Results", "SampleResult", "discard_results", "results_folder"]
-
 SETTINGS_FILE = "settings.json"
 LOSS = "loss"
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, tier_grid
 from moa_search.profiling.grid import window_grid
 
-__all__ = ["TierAccumulator", "TierMeter", "tier_statistic"]
-
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 

@@ -25,8 +25,6 @@ from moa_search.modeling.attention import swapped
 from moa_search.profiling.attention import dense, no_mask
 from moa_search.progress import progress
 
-__all__ = ["MOMENT_SAMPLES", "first_position", "measure_transforms"]
-
 IMPLEMENTATION = "moa_moments"
 """Name under which the function is registered with transformers."""
 

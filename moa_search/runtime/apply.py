@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from moa_search.formats.plan import PlanLike
 
-__all__ = ["applied", "apply_plan", "remove_plan"]
-
 SAVED_ATTENTION_ATTRIBUTE = "attn_implementation"
 """Attribute of the configuration that, once saved, `from_pretrained` of transformers takes for the attention to use.
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from moa_search.runtime.layer import MoACacheLayer
 
-__all__ = ["IMPL_ATTRIBUTE", "NAME", "RULES_ATTRIBUTE", "moa_attention", "moa_mask", "register"]
-
 NAME = "moa"
 """What ``config._attn_implementation`` says under a plan."""
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["ROW_BLOCK", "attend"]
-
 ROW_BLOCK = 128
 """Queries handled at once: bounds the memory of masks, and how many keys are read in vain."""
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from moa_search.formats.plan import PlanLike
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["MoACache"]
-
 
 def _ragged(layer: Any, rules: LayerRules) -> Any:
     """What takes the place of a cache layer of transformers: itself where it holds no keys that grow."""

@@ -10,8 +10,6 @@ import torch
 from moa_search.modeling.text import text_config
 from moa_search.runtime.layer import MoACacheLayer
 
-__all__ = ["PREFILL_CHUNK_TOKENS", "constant_rope_tokens", "wants_chunks", "warn_of_chunks", "warn_of_continuing"]
-
 PREFILL_CHUNK_TOKENS = 4096
 """Tokens per sample that `generate` prefills at once, unless its ``prefill_chunk_size`` says otherwise.
 

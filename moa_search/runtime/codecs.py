@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from moa_search.formats import Plan
     from moa_search.formats.tiers import Tier
 
-__all__ = ["HeadCodecs", "LayerCodecs", "layer_codecs"]
-
 
 @dataclass(frozen=True)
 class HeadCodecs:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from moa_search.runtime.codecs import LayerCodecs
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["CodedCacheLayer", "attend"]
-
 
 def attend(
     query: torch.Tensor,

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["attend_past", "attend_whole", "uncompiled"]
-
 
 def attend_whole(
     query: Tensor,

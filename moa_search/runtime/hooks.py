@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from moa_search.formats import Plan
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["HOOKS", "STATE_ATTRIBUTE", "Applied", "Hook", "give_cache"]
-
 STATE_ATTRIBUTE = "_moa_applied"
 
 CACHES = (None, "dynamic", "static")

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["MoAHybridCacheLayer"]
-
 
 class MoAHybridCacheLayer(LinearAttentionLayer, MoACacheLayer):  # type: ignore[misc]  # transformers is untyped
     """Keys and values as in a `MoACacheLayer`, and transformers' own states of linear attention.

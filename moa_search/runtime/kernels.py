@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["attends_by", "chosen", "prefill"]
-
 
 def chosen(impl: Impl, *states: torch.Tensor) -> Backend:
     """What attends these queries, keys and values; operations of `moa_kernels` that get it don't ask again.

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from moa_search.runtime.native import Step
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["EMPTY", "ROLLBACK_TOKENS", "MoACacheLayer", "gather_slots"]
-
 EMPTY = 2**31 - 1
 """Position of a slot that holds no key: later than any query, so that causality hides it."""
 

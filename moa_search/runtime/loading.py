@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from moa_search.formats.plan import PlanLike
 
-__all__ = ["from_pretrained"]
-
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["Step", "attend"]
-
 
 def attend(
     query: torch.Tensor,

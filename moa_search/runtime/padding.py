@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["real_first", "reordered"]
-
 
 def real_first(states: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """``[batch, heads, tokens, dim]`` with each sample's real tokens in front: columns become positions."""

@@ -11,8 +11,6 @@ import torch
 if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
 
-__all__ = ["layer_of", "ticket_for"]
-
 _LAYERS: WeakValueDictionary[int, MoACacheLayer] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 

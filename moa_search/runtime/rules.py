@@ -23,8 +23,6 @@ from moa_search.spans import BETA_ONE, SpanRule, span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["LayerRules", "layer_rules"]
-
 
 @dataclass(frozen=True)
 class LayerRules:

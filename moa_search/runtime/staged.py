@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from moa_search.runtime.layer import MoACacheLayer
 
-__all__ = ["Staged"]
-
 FOREIGN_ATTENTION = (
     "a MoACache works only with the plan's own attention: call apply_plan(model, plan) first; a model that changes "
     "keys or values after they went through the cache can't use one"

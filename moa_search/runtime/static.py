@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from moa_search.runtime.rules import LayerRules
 
-__all__ = ["StaticMoACacheLayer"]
-
 
 class StaticMoACacheLayer(MoACacheLayer):
     """A layer whose rings have from the start what the plan keeps at ``max_length`` tokens.

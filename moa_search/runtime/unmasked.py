@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from moa_search.runtime.rules import LayerRules
     from moa_search.spans import SpanRule
 
-__all__ = ["ROW_BLOCK", "applies", "attend"]
-
 ROW_BLOCK = 128
 """Queries handled at once: bounds how many keys are read in vain."""
 

@@ -14,8 +14,6 @@ from moa_search.search.losses import plan_losses
 from moa_search.search.searchers import find_searcher
 from moa_search.search.searching import search_profile
 
-__all__ = ["Candidate", "compare_searchers", "predicted_losses"]
-
 
 @dataclass(frozen=True)
 class Candidate:

@@ -19,8 +19,6 @@ from moa_search.formats.tiers import PLAIN, Tier
 from moa_search.search.losses import RuleLosses, losses_from, rule_losses
 from moa_search.spans import SpanRule
 
-__all__ = ["MAX_STRETCH", "extrapolate", "require_reachable"]
-
 MAX_STRETCH = 8
 """Furthest length in multiples of the longest profiled one."""
 

@@ -19,8 +19,6 @@ from moa_search.formats.files import atomic_write
 from moa_search.formats.plan import Budget
 from moa_search.search.budgets import BudgetSpec
 
-__all__ = ["BudgetUse", "Front"]
-
 PLAN_FILE = re.compile(r"plan-(\d+)\.json")
 
 

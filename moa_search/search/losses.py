@@ -16,8 +16,6 @@ from moa_search.formats.profile import SAMPLE_STATISTICS, LengthHeader, LengthPr
 from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier, TierGrid, TierLength
 from moa_search.spans import SpanRule, span
 
-__all__ = ["ANCHORS", "RuleLosses", "losses_from", "plan_losses", "rule_losses"]
-
 ANCHORS = ("position", "prompt")
 """Where a rule is evaluated: at every query's own position, or once at the total length."""
 

@@ -9,8 +9,6 @@ import numpy as np
 
 from moa_search.spans import DENSE, SpanRule, span
 
-__all__ = ["rule_grid"]
-
 BETAS_256 = (0, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 CONSTANT_BLOCKS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 PER_OCTAVE = 4

@@ -22,8 +22,6 @@ from moa_search.search.trade_off import FrontPoint, knee
 from moa_search.spans import DENSE
 from moa_search.version import __version__
 
-__all__ = ["make_space", "plan_of", "search_densities", "search_profile"]
-
 AHEAD = 2
 """Furthest length that counts by default, in multiples of the longest profiled one."""
 

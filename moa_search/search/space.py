@@ -19,8 +19,6 @@ from moa_search.search.losses import RuleLosses, rule_losses
 from moa_search.search.solver import Problem
 from moa_search.spans import SpanRule, span
 
-__all__ = ["SearchSpace", "density_specs", "parse_floors"]
-
 Booleans = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
 

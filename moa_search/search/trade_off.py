@@ -16,8 +16,6 @@ from moa_search.errors import ConfigError, SolverError
 from moa_search.progress import progress
 from moa_search.search.solver import Problem, Solution
 
-__all__ = ["FrontPoint", "default_steps", "epsilon_cells", "knee", "lattice", "trade_off", "unweighted"]
-
 Doubles = npt.NDArray[np.float64]
 
 EXTREME = 1e-3

@@ -15,8 +15,6 @@ from moa_search.tasks.base import HELD_OUT_SEED, Task
 from moa_search.tasks.collecting import DataAnswers, collect
 from moa_search.tasks.drawing import Drawing
 
-__all__ = ["AnswersTask"]
-
 
 class AnswersTask(Task):
     """The data's own answers to held-out questions of a source; the score is the share of tokens ranked first.

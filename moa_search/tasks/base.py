@@ -14,8 +14,6 @@ from moa_search.data.texts import TextSource
 from moa_search.tasks.items import Generator, Item
 from moa_search.tasks.turns import draw_round
 
-__all__ = ["HELD_OUT_SEED", "AnswerMode", "DrawnTask", "ExactMatchTask", "Task", "TokenAccuracyTask"]
-
 HELD_OUT_SEED = 20_000
 """Offset of the seed, so that equal seeds don't give evaluation and calibration the same draws."""
 

@@ -14,8 +14,6 @@ from moa_search.tasks.perplexity import PerplexityTask
 from moa_search.tasks.registry import TASKS
 from moa_search.tasks.sources import parse_source
 
-__all__ = ["ANSWER_MODES", "TASKS_OVER", "require_tasks"]
-
 ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
 
 TASKS_OVER = {"nll": "SOURCE", "perplexity": "TEXTS"}

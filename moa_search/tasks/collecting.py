@@ -13,8 +13,6 @@ from moa_search.errors import CalibrationError
 from moa_search.tasks.drawing import Drawing
 from moa_search.tasks.items import Item
 
-__all__ = ["ROUNDS", "Answerer", "DataAnswers", "collect"]
-
 ROUNDS = 8
 """How often as many items as are needed are drawn before a source is given up."""
 

@@ -14,8 +14,6 @@ from moa_search.data.texts import TextSource
 from moa_search.tasks.base import TokenAccuracyTask
 from moa_search.tasks.items import Generator, Item, NoMoreRecordsError
 
-__all__ = ["ConversationTask"]
-
 Tokens = npt.NDArray[np.int64]
 
 

@@ -9,8 +9,6 @@ from moa_search.errors import CalibrationError
 from moa_search.tasks.base import TokenAccuracyTask
 from moa_search.tasks.items import Generator, Item
 
-__all__ = ["CopyTask"]
-
 Tokens = npt.NDArray[np.int64]
 
 

@@ -21,8 +21,6 @@ from moa_search.tasks.records import RecordTask
 from moa_search.tasks.registry import SOURCE_TASKS
 from moa_search.tasks.turns import draw_round, take_turns
 
-__all__ = ["Drawing", "build_samples"]
-
 
 class Drawing:
     """Draws items. Equal arguments draw equal items.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ANIMALS", "CITIES", "FACTS", "JOBS", "NAMES", "THINGS", "Fact"]
-
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())

@@ -17,8 +17,6 @@ from moa_search.errors import CalibrationError
 if TYPE_CHECKING:
     from moa_search.tasks.base import DrawnTask
 
-__all__ = ["Asking", "Ending", "Generator", "Item", "NoMoreRecordsError", "scattered"]
-
 Tokens = npt.NDArray[np.int64]
 Ending = Literal["reference", "line", "turn"]
 

@@ -12,8 +12,6 @@ from moa_search.tasks.base import ExactMatchTask
 from moa_search.tasks.facts import ANIMALS, CITIES, JOBS, NAMES, THINGS
 from moa_search.tasks.items import Asking, Generator, Item
 
-__all__ = ["LinesTask", "ListTask", "LookupTask"]
-
 
 class ListTask(ExactMatchTask):
     """As many entries as there is room for, after a little text that brings the item to its length.

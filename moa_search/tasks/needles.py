@@ -12,8 +12,6 @@ from moa_search.tasks.base import ExactMatchTask, TokenAccuracyTask
 from moa_search.tasks.facts import FACTS, NAMES
 from moa_search.tasks.items import Asking, Generator, Item
 
-__all__ = ["MultikeyTask", "PasskeyTask", "QuestionTask", "TrackingTask"]
-
 LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 LETTERS_PER_NAME = 5
 

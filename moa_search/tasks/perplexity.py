@@ -13,8 +13,6 @@ from moa_search.errors import CalibrationError
 from moa_search.tasks.base import TokenAccuracyTask
 from moa_search.tasks.items import Generator, Item
 
-__all__ = ["PerplexityTask"]
-
 
 class PerplexityTask(TokenAccuracyTask):
     """Every token of a long document given those before it, in slices of its length.

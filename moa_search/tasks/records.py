@@ -12,8 +12,6 @@ from moa_search.data.texts import Document, TextSource
 from moa_search.tasks.base import TokenAccuracyTask
 from moa_search.tasks.items import Asking, Generator, Item, NoMoreRecordsError, scattered
 
-__all__ = ["RecordTask"]
-
 
 class RecordTask(TokenAccuracyTask):
     """Records in random order, each once per length.

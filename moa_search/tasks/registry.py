@@ -8,8 +8,6 @@ from moa_search.tasks.lists import LinesTask, LookupTask
 from moa_search.tasks.needles import MultikeyTask, PasskeyTask, QuestionTask, TrackingTask
 from moa_search.tasks.perplexity import PerplexityTask
 
-__all__ = ["SOURCE_TASKS", "TASKS"]
-
 TASKS: dict[str, DrawnTask] = {
     task.name: task
     for task in (

@@ -16,8 +16,6 @@ from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
 from moa_search.tasks.registry import SOURCE_TASKS, TASKS
 
-__all__ = ["parse_source"]
-
 
 def parse_source(text: str) -> SourceSpec:
     """The source that ``text`` names.

@@ -9,8 +9,6 @@ import numpy as np
 
 from moa_search.tasks.items import Generator, Item, NoMoreRecordsError
 
-__all__ = ["draw_round", "take_turns"]
-
 
 def take_turns(names: Sequence[str], count: int) -> list[str]:
     """Whose turn each of ``count`` samples is."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .yardstick import DEVICE, Masked, randn
 
-__all__ = ["Case", "poisoned_empty", "written"]
-
 _empty = torch.empty
 
 

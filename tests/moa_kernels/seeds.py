@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-__all__ = ["DEFAULT_SEEDS", "seeds"]
-
 DEFAULT_SEEDS = 60
 """Of each kernel."""
 

@@ -7,8 +7,6 @@ from moa_kernels.influence import STATISTICS
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["direct", "roundings"]
-
 
 def direct(
     query: Tensor,

@@ -22,8 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICE", "DTYPES", "Batch", "Exact", "Masked", "assert_within", "randn", "units_off"]
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

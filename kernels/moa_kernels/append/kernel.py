@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["append_kernel"]
-
 
 @triton.jit
 def _copy(source, source_row, target, target_row, kept, DIM: tl.constexpr, BLOCK_D: tl.constexpr):

@@ -9,8 +9,6 @@ from moa_kernels.append.kernel import append_kernel
 from moa_kernels.append.reference import Append
 from moa_kernels.launch import COMPILER_OPTIONS, rows_contiguous
 
-__all__ = ["DECODE_TOKENS", "PREFILL_TOKENS", "append_tokens"]
-
 DECODE_TOKENS = 8
 """Tokens of a program's tile up to so many new ones, a few bytes per thread; `PREFILL_TOKENS` beyond."""
 

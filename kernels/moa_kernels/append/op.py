@@ -11,8 +11,6 @@ from moa_kernels.append.reference import Append
 from moa_kernels.backends import choose, run
 from moa_kernels.rings import RingLayout
 
-__all__ = ["append_tokens"]
-
 STORABLE = (
     torch.float64,
     torch.float32,

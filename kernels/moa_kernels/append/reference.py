@@ -9,8 +9,6 @@ from torch import Tensor
 
 from moa_kernels.rings import RingLayout
 
-__all__ = ["Append", "append_tokens"]
-
 
 class Append(NamedTuple):
     """Checked arguments of `moa_kernels.append.append_tokens`, which describes them."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["RIDGE", "balance"]
-
 RIDGE = 1e-3
 """Share of the mean variance that is added to every channel's, so that no matrix is nearly singular."""
 

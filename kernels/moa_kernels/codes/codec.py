@@ -16,8 +16,6 @@ from moa_kernels.codes.levels import dequantise, quantise
 from moa_kernels.codes.packing import code_bytes, pack, unpack
 from moa_kernels.codes.transforms import Transform
 
-__all__ = ["BITS", "SCALE_BYTES", "Codec", "Codes", "token_bytes", "wants_transform"]
-
 BITS = (16, 8, 4, 3, 2)
 """Bits of a number that a cache can hold; 16 means the model's own type, untouched."""
 

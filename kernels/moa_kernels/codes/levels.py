@@ -17,8 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NORMAL_STEPS", "dequantise", "quantise"]
-
 NORMAL_STEPS = {4: 0.33520063, 3: 0.58601943, 2: 0.99568669}
 """By bits: step of evenly spaced levels with the least squared error for the standard normal distribution."""
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from moa_kernels.codes.balancing import balance
 
-__all__ = ["Moments"]
-
 
 @dataclass(frozen=True)
 class Moments:

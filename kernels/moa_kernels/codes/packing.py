@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PLANES", "code_bytes", "pack", "unpack"]
-
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 """By bits of a code: bits of each plane, the high bits' plane first."""
 

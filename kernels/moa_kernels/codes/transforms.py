@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Transform", "hadamard"]
-
 
 @dataclass(frozen=True)
 class Transform:

@@ -13,16 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = [
-    "SHIPPED",
-    "VARIANTS",
-    "UnavailableError",
-    "compile_library",
-    "find_library",
-    "has_compiler",
-    "shipped_library",
-]
-
 SOURCE = Path(__file__).parent / "source"
 
 SHIPPED = Path(__file__).parent / "built"

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from moa_kernels.rings import RingLayout
     from moa_kernels.spans import HeadSpans
 
-__all__ = ["LayerCall", "place_rings", "rows_contiguous", "strided"]
-
 
 def strided(states: Tensor) -> Strided:
     """``[batch, heads, tokens, dim]`` whose last dimension is contiguous."""

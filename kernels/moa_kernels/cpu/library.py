@@ -10,8 +10,6 @@ import torch  # its OpenMP must be loaded first: the library uses the same
 
 from moa_kernels.cpu.build import UnavailableError, find_library
 
-__all__ = ["DTYPES", "Call", "Influence", "Strided", "description", "library", "unavailable"]
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types that the library takes, by its numbers."""
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from moa_kernels.influence.reference import Influence as InfluenceCall
     from moa_kernels.prefill.reference import Prefill
 
-__all__ = ["append_tokens", "coded_changes", "influence_totals", "span_decode", "span_prefill"]
-
 
 def span_prefill(call: Prefill) -> tuple[Tensor, Tensor]:
     """As `moa_kernels.prefill.span_prefill`."""

@@ -13,8 +13,6 @@ import triton.language as tl
 
 from moa_kernels.device import LOG2E, MASKED, close_softmax, oldest_key, scores_of
 
-__all__ = ["merge_kernel", "split_kernel"]
-
 
 @triton.jit
 def _in_reach(length, sink, capacity, min_span, alpha, beta_256, sliding_window, NEW: tl.constexpr):

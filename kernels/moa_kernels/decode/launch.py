@@ -11,8 +11,6 @@ from moa_kernels.decode.kernel import merge_kernel, split_kernel
 from moa_kernels.decode.reference import Decode
 from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded, rows_contiguous
 
-__all__ = ["MERGED_AT_ONCE", "rows_and_warps", "span_decode"]
-
 TILES_PER_MULTIPROCESSOR = 6
 """Two or three programs fit in a multiprocessor; two or three rounds of them even out tiles cut short.
 

@@ -12,8 +12,6 @@ from moa_kernels.decode.reference import Decode
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 
-__all__ = ["MOST_NEW_TOKENS", "span_decode"]
-
 MOST_NEW_TOKENS = 8
 """New tokens per sample; more are a prefill."""
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
 
-__all__ = ["Decode", "span_decode"]
-
 
 class Decode(NamedTuple):
     """Checked arguments of `moa_kernels.decode.span_decode`, which describes them; defaults are filled in."""

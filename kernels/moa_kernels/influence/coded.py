@@ -20,8 +20,6 @@ from torch import Tensor
 from moa_kernels.backends import Backend, Impl, choose
 from moa_kernels.influence.reference import Influence, _attention, _chunks, _narrow_products, _product
 
-__all__ = ["CODED_STATISTICS", "coded_changes", "coded_influence"]
-
 CODED_STATISTICS = ("squared", "signed")
 
 

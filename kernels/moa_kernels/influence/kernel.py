@@ -18,8 +18,6 @@ import triton.language as tl
 from moa_kernels.device import LOG2E, MASKED, scores_of
 from moa_kernels.influence.reference import SMALLEST_COMPLEMENT, STATISTICS
 
-__all__ = ["aligned_kernel", "banded_kernel", "row_statistics_kernel"]
-
 EPSILON = tl.constexpr(SMALLEST_COMPLEMENT)
 
 TINY = tl.constexpr(1.1754943508222875e-38)

@@ -19,8 +19,6 @@ from moa_kernels.influence.reference import STATISTICS, Influence
 from moa_kernels.launch import COMPILER_OPTIONS, LaunchConfig, launch_config, padded, rows_contiguous
 from moa_kernels.spans import FOREVER
 
-__all__ = ["Tiling", "influence_totals", "row_statistics", "tiling"]
-
 MOST_BYTES = 2**28
 """Heads are done in slices where a temporary tensor would be larger."""
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from moa_kernels.backends import choose, run
 from moa_kernels.influence.reference import STATISTICS, Influence
 
-__all__ = ["influence_statistics"]
-
 
 def influence_statistics(
     query: Tensor,

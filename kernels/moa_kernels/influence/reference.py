@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST_COMPLEMENT", "STATISTICS", "Influence", "influence_totals"]
-
 STATISTICS = ("squared", "signed", "absolute", "elementwise", "recall")
 
 CPU_SCORES, GPU_SCORES = 2**20, 2**26

@@ -7,8 +7,6 @@ import triton.language as tl
 
 from moa_kernels.device import LOG2E, MASKED, close_softmax, oldest_key, scores_of
 
-__all__ = ["merge_kernel", "prefill_kernel"]
-
 
 @triton.jit
 def _load_tile(states, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr):

@@ -11,8 +11,6 @@ from moa_kernels.prefill.kernel import merge_kernel, prefill_kernel
 from moa_kernels.prefill.reference import Prefill
 from moa_kernels.prefill.work import plan_work
 
-__all__ = ["MERGE_ROWS", "span_prefill"]
-
 MERGE_ROWS = 16
 """Rows that one program merges: few, so that the chip is busy even with one shared tile."""
 

@@ -11,8 +11,6 @@ from moa_kernels.backends import choose, run
 from moa_kernels.prefill.reference import Prefill
 from moa_kernels.spans import HeadSpans
 
-__all__ = ["span_prefill"]
-
 
 def span_prefill(
     query: Tensor,

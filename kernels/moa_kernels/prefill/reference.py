@@ -9,8 +9,6 @@ from torch import Tensor
 
 from moa_kernels.spans import HeadSpans
 
-__all__ = ["ROWS", "Prefill", "span_prefill"]
-
 ROWS = 256
 """Query rows at once: bounds the memory of the scores."""
 

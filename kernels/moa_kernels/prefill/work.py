@@ -10,8 +10,6 @@ from torch import Tensor
 
 from moa_kernels.spans import HeadSpans
 
-__all__ = ["Work", "plan_work", "tiles_per_item"]
-
 SECTION_BYTES = 2**25
 """Keys and values of the KV heads that are worked on together: they should fit the L2 cache of a large GPU."""
 

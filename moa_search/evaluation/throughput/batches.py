@@ -11,8 +11,6 @@ from moa_search.evaluation.throughput.memory import PeakMemory
 from moa_search.evaluation.throughput.running import run_once
 from moa_search.evaluation.throughput.ways import Way
 
-__all__ = ["MOST_SAMPLES", "Probe", "largest_batch"]
-
 MOST_SAMPLES = 4096
 """Beyond that nobody looks."""
 

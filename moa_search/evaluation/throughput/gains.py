@@ -6,8 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["split_gains", "summarise_throughput"]
-
 CELL = ["variant", "kind", "length", "batch"]
 MEASURED = ("prefill_ms", "decode_ms", "decode_tokens_per_s")
 

@@ -18,8 +18,6 @@ from moa_search.modeling.attention import swapped
 from moa_search.modeling.text import dtype_name, text_config
 from moa_search.runtime import MoACache
 
-__all__ = ["Gate", "masked_reference", "verify"]
-
 PROMPT_TOKENS, DECODE_TOKENS, SAMPLES = 384, 40, 2
 """Long enough for spans to bite and rings to wrap, short enough for whole masks; decoding crosses a block."""
 

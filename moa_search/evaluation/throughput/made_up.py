@@ -8,8 +8,6 @@ from moa_search.errors import ConfigError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.spans import BETA_ONE, SpanRule
 
-__all__ = ["SHORT_256", "made_up_plan"]
-
 SHORT_256 = 16
 """Growth of a short head in 1/256: it keeps a sixteenth of the context."""
 

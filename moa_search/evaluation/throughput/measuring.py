@@ -24,8 +24,6 @@ from moa_search.progress import progress
 from moa_search.runtime.kernels import attends_by
 from moa_search.version import __version__
 
-__all__ = ["LARGEST", "Throughput", "measure"]
-
 LARGEST = "largest"
 """Stands for the largest batch that fits."""
 

@@ -11,8 +11,6 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["PeakMemory", "can_measure", "old_objects_kept"]
-
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """What Linux wants to be told to start the peak again at what is resident now."""

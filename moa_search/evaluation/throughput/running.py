@@ -11,8 +11,6 @@ import torch
 from moa_search.evaluation.throughput.memory import PeakMemory
 from moa_search.evaluation.throughput.ways import Way, cache_bytes
 
-__all__ = ["UNTIMED_STEPS", "Run", "run_once"]
-
 UNTIMED_STEPS = 4
 """Decoding steps before the timed ones: in them, compiled code records CUDA graphs for the cache of this run."""
 

@@ -16,8 +16,6 @@ from moa_search.formats import Plan
 from moa_search.modeling import private
 from moa_search.runtime import MoACache
 
-__all__ = ["KINDS", "Way", "cache_bytes", "forget_compiled", "generating_on", "make_ways"]
-
 KINDS = ("dense", "dense-static", "plan", "plan-static")
 """``dense`` is what transformers does by default (SDPA, a cache that grows), ``dense-static`` its fast path (SDPA, a
 StaticCache as long as the run, decoding compiled); ``plan`` is a plan with a cache that grows, ``plan-static`` the same

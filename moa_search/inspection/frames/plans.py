@@ -24,21 +24,6 @@ from moa_search.inspection.printing import (
 )
 from moa_search.search.losses import plan_losses
 
-__all__ = [
-    "change_frame",
-    "changed_heads",
-    "layer_frame",
-    "layer_losses",
-    "own_window_text",
-    "plan_facts",
-    "plan_frame",
-    "predicted_text",
-    "provenance_facts",
-    "rule_frame",
-    "span_frame",
-    "validated_frame",
-]
-
 DEFAULT_CRITERION = "signed"
 
 HEADS_PER_LINE = 8

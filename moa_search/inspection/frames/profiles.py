@@ -13,8 +13,6 @@ from moa_search.formats import Profile
 from moa_search.inspection.printing import Column, Table, column, digits, percent, with_error
 from moa_search.inspection.quality import heaviest_heads, profile_quality
 
-__all__ = ["curve_frame", "head_frame", "profile_facts", "profile_frame", "profile_provenance", "tier_frame"]
-
 
 def profile_frame(profile: Profile) -> Table:
     """Samples, loss, local heads and reliability by length; times where the run is known."""

@@ -12,20 +12,6 @@ from moa_search.inspection.printing import Column, Table, column, digits, is_mis
 if TYPE_CHECKING:
     from moa_search.formats import Plan
 
-__all__ = [
-    "ANSWERED",
-    "compared_plans_frame",
-    "depth_frame",
-    "difference_frame",
-    "effective_frame",
-    "effective_lines",
-    "harness_frame",
-    "length_frame",
-    "position_frame",
-    "score_frame",
-    "score_frames",
-]
-
 ANSWERED = {"forced": "teacher-forced", "generated": "generated"}
 """How answers came about, in words."""
 

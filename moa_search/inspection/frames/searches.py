@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from moa_search.search import Front
     from moa_search.search.tuning import Summary
 
-__all__ = ["budget_lines", "comparison_frame", "front_frame", "study_frame", "study_lines", "validation_frame"]
-
 SHOWN_REMARKS = 5
 
 

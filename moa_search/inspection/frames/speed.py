@@ -12,8 +12,6 @@ from moa_search.inspection.printing import Column, Table, column, digits, mebiby
 if TYPE_CHECKING:
     from moa_search.evaluation.throughput.gate import Gate
 
-__all__ = ["gain_frame", "gate_lines", "throughput_frame", "variant_text"]
-
 
 def throughput_frame(summary: pd.DataFrame) -> Table:
     """Medians (lowest to highest) of every variant, length and batch, and their ratio to dense at the same.

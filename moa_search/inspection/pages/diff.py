@@ -23,8 +23,6 @@ from moa_search.inspection.pages.page import (
 from moa_search.inspection.printing import percent, to_html
 from moa_search.pictures import draw_lines, hex_colours
 
-__all__ = ["diff_lengths", "diff_line", "diff_page"]
-
 
 def diff_lengths(plans: Sequence[Plan], lengths: Sequence[int]) -> list[int]:
     """The lengths asked for, or those of both plans."""

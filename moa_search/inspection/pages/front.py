@@ -10,8 +10,6 @@ from moa_search.inspection.pages.page import Page, figure_block, new_page, origi
 from moa_search.inspection.printing import to_html
 from moa_search.search import Front
 
-__all__ = ["front_blocks", "front_page"]
-
 
 def front_page(front: Front, *, title: str = "Front", lengths: Sequence[int] = ()) -> Page:
     """The page of a front.

@@ -27,22 +27,6 @@ from moa_search.version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "HOW_TO_READ",
-    "Page",
-    "Section",
-    "facts",
-    "figure_block",
-    "folded",
-    "grid_block",
-    "heading",
-    "masks",
-    "new_page",
-    "origin_blocks",
-    "paragraph",
-    "span_blocks",
-]
-
 PACKAGE = "moa_search.inspection"
 
 HOW_TO_READ = (

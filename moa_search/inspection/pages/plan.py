@@ -29,8 +29,6 @@ from moa_search.search import Front
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plan_page", "representative_heads"]
-
 MASKS = 4
 """Heads whose masks are shown unless some are chosen."""
 

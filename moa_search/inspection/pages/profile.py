@@ -25,8 +25,6 @@ from moa_search.inspection.pages.page import (
 from moa_search.inspection.printing import to_html
 from moa_search.inspection.quality import heaviest_heads, sample_advice
 
-__all__ = ["CURVES", "profile_page"]
-
 CURVES = 4
 """Heads whose losses are drawn over the window unless some are chosen."""
 

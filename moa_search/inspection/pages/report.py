@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from moa_search.formats import Plan
 
-__all__ = ["Report", "report_markdown", "report_page"]
-
 
 @dataclass(frozen=True)
 class Report:

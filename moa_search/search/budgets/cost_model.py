@@ -18,8 +18,6 @@ from moa_search.formats.signature import ModelSignature
 from moa_search.search.budgets.hardware import Hardware
 from moa_search.spans import SpanRule, span
 
-__all__ = ["PICOSECONDS", "CostModel", "touched_tiles"]
-
 PICOSECONDS = 10**12
 """In a second. Whole picoseconds let a sum of times be compared with a limit without rounding."""
 

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moa_search.errors import ConfigError
 from moa_search.formats.files import atomic_write, describe_invalid, nearest, one_line
 
-__all__ = ["HARDWARE", "Hardware"]
-
 
 class Hardware(BaseModel):
     """Speeds of one device, and the tiles in which its attention kernels work.

@@ -21,8 +21,6 @@ from moa_search.search.budgets.hardware import HARDWARE, Hardware
 from moa_search.search.budgets.specs import BYTE_KINDS, TOKEN_KINDS, BudgetSpec
 from moa_search.spans import SpanRule, span
 
-__all__ = ["BudgetRow", "budget_rows", "used"]
-
 
 @dataclass(frozen=True)
 class BudgetRow:

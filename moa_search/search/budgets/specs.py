@@ -17,8 +17,6 @@ from moa_search.formats.files import nearest, one_line
 from moa_search.search.budgets.cost_model import PICOSECONDS
 from moa_search.spans import MAX_LENGTH
 
-__all__ = ["BYTE_KINDS", "TOKEN_KINDS", "BudgetSpec"]
-
 _BYTES = {"B": 1} | {
     f"{prefix}{suffix}": base**power
     for suffix, base in (("iB", 1024), ("B", 1000))

@@ -11,8 +11,6 @@ from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint
 from moa_search.spans import SpanRule
 
-__all__ = ["Searcher"]
-
 
 class Searcher(ABC):
     """Chooses a rule for every KV head of a `SearchSpace`. Override `choose`.

@@ -9,8 +9,6 @@ from moa_search.search.searchers.base import Searcher
 from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, unweighted
 
-__all__ = ["DuoSearcher"]
-
 
 class DuoSearcher(Searcher):
     """As many dense heads as the budgets allow, those with most to lose; the others share one constant span.

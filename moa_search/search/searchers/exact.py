@@ -9,8 +9,6 @@ from moa_search.search.solver import solve_exact
 from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, trade_off
 
-__all__ = ["ExactSearcher", "PerLayerSearcher", "RecallSearcher"]
-
 
 class ExactSearcher(Searcher):
     """The best rule and bits for every KV head, proven, with the front over the profiled lengths."""

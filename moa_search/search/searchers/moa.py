@@ -11,8 +11,6 @@ from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, epsilon_cells
 from moa_search.spans import DENSE, SpanRule, span
 
-__all__ = ["MoASearcher"]
-
 ALPHA_STEP_TOKENS = 1024
 LONGEST_PARTS = 8
 BETA_STEP_256 = 32

@@ -10,8 +10,6 @@ from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, unweighted
 from moa_search.spans import attention_density
 
-__all__ = ["UniformSearcher"]
-
 
 class UniformSearcher(Searcher):
     """The one rule for all heads that uses most of the budgets; of equals, the one that computes most."""

@@ -13,8 +13,6 @@ from moa_search.search.solver.incumbent import feasible_choice
 from moa_search.search.solver.problem import Problem
 from moa_search.search.solver.relaxation import Relaxation, relax
 
-__all__ = ["Found", "assign", "reduced_costs"]
-
 CORE_ITEMS = (1_000, 4_000, 20_000)
 """(head, rule) pairs beyond one for each head, in the cores that are tried one after the other."""
 

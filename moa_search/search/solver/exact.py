@@ -13,8 +13,6 @@ from moa_search.search.solver.assignment import Found, assign
 from moa_search.search.solver.limited import assign_limited
 from moa_search.search.solver.problem import Problem, Solution
 
-__all__ = ["RELATIVE_GAP", "solve_exact"]
-
 RELATIVE_GAP = 1e-6
 """Relative gap at which a solution counts as optimal."""
 

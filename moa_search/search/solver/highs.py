@@ -10,8 +10,6 @@ import highspy
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["INFINITY", "Entries", "Outcome", "new_solver", "solve_integer_program"]
-
 INFINITY = highspy.kHighsInf
 
 Doubles = npt.NDArray[np.float64]

@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from moa_search.search.solver.problem import Problem
 
-__all__ = ["feasible_choice", "spend_slack"]
-
 STEPS = 20
 PASSES = 3
 

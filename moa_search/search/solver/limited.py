@@ -14,8 +14,6 @@ from moa_search.search.solver.problem import Problem
 from moa_search.search.solver.relaxation import Column, Relaxation, relax
 from moa_search.search.solver.rule_sets import best_assignment, pair_values
 
-__all__ = ["assign_limited"]
-
 PERTURBATIONS = (0.03, 0.1, 0.3)
 """Relative changes of the prices that give further assignments to combine."""
 

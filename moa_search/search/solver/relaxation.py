@@ -20,8 +20,6 @@ from moa_search.search.solver.highs import INFINITY, new_solver
 from moa_search.search.solver.problem import Problem
 from moa_search.search.solver.rule_sets import best_assignment
 
-__all__ = ["Column", "Relaxation", "relax"]
-
 TOLERANCE = 1e-5
 """Relative distance of the master program's value from the bound at which prices count as optimal."""
 

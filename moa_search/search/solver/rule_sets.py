@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["best_assignment", "pair_values"]
-
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 

@@ -13,8 +13,6 @@ from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.exc import SQLAlchemyError
 
-__all__ = ["Database", "Journal"]
-
 LOCK_SECONDS = 30
 """Time after which the journal's lock counts as left behind by a worker that was killed while it wrote."""
 

@@ -14,8 +14,6 @@ from moa_search.search.tuning.studies import keep_settings, open_study
 if TYPE_CHECKING:
     from optuna import Study
 
-__all__ = ["Tuning"]
-
 
 @dataclass(frozen=True)
 class Tuning:

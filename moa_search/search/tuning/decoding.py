@@ -16,8 +16,6 @@ from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint
 from moa_search.search.tuning.knobs import Knobs, weigh
 
-__all__ = ["Decoder"]
-
 
 class Decoder:
     """Decodes `Knobs` under fixed budgets; with a density among the knobs, under that density.

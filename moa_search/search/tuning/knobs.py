@@ -16,8 +16,6 @@ from moa_search.formats.files import nearest
 if TYPE_CHECKING:
     from optuna import Trial
 
-__all__ = ["DEPTH_KNOTS", "RANGES", "KnobSpace", "Knobs", "unit_losses", "weigh"]
-
 Doubles = npt.NDArray[np.float64]
 Params = dict[str, float | str]
 

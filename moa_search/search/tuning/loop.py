@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-__all__ = ["Summary", "TrialResult", "plan_of", "prepare", "summarise", "tune", "tune_in_parallel"]
-
 
 @dataclass(frozen=True)
 class TrialResult:

@@ -18,8 +18,6 @@ from moa_search.search.tuning.quiet import quiet
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-__all__ = ["HEARTBEAT_SECONDS", "JOURNAL", "RETRIES", "Location", "open_storage", "storage_errors"]
-
 JOURNAL = "study.journal"
 """Name of the journal in the study's folder."""
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.samplers import BaseSampler
 
-__all__ = ["SAMPLERS", "keep_settings", "open_study"]
-
 Direction = Literal["minimize", "maximize"]
 
 SAMPLERS = ("tpe", "gp", "random")

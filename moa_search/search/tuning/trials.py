@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["PLAN", "REASON", "SAME_AS", "SEED", "ended", "requeue", "trial_bar", "work"]
-
 PLAN = "plan"
 """User attribute of a trial: its plan's fingerprint."""
 

@@ -16,8 +16,6 @@ from typing import Any
 
 from moa_search.errors import ConfigError, MoAError
 
-__all__ = ["run_workers"]
-
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0
 """How long a worker that was told to stop has for putting its trial back."""
