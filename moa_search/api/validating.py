@@ -30,7 +30,7 @@ def validate_front(folder: str, options: ValidateOptions) -> pd.DataFrame:
 
     Writes validation.csv and what each plan lost into its file, and makes the best plan of plan.json's budgets
     plan.json: under a larger budget any plan loses less. A plan.json that isn't of the front joins it. What was
-    measured is kept in validation/, so that a stopped run goes on where it was and a second one measures nothing.
+    measured is kept in validation/, so that a stopped run resumes and a second one measures nothing.
     Dense attention comes first, then plan.json, then the others.
 
     Args:

@@ -162,7 +162,7 @@ def compare_variants(
         tasks: Task names.
         lengths: Tokens per item, answer included.
         count: Items per task and length, or per depth where depths are given.
-        seed: Of the items.
+        seed: Random seed for drawing items.
         answers: How items are answered.
         depths: Where the sought text stands, 0 to 1; by default spread evenly.
 

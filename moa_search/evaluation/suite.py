@@ -38,7 +38,7 @@ class Grid:
     Attributes:
         counts: Items, or items per depth, by length in tokens, increasing.
         depths: Where the sought text stands; empty for evenly spread.
-        seed: Of the items.
+        seed: Random seed for drawing items.
         answers: How they are answered.
     """
 

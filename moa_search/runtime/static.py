@@ -27,7 +27,7 @@ class StaticMoACacheLayer(MoACacheLayer):
     Args:
         rules: What the layer's heads attend.
         max_length: Tokens per sample that it can take, padding aside.
-        checks: Whether this layer is the one that notices when they are exceeded.
+        checks: Whether this layer raises when ``max_length`` is exceeded; one layer per cache does.
 
     Attributes:
         seen: int64 scalar, tokens seen including padding.

@@ -19,7 +19,7 @@ def largest_batch(fits: Callable[[int], bool], most: int = MOST_SAMPLES) -> int:
     """The largest batch up to ``most`` that fits, 0 if not even one sample does.
 
     Args:
-        fits: Whether a batch fits; every smaller one then does.
+        fits: Whether a batch fits. If one fits, all smaller ones do.
         most: Where to stop.
     """
     good, bad = 0, most + 1
