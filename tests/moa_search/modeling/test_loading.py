@@ -7,7 +7,8 @@ import torch
 
 from moa_search import load_model
 from moa_search.errors import ConfigError, ModelNotFoundError
-from moa_search.modeling.loading import cache_dir, random_model, resolve_dtype, weights_hash
+from moa_search.modeling.loading import random_model, resolve_dtype, weights_hash
+from moa_search.modeling.source import cache_dir
 
 
 def test_folder(tiny_model_dir):
