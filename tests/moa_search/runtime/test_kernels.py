@@ -55,6 +55,7 @@ def test_a_chunk_after_a_past_attends_as_in_the_torch_path(seed):
         if draw.random() < 0.5:
             valid = torch.rand(batch, size, generator=generator) < torch.rand(batch, 1, generator=generator) + 0.3
         layer.update(key, value)
+        layer.admit(key, value)
         expected = blockwise.attend(query, key, value, valid, rules, layer, **options)
         if not layer.is_empty:
             shifts.append(kernels._after_past(key, value, None, rules, layer)[-1])
@@ -74,6 +75,7 @@ def test_nothing_that_is_attended_is_left_out_where_the_copy_gets_shorter(rule, 
         layer = MoACacheLayer(rules)
         past, query, chunk = (torch.randn(1, 1, n, 8, generator=generator).double() for n in (length, 3, 3))
         layer.update(past, past)
+        layer.admit(past, past)
         layer.commit(past, past, None)
         expected = blockwise.attend(query, chunk, chunk, None, rules, layer, **options)
         found = kernels.prefill(query, chunk, chunk, None, rules, layer, impl="torch", **options)
@@ -86,6 +88,7 @@ def test_long_pasts_are_copied_without_what_no_head_attends():
     rules = LayerRules((SpanRule(100, 0), SpanRule(12, 0)), sink=4, block=8)
     layer, states = MoACacheLayer(rules), torch.randn(1, 2, 5000, 8)
     layer.update(states, states)
+    layer.admit(states, states)
     layer.commit(states, states, None)
     chunk = torch.randn(1, 2, 10, 8)
     key, _, starts, shift = kernels._after_past(chunk, chunk, None, rules, layer)
