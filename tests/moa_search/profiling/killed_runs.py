@@ -50,7 +50,11 @@ def main():
         if child == 0:
             profile_samples(model, samples, partial=partial)
             os._exit(0)
-        time.sleep(random.uniform(0, length))
+        # At a random moment of a random sample: on a busy machine, a moment of the whole run would mostly be its start.
+        wanted = random.randrange(SAMPLES)
+        while len(list(partial.glob("sample-*.safetensors"))) < wanted:
+            time.sleep(1e-3)
+        time.sleep(random.uniform(0, length / SAMPLES))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found = len(list(partial.glob("sample-*.safetensors")))
