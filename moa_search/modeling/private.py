@@ -42,6 +42,12 @@ def generates_with_dynamic_cache(model: Any) -> bool:
     return bool(model._supports_default_dynamic_cache())
 
 
+def mask_length_of(generation_config: Any) -> int | None:
+    """Tokens of a mask without padding that `generate` has dropped; None or -1 if it never had one."""
+    length: int | None = getattr(generation_config, "_mask_length", None)
+    return length
+
+
 def optional_file(name: str, file: str, **options: Any) -> str | None:
     """Path of a file in a model's folder or repository, None where it has no such file."""
     from transformers.utils import cached_file

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats.checkpoint import PLAN_FILE
-from moa_search.modeling.private import CANDIDATES, PREFILL, PREPARE_CACHE, attention_of
+from moa_search.modeling.private import CANDIDATES, PREFILL, PREPARE_CACHE, attention_of, mask_length_of
 from moa_search.modeling.text import text_config
 from moa_search.modeling.wrappers import require_no_prefix
 from moa_search.runtime import chunks
@@ -209,7 +209,7 @@ def _check_continues(input_ids: torch.Tensor, generation_config: Any, model_kwar
     embeddings, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     given = input_ids.shape[1] if embeddings is None else embeddings.shape[1]
     # A mask without padding is dropped but for its length; one that was never made stands for new tokens only.
-    masked = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    masked = mask_length_of(generation_config) if mask is None else mask.shape[1]
     only_new = embeddings is None and masked in (None, -1, past + given)
     if past and given <= past and not only_new:
         raise UnsupportedInputError(
