@@ -61,7 +61,8 @@ def attend(
         positions = start[:, None] + torch.arange(key.shape[2], device=key.device)
     else:
         positions = start[:, None] + valid.cumsum(1) - 1
-    seen = rules.codecs.on(key.device).seen(key, value, positions, rules.sink)
+    codecs = past.codecs if isinstance(past, CodedCacheLayer) else rules.codecs.on(key.device)
+    seen = codecs.seen(key, value, positions, rules.sink)
     out = blockwise.attend(query, *seen, valid, rules, past, **options)
     if past is not None:
         past.commit(key, value, valid)
@@ -99,18 +100,21 @@ class CodedCacheLayer(MoACacheLayer):
     Attributes:
         keys: ``[batch, kv_heads * sink, head_dim]``.
         values: ``[batch, kv_heads * sink, value_dim]``.
+        codecs: Of the layer's heads, on its device.
     """
 
+    codecs: LayerCodecs
     _rings: list[tuple[_Ring, _Ring]]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """As `MoACacheLayer.lazy_initialization`."""
         super().lazy_initialization(key_states, value_states)
         batch, heads = key_states.shape[:2]
-        codecs = self._codecs()
+        assert self.rules.codecs is not None
+        self.codecs = self.rules.codecs.on(self.device)
         self._rings = [
             (_empty(head.key, key_states[:, :1, :0]), _empty(head.value, value_states[:, :1, :0]))
-            for head in codecs.heads
+            for head in self.codecs.heads
         ]
         self.keys = key_states.new_zeros(batch, heads * self.rules.sink, key_states.shape[-1])
         self.values = value_states.new_zeros(batch, heads * self.rules.sink, value_states.shape[-1])
@@ -135,10 +139,6 @@ class CodedCacheLayer(MoACacheLayer):
         super()._leave_inference_mode()
         for ring in (ring for head in self._rings for ring in head):
             ring.change(torch.clone)
-
-    def _codecs(self) -> LayerCodecs:
-        assert self.rules.codecs is not None
-        return self.rules.codecs.on(self.device)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None, impl: str) -> None:
         key, value = key.detach(), value.detach()

@@ -19,6 +19,22 @@ TEMPLATE = (
 )
 
 
+WORDS = [
+    "amber",
+    "basin",
+    "cedar",
+    "delta",
+    "ember",
+    "field",
+    "grove",
+    "harbor",
+    "island",
+    "jungle",
+    "kettle",
+    "lantern",
+]
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOA_SEARCH_CACHE", str(tmp_path / "cache"))
@@ -111,22 +127,7 @@ def scripted() -> type[Scripted]:
 def records() -> list[dict[str, str]]:
     """Forty short contexts, each with a question about it."""
     rng = np.random.default_rng(0)
-    words = np.array(
-        [
-            "amber",
-            "basin",
-            "cedar",
-            "delta",
-            "ember",
-            "field",
-            "grove",
-            "harbor",
-            "island",
-            "jungle",
-            "kettle",
-            "lantern",
-        ]
-    )
+    words = np.array(WORDS)
     return [
         {
             "context": f"Report {n}. " + " ".join(rng.choice(words, 12)) + f". The code of box {n} is K{n:03}.",

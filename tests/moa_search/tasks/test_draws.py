@@ -14,21 +14,7 @@ from moa_search.tasks import SOURCE_TASKS, TASKS
 from moa_search.tasks.items import Generator
 from moa_search.tasks.records import RecordTask
 from moa_search.tasks.turns import draw_round
-
-WORDS = [
-    "amber",
-    "basin",
-    "cedar",
-    "delta",
-    "ember",
-    "field",
-    "grove",
-    "harbor",
-    "island",
-    "jungle",
-    "kettle",
-    "lantern",
-]
+from tests.moa_search.bytewise import WORDS
 
 
 def texts():
