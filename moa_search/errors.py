@@ -33,6 +33,14 @@ class ProfileVersionError(ProfileFormatError):
     """A profile file uses a schema that this version doesn't know."""
 
 
+class CacheFormatError(FileFormatError):
+    """A file can't be read as a saved cache."""
+
+
+class CacheVersionError(CacheFormatError):
+    """A saved cache uses a schema that this version doesn't know."""
+
+
 class ModelNotFoundError(MoAError):
     """A model specification names nothing that can be loaded."""
 

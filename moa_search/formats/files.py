@@ -25,8 +25,8 @@ MESSAGE_CHARACTERS = 300
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that takes its place only when the block ends without error.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty temporary file beside ``path`` that takes its place only when the block ends without error.
 
     Missing parent folders are made. An exception, ``KeyboardInterrupt`` included, leaves an older file as it
     was and removes the temporary one.
@@ -41,9 +41,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))  # before the work, not after
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
+        os.close(handle)
+        yield Path(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -56,6 +56,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             raise ConfigError(f"{path}: can't be written ({error.strerror or error})") from error
         raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """`atomic_path`, opened for writing; raises what that does."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def write_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:

@@ -74,9 +74,11 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
         if attention_of(text) == NAME:  # a plain reload of a model that was saved under a plan
             set_attention(model, None)
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        state = Applied(plan, rules, impl, attention=attention_of(text), parameters=names, overridden={})
+        state = Applied(
+            plan, rules, plan.fingerprint, impl, attention=attention_of(text), parameters=names, overridden={}
+        )
     set_attention(model, NAME)
-    state.plan, state.rules, state.impl = plan, rules, impl
+    state.plan, state.rules, state.fingerprint, state.impl = plan, rules, plan.fingerprint, impl
     for module in modules:
         setattr(module, RULES_ATTRIBUTE, rules[module.layer_idx])
         setattr(module, IMPL_ATTRIBUTE, impl)

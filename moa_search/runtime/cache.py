@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from moa_search.errors import ConfigError, ModelUnsupportedError, UnsupportedInputError
 from moa_search.formats import Plan
 from moa_search.modeling.text import text_config
+from moa_search.runtime import batching, saving
 from moa_search.runtime.coded import CodedCacheLayer
 from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
 from moa_search.runtime.report import CacheReport, LayerReport
@@ -19,6 +20,7 @@ from moa_search.runtime.rules import layer_rules
 from moa_search.runtime.static import StaticMoACacheLayer
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
     from moa_search.formats.plan import PlanLike
@@ -79,6 +81,9 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
         max_length: Tokens per sample, prompt and answer together, for a cache of fixed size: what `torch.compile` and
             CUDA graphs need. None for one that grows.
 
+    Attributes:
+        fingerprint: Of the plan.
+
     Raises:
         ConfigError: The plan's rules aren't anchored at positions, ``max_length`` isn't positive, or there's no such
             file.
@@ -87,23 +92,99 @@ class MoACache(Cache):  # type: ignore[misc]  # transformers is untyped
         ModelUnsupportedError: The model can't follow a plan.
     """
 
+    fingerprint: str
+
     def __init__(self, config: Any, plan: PlanLike, *, max_length: int | None = None) -> None:
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length is {max_length} tokens; it must be positive, or None for a cache that grows")
-        super().__init__(layers=_layers(layer_rules(Plan.of(plan), config), config, max_length))
+        plan = Plan.of(plan)
+        super().__init__(layers=_layers(layer_rules(plan, config), config, max_length))
+        self.fingerprint = plan.fingerprint
 
     @classmethod
-    def following(cls, rules: Sequence[LayerRules], config: Any, *, max_length: int | None = None) -> MoACache:
+    def following(
+        cls, rules: Sequence[LayerRules], config: Any, fingerprint: str, *, max_length: int | None = None
+    ) -> MoACache:
         """A cache by rules that were read off a plan already, as every `generate` needs one.
 
         Args:
             rules: Of every layer.
             config: Configuration of the model.
+            fingerprint: Of the plan.
             max_length: As for the class.
         """
+        return cls.of_layers(_layers(rules, config, max_length), fingerprint)
+
+    @classmethod
+    def of_layers(cls, layers: list[Any], fingerprint: str) -> MoACache:
+        """A cache of these layers, under the plan of that fingerprint."""
         cache = cls.__new__(cls)
-        Cache.__init__(cache, layers=_layers(rules, config, max_length))
+        Cache.__init__(cache, layers=layers)
+        cache.fingerprint = fingerprint
         return cache
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], plan: PlanLike, *, model: Any = None, device: str | torch.device = "cpu"
+    ) -> MoACache:
+        """Read a cache that `save` wrote; it goes on to the bit as the saved one would have.
+
+        Args:
+            path: The file.
+            plan: The plan that it was filled under, as for the class.
+            model: The model that filled it: its weights are compared with those that `save` was told, and each layer
+                is put where the model's layer is.
+            device: Where to put it without ``model``.
+
+        Raises:
+            ConfigError: There is no such file, no such device, or ``model`` is given and `save` wasn't told whose
+                weights filled the cache.
+            CacheVersionError: The schema is of another version.
+            CacheFormatError: The file is truncated, foreign or damaged.
+            PlanFormatError: The plan is damaged.
+            ModelMismatchError: The cache was filled under another plan, or by other weights.
+        """
+        return saving.load(path, Plan.of(plan), model, device)
+
+    def save(self, path: str | os.PathLike[str], *, model: Any = None) -> None:
+        """Write the cache to one safetensors file, atomically, with the plan's fingerprint.
+
+        Args:
+            path: The file.
+            model: The model that filled it; `load` can then tell whether its model has the same weights.
+
+        Raises:
+            ConfigError: It can't be written there.
+            UnsupportedInputError: It is empty, half filled by a pass that failed, of fixed size, or has states of
+                linear attention.
+        """
+        saving.save(self, path, model)
+
+    @classmethod
+    def merge(cls, caches: Sequence[MoACache]) -> MoACache:
+        """One cache for a batch out of several caches under one plan; they stay as they are.
+
+        Samples of different lengths then are a batch padded on the left: pass ids and an ``attention_mask`` that are as
+        long as the longest sample and the new tokens.
+
+        Args:
+            caches: In the order of the batch, each of one sample or more.
+
+        Raises:
+            UnsupportedInputError: They are of different plans, types or devices, or as for `save`.
+        """
+        return batching.merge(caches)
+
+    def take(self, *samples: int) -> MoACache:
+        """A cache of its own for some samples of a batch, without their padding; this one stays as it is.
+
+        Args:
+            *samples: Indices in the batch.
+
+        Raises:
+            UnsupportedInputError: There is no such sample, or as for `save`.
+        """
+        return batching.take(self, samples)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

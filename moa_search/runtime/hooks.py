@@ -46,6 +46,7 @@ class Applied:
     Attributes:
         plan: The plan.
         rules: What it says, layer by layer.
+        fingerprint: Of the plan.
         impl: What attends, as in `apply_plan`.
         attention: The attention implementation before.
         parameters: Of the model's ``forward``, in order.
@@ -56,6 +57,7 @@ class Applied:
 
     plan: Plan
     rules: tuple[LayerRules, ...]
+    fingerprint: str
     impl: Impl
     attention: str | None
     parameters: tuple[str, ...]
@@ -151,7 +153,7 @@ def _prepare_cache_for_generation(
         # As large as any before: what was compiled for that stays good.
         asked = getattr(generation_config, "max_cache_len", None) or 0
         length = state.max_length = max(max_cache_length, asked, state.max_length or 0)
-    model_kwargs["past_key_values"] = MoACache.following(state.rules, config, max_length=length)
+    model_kwargs["past_key_values"] = MoACache.following(state.rules, config, state.fingerprint, max_length=length)
     if rolls_back:
         model_kwargs["past_key_values"].activate_past_recording(rollback)
     return result
@@ -268,7 +270,7 @@ def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     text = text_config(model.config)
     wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
     if wanted and "past_key_values" in state.parameters[len(args) :] and attention_of(text) == NAME:
-        return args, {**kwargs, "past_key_values": _new_cache(state.rules, model.config)}
+        return args, {**kwargs, "past_key_values": _new_cache(state.rules, model.config, state.fingerprint)}
     return args, kwargs
 
 

@@ -24,6 +24,7 @@ from moa_search.runtime.decoding import DecodingTable
 from moa_search.runtime.padding import real_first
 from moa_search.runtime.registry import ticket_for
 from moa_search.runtime.staged import Staged
+from moa_search.runtime.state import LayerState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -131,6 +132,11 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             self._check_batch(key)
             if (self.keys.is_inference() or self.lens.is_inference()) and not torch.is_inference_mode_enabled():
                 self._leave_inference_mode()
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether new keys wait for attention to read and store them."""
+        return self._staged
 
     def settle(self) -> None:
         """Take staged keys for stored, which an operator does behind the compiler's back."""
@@ -317,6 +323,64 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         """Forget everything and free the memory."""
         self._forget()
 
+    def state(self) -> LayerState:
+        """What the layer holds; tensors are shared, not copied."""
+        return LayerState(
+            self._tensors(),
+            self._reserved,
+            self._slack,
+            self._rollback if self.record_past else None,
+            self.cumulative_length,
+            self._unpadded,
+        )
+
+    def restore(self, state: LayerState) -> None:
+        """Hold that state, whose tensors become the layer's own.
+
+        Raises:
+            KeyError: A tensor is missing.
+            ValueError: Tensors have shapes or types that the layer's rules don't allow.
+        """
+        state.check(len(self.rules.rules))
+        lens = state.tensors["lens"]
+        self._forget()
+        self.lens, self._floor, self.device = lens, state.tensors["floor"], lens.device
+        self.layout = self.rules.layout(self.rules.capacities(state.reserved, state.slack))
+        self._take_tensors(state.tensors)
+        self._reserved, self._slack = state.reserved, state.slack
+        self.record_past, self._rollback = state.rollback is not None, state.rollback or ROLLBACK_TOKENS
+        self.cumulative_length, self._unpadded = state.seen, state.unpadded
+        self._longest = int(lens.max())
+        self._even = self._longest == int(lens.min())
+        self.is_initialized = True
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All that is held, by name, the batch first."""
+        return {"keys": self.keys, "values": self.values, "lens": self.lens, "floor": self._floor}
+
+    def _take_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Hold keys and values that lie as `layout` says; raises `ValueError` where they don't."""
+        keys, values = tensors["keys"], tensors["values"]
+        for name, states in (("keys", keys), ("values", values)):
+            if not states.is_floating_point() or states.dtype != keys.dtype or states.ndim != 3:
+                raise ValueError(f"{name} holds {states.dtype} {tuple(states.shape)}")
+            if states.shape[:2] != (len(self.lens), self.layout.slots):
+                expected = f"[{len(self.lens)}, {self.layout.slots}, width]"
+                raise ValueError(f"{name} holds {tuple(states.shape)}, expected {expected}")
+        self.keys, self.values, self.dtype = keys, values, keys.dtype
+
+    def lay_out(self, reserved: int, slack: int) -> None:
+        """Move what is held to where a layer keeps it that was laid out for ``reserved`` tokens and ``slack`` slots."""
+        self._reserved, self._slack = reserved, slack
+        layout = self.rules.layout(self.rules.capacities(reserved, slack))
+        if layout == self.layout:
+            return
+        self._floor = self._oldest_held()
+        position = layout.positions(self.lens)
+        source = self.layout.slot(layout.heads(self.device), position).where(position >= 0, 0)
+        self._move(layout, source)
+        self.layout = layout
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make sample i a copy of sample ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)
@@ -365,16 +429,7 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         slack = self._rollback if self.record_past else 0
         if length < self._reserved and slack == self._slack:
             return
-        reserved = self._reserved if length < self._reserved else self.rules.roomy_length(length)
-        self._reserved, self._slack = reserved, slack
-        layout = self.rules.layout(self.rules.capacities(reserved, slack))
-        if layout == self.layout:
-            return
-        self._floor = self._oldest_held()
-        position = layout.positions(self.lens)
-        source = self.layout.slot(layout.heads(self.device), position).where(position >= 0, 0)
-        self._move(layout, source)
-        self.layout = layout
+        self.lay_out(self._reserved if length < self._reserved else self.rules.roomy_length(length), slack)
 
     def _move(self, layout: RingLayout, source: torch.Tensor) -> None:
         """Lay the slots out anew, each from slot ``source`` ``[batch, new slots]`` of `layout` so far."""
@@ -392,5 +447,5 @@ class MoACacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 def gather_slots(states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """``[batch, slots, dim]`` from the slots ``source`` ``[batch, new slots]`` of ``states``."""
     if states.shape[1] == 0:
-        return states.new_empty(*source.shape, states.shape[2])
+        return states.new_zeros(*source.shape, states.shape[2])  # whoever saves them gets nothing else from memory
     return states.gather(1, source[:, :, None].expand(-1, -1, states.shape[2]))

@@ -108,6 +108,20 @@ def layer_rules(plan: Plan, config: Any, stock: Sequence[Any] | None = None) -> 
     if not any(isinstance(layer, DynamicLayer) for layer in stock):
         raise ModelUnsupportedError(f"{text.model_type}: none of its layers attends, so there is nothing to shorten")
     windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in stock]
+    return rules_of(plan, windows)
+
+
+def rules_of(plan: Plan, windows: Sequence[int | None]) -> tuple[LayerRules, ...]:
+    """The rules of every layer of the plan's model.
+
+    Args:
+        plan: The plan.
+        windows: The model's own sliding window of every layer, in tokens; None where it has none.
+
+    Raises:
+        PlanFormatError: The plan came without its transforms of keys.
+        ModelMismatchError: A native layer has no sliding window, or another one.
+    """
     native = plan.native_layers
     for layer in native:
         if windows[layer] != plan.native_window:
