@@ -85,7 +85,6 @@ def profile_model(model: str | tuple[Any, Any], options: ProfileOptions) -> Prof
             resume=options.resume,
             impl=options.impl,
             tiers=options.tiers,
-            positions=options.positions,
             transforms=given,
         )
         if output is not None and partial is not None:

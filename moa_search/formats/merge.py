@@ -110,7 +110,7 @@ def _pooled_tiers(profiles: Sequence[Profile], lengths: Sequence[int]) -> TierSt
                 f"profile {number} has {_tiers_text(theirs)}, the first has {_tiers_text(ours)}; profile with equal "
                 "--tiers"
             )
-        if first.tiers is not None and profile.tiers is not None and not first.tiers.same_transforms(profile.tiers):
+        if first.tiers and profile.tiers and first.tiers.transforms != profile.tiers.transforms:
             raise ConfigError(
                 f"profile {number} has other transforms of keys than the first; profile it with --transforms and the "
                 "first one's file"
@@ -123,7 +123,7 @@ def _pooled_tiers(profiles: Sequence[Profile], lengths: Sequence[int]) -> TierSt
         by_length[length] = TierLength(
             parts[0].header, _joined([part.keys for part in parts]), _joined([part.values for part in parts])
         )
-    return TierStatistics(first.tiers.mean, first.tiers.balance, by_length)
+    return TierStatistics(first.tiers.transforms, by_length)
 
 
 def _joined(parts: Sequence[dict[int, dict[str, Floats]]]) -> dict[int, dict[str, Floats]]:

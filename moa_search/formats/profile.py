@@ -43,7 +43,8 @@ from moa_search.formats.files import (
 )
 from moa_search.formats.plan import own_window
 from moa_search.formats.signature import ModelSignature
-from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, require_transforms
+from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.version import __version__
 
 PROFILE_SCHEMAS: Final = ("moa-profile/1", "moa-profile/2")
@@ -306,10 +307,10 @@ class Profile:
                 tensors[f"{length}/{name}"] = _single(entry.mean[name])
                 tensors[f"{length}/{name}_error"] = _single(entry.error[name])
         for name, values in ({} if self.tiers is None else self.tiers.arrays()).items():
-            if values.ndim == 5:  # statistics; transforms keep their precision
+            if values.ndim == 5:  # statistics; transforms stay as they are
                 tensors[name], tensors[f"{name}_scale"] = _halve(_single(values))
             else:
-                tensors[name] = _single(values)
+                tensors[name] = values
         return tensors
 
 
@@ -370,10 +371,9 @@ def _unpack_tiers(header: ProfileHeader, tiers: TiersHeader, left: dict[str, npt
         ValueError: As `_unpack`, or a transform can't be undone.
     """
     model = header.model
-    heads, width = (model.num_hidden_layers, model.num_key_value_heads), model.head_dim
-    mean = _take(left, "transforms/mean", (*heads, width))
-    balance = _take(left, "transforms/balance", (*heads, width, width))
-    require_transforms(mean, balance)
+    heads = (model.num_hidden_layers, model.num_key_value_heads)
+    named = [name for name in left if name.startswith("transforms/")]
+    transforms = KeyTransforms.of({name.removeprefix("transforms/"): left.pop(name) for name in named}, model)
     by_length = {}
     for entry, grid in zip(header.lengths, tiers.lengths, strict=True):
         shape = (entry.samples, *heads, grid.row_buckets, len(grid.windows))
@@ -390,7 +390,7 @@ def _unpack_tiers(header: ProfileHeader, tiers: TiersHeader, left: dict[str, npt
         for by_bits in sides:
             for statistics in by_bits.values():
                 _require_zero_layers(statistics, header.native_layers, grid.length)
-    return TierStatistics(mean, balance, by_length)
+    return TierStatistics(transforms, by_length)
 
 
 def _take_halved(tensors: dict[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...]) -> Floats:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moa_search.formats.transforms import KeyTransforms
 
 CODED_BITS = (8, 4, 3, 2)
 """Bits of a number that keys and values can be stored in, beside 16, which means the model's own type."""
@@ -66,14 +68,12 @@ class TiersHeader(BaseModel):
 
     Attributes:
         bits: Measured for keys and values, decreasing; 16 goes without saying.
-        positions: The keys' transforms fit positions below this; beyond, few bits lose more and more.
         lengths: The profile's lengths.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bits: tuple[int, ...] = Field(min_length=1)
-    positions: int = Field(ge=1)
     lengths: tuple[TierGrid, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -149,23 +149,16 @@ class TierStatistics:
     """What a profile holds of tiers, beside its header.
 
     Attributes:
-        mean: The keys' fixed means, ``[layer, kv_head, head_dim]``.
-        balance: The keys' balancing matrices, ``[layer, kv_head, head_dim, head_dim]``; see
-            `moa_kernels.codes.Transform.balanced`. Native layers have zeros and identities.
+        transforms: What keys go through before they are coded.
         by_length: Changes by length in tokens.
     """
 
-    mean: Floats = field(repr=False)
-    balance: Floats = field(repr=False)
+    transforms: KeyTransforms
     by_length: dict[int, TierLength]
 
-    def same_transforms(self, other: TierStatistics) -> bool:
-        """Whether keys go through the very same transforms, so that changes can be pooled."""
-        return np.array_equal(self.mean, other.mean) and np.array_equal(self.balance, other.balance)
-
-    def arrays(self) -> dict[str, Floats]:
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Every array by a name of its own, as files name them."""
-        found = {"transforms/mean": self.mean, "transforms/balance": self.balance}
+        found = {f"transforms/{name}": values for name, values in self.transforms.tensors().items()}
         for length, entry in sorted(self.by_length.items()):
             for side, by_bits in zip(SIDES, (entry.keys, entry.values), strict=True):
                 for bits, statistics in by_bits.items():
@@ -201,15 +194,3 @@ def tier_grid(length: int, windows: Sequence[int], row_buckets: int) -> TierGrid
         windows=tuple(dict.fromkeys((*octaves, windows[-1]))),
         row_buckets=min(TIER_BUCKETS, row_buckets),
     )
-
-
-def require_transforms(mean: Floats, balance: Floats) -> None:
-    """Check that transforms can be undone.
-
-    Raises:
-        ValueError: A matrix has no inverse.
-    """
-    signs, sizes = np.linalg.slogdet(balance.astype(np.float64))
-    if not (np.isfinite(sizes) & (signs != 0)).all() or not np.isfinite(mean).all():
-        layer, head = np.argwhere(~np.isfinite(sizes) | (signs == 0))[0]
-        raise ValueError(f"transforms/balance has no inverse at layer {layer}, KV head {head}")

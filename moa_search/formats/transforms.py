@@ -1,17 +1,19 @@
 """The fixed transforms of keys that a plan in few bits needs, in one safetensors file beside the plan.
 
-Keys below 8 bits are stored less a fixed mean and times a balancing matrix, both measured once per model by
-``moa-profile --tiers`` (`moa_kernels.codes.Transform.balanced`). A plan names them by the hash of their file, so the
-plans of one profile share one file.
+Keys below 8 bits are stored as they were before rotary embedding, less a mean and times a balancing matrix, all
+measured once per model by ``moa-profile --tiers`` (`moa_kernels.codes.Transform`). A plan names them by the hash of
+their file, so the plans of one profile share one file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,6 @@ from safetensors.numpy import load, save
 from moa_search.errors import PlanFormatError
 from moa_search.formats.files import atomic_write, one_line
 from moa_search.formats.signature import ModelSignature
-from moa_search.formats.tiers import require_transforms
 
 SCHEMA = "moa-transforms/1"
 DIGITS = 16
@@ -31,21 +32,70 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class KeyTransforms:
-    """Of every KV head, native layers' too, where they are zeros and identities.
+    """Of every KV head, native layers' too, where they do nothing.
 
     Attributes:
-        mean: ``[layer, kv_head, head_dim]``.
-        balance: ``[layer, kv_head, head_dim, head_dim]``.
+        mean: Of keys before rotary embedding, ``[layer, kv_head, head_dim]``.
+        balance: The balancing matrices, ``[layer, kv_head, head_dim, head_dim]``.
+        frequencies: Of rotary embedding, radians per position of each pair of channels, ``[layer, head_dim / 2]``.
+        order: Channels, the pairs' first ones, then their second ones, int32 ``[head_dim]``.
     """
 
     mean: Floats = field(repr=False)
     balance: Floats = field(repr=False)
+    frequencies: Floats = field(repr=False)
+    order: npt.NDArray[np.int32] = field(repr=False)
+
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """Every array by its name."""
+        return {
+            "balance": np.ascontiguousarray(self.balance),
+            "frequencies": np.ascontiguousarray(self.frequencies),
+            "mean": np.ascontiguousarray(self.mean),
+            "order": np.ascontiguousarray(self.order),
+        }
+
+    def layer(self, layer: int) -> tuple[npt.NDArray[Any], ...]:
+        """What `moa_kernels.codes.Transform.of_keys` takes, of one layer."""
+        return self.balance[layer], self.frequencies[layer], self.mean[layer], self.order
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, npt.NDArray[Any]], model: ModelSignature) -> KeyTransforms:
+        """The inverse of `tensors`.
+
+        Raises:
+            ValueError: They aren't a model's, or can't be undone.
+        """
+        layers, width = model.num_hidden_layers, model.head_dim
+        heads = (layers, model.num_key_value_heads)
+        wanted: dict[str, tuple[tuple[int, ...], Any]] = {
+            "balance": ((*heads, width, width), np.float32),
+            "frequencies": ((layers, width // 2), np.float32),
+            "mean": ((*heads, width), np.float32),
+            "order": ((width,), np.int32),
+        }
+        if tensors.keys() != wanted.keys():
+            raise ValueError(f"transforms hold {', '.join(sorted(tensors))}, not {', '.join(wanted)}")
+        for name, (shape, dtype) in wanted.items():
+            tensor = tensors[name]
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"transforms/{name} holds {tensor.dtype} {tensor.shape}, expected {np.dtype(dtype)} {shape}"
+                )
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"transforms/{name} holds values that aren't finite")
+        signs, sizes = np.linalg.slogdet(tensors["balance"].astype(np.float64))
+        if not (np.isfinite(sizes) & (signs != 0)).all():
+            layer, head = np.argwhere(~np.isfinite(sizes) | (signs == 0))[0]
+            raise ValueError(f"transforms/balance has no inverse at layer {layer}, KV head {head}")
+        if not np.array_equal(np.sort(tensors["order"]), np.arange(width)):
+            raise ValueError("transforms/order doesn't name every channel once")
+        return cls(**tensors)
 
     @cached_property
     def _bytes(self) -> bytes:
         # One entry of metadata: safetensors writes several in any order.
-        tensors = {"balance": np.ascontiguousarray(self.balance), "mean": np.ascontiguousarray(self.mean)}
-        return bytes(save(tensors, metadata={"schema": SCHEMA}))
+        return bytes(save(self.tensors(), metadata={"schema": SCHEMA}))
 
     @cached_property
     def checksum(self) -> str:
@@ -107,13 +157,6 @@ class KeyTransforms:
         if f"sha256:{hashlib.sha256(raw).hexdigest()}" != checksum:
             raise PlanFormatError(f"{path}: altered since {source} was made; restore it, or search again")
         try:
-            tensors = load(raw)
-            mean, balance = tensors.pop("mean"), tensors.pop("balance")
-            heads, width = (model.num_hidden_layers, model.num_key_value_heads), model.head_dim
-            for name, tensor, shape in (("mean", mean, (*heads, width)), ("balance", balance, (*heads, width, width))):
-                if tensor.shape != shape or tensor.dtype != np.float32:
-                    raise ValueError(f"{name} holds {tensor.dtype} {tensor.shape}, expected float32 {shape}")
-            require_transforms(mean, balance)
-        except (SafetensorError, KeyError, ValueError) as error:
+            return cls.of(load(raw), model)
+        except (SafetensorError, ValueError) as error:
             raise PlanFormatError(f"{path}: no transforms of this plan's model ({one_line(error)})") from None
-        return cls(mean, balance)

@@ -62,9 +62,6 @@ class ProfileOptions(CalibrationOptions, ModelOptions):
     tiers: Several[Count] = ()
     """Bits that keys and values may be stored in, such as 16 8 4 2; their influence is measured in the same passes. By
     default spans alone are measured."""
-    positions: Count | None = None
-    """Longest context in tokens that the transforms of keys for 4 bits and fewer are meant for; by default the model's
-    own."""
     transforms: Any = None
     """Profile of this model whose transforms to use, so that both can be merged; by default they are measured."""
 

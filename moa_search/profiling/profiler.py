@@ -18,6 +18,7 @@ from moa_search.data import Sample, hash_samples
 from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
 from moa_search.formats import ModelSignature
 from moa_search.formats.profile import PROFILE_SCHEMAS, LengthProfile, Profile, ProfileHeader, RunSummary
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.support import (
     native_windows,
@@ -26,7 +27,7 @@ from moa_search.modeling.support import (
     require_context,
     require_own_keys,
 )
-from moa_search.modeling.text import context_length, dtype_name
+from moa_search.modeling.text import dtype_name
 from moa_search.parallel import ALONE, Workers
 from moa_search.profiling.accumulate import LengthAccumulator
 from moa_search.profiling.attention import observed
@@ -61,7 +62,6 @@ def profile_samples(
     resume: bool = True,
     impl: Impl = "auto",
     tiers: Sequence[int] = (),
-    positions: int | None = None,
     transforms: Profile | None = None,
 ) -> Profile:
     """Measure the influence of shorter windows on every KV head.
@@ -86,7 +86,6 @@ def profile_samples(
         impl: What computes the statistics: ``"triton"`` kernels, ``"torch"``, or ``"auto"``, Triton on GPUs.
         tiers: Bits of keys and values whose influence is measured, too; 16 goes without saying. On GPUs that of
             codecs is computed by torch whatever ``impl``.
-        positions: Tokens of the longest context that the keys' transforms are meant for; the model's own by default.
         transforms: A profile of this model whose transforms are used instead of measuring some.
 
     Returns:
@@ -104,11 +103,9 @@ def profile_samples(
     signature, longest = ModelSignature.of(model.config), max(sample.length for sample in samples)
     require_context(model.config, longest)
     bits = coded_bits(tiers, signature.head_dim)
-    if not bits and (positions is not None or transforms is not None):
-        raise ConfigError(
-            "positions and transforms are about keys in fewer bits; name some with --tiers, such as 16 8 4 2"
-        )
-    positions = transform_positions(model.config, positions, longest) if transforms is None else _given(transforms)
+    fixed = None if transforms is None else _given(transforms, signature)
+    if not bits and fixed is not None:
+        raise ConfigError("transforms are about keys in fewer bits; name some with --tiers, such as 16 8 4 2")
     settings = {
         "library_version": __version__,
         "model": signature.model_dump(mode="json"),
@@ -124,8 +121,8 @@ def profile_samples(
             "hash": hash_samples(samples),
             "sample_hashes": [hash_samples([sample]).removeprefix("sha256:")[:16] for sample in samples],
         },
-        **({"tiers": {"bits": list(bits), "positions": positions}} if bits else {}),
-        **({} if transforms is None else {"transforms": transforms.checksum}),
+        **({"tiers": {"bits": list(bits)}} if bits else {}),
+        **({} if fixed is None else {"transforms": fixed.checksum}),
     }
     # Only the first process keeps results, so the others needn't reach its disk.
     results = workers.together(lambda: Results(partial if workers.is_first else None, settings, resume=resume))
@@ -133,13 +130,13 @@ def profile_samples(
     if bits:
 
         def measured() -> dict[str, Any]:
-            if transforms is not None:
-                return _transforms_of(transforms, model, signature)
-            return measure_transforms(model, samples, sink=sink, native=native, positions=positions)
+            known = fixed or measure_transforms(model, samples, sink=sink, native=native)
+            return known.tensors()
 
-        fixed = workers.from_first(workers.by_first(lambda: results.once("transforms", measured)))
-        assert fixed is not None
-        meter = dataclasses.replace(meter, tiers=TierMeter(bits, positions, fixed, block, row_buckets, impl))
+        tensors = workers.from_first(workers.by_first(lambda: results.once("transforms", measured)))
+        assert tensors is not None
+        found = KeyTransforms.of(tensors, signature)
+        meter = dataclasses.replace(meter, tiers=TierMeter(bits, found, block, row_buckets, impl))
     seconds = _measure_all(meter, samples, results, workers, checkpointing)
 
     pooled = workers.by_first(lambda: _pool(meter, samples, results, settings, model_name, seconds))
@@ -197,35 +194,11 @@ def coded_bits(tiers: Sequence[int], head_dim: int) -> tuple[int, ...]:
     return tuple(sorted({bits for bits in tiers if bits < 16}, reverse=True))
 
 
-def transform_positions(config: Any, positions: int | None, longest: int) -> int:
-    """Tokens of the longest context that the keys' transforms are meant for.
-
-    Args:
-        config: Of a transformers model.
-        positions: As a user gave them.
-        longest: Tokens of the longest sample.
-
-    Raises:
-        ConfigError: There are fewer than the longest sample has, or more than the model's context.
-    """
-    if positions is None:
-        return max(context_length(config) or 0, longest)
-    require_context(config, positions)
-    if positions < longest:
-        raise ConfigError(f"positions is {positions}, but samples have up to {longest} tokens; ask for at least these")
-    return positions
-
-
-def _given(transforms: Profile) -> int:
-    if transforms.header.tiers is None:
+def _given(profile: Profile, signature: ModelSignature) -> KeyTransforms:
+    if profile.tiers is None:
         raise ConfigError("the profile given for --transforms has none; profile it with --tiers")
-    return transforms.header.tiers.positions
-
-
-def _transforms_of(profile: Profile, model: Any, signature: ModelSignature) -> dict[str, Any]:
     profile.header.model.require(signature, "the profile given for --transforms")
-    assert profile.tiers is not None
-    return {"mean": profile.tiers.mean, "balance": profile.tiers.balance}
+    return profile.tiers.transforms
 
 
 def _measure_all(

@@ -15,6 +15,7 @@ from moa_kernels.influence.coded import CODED_STATISTICS, coded_changes
 from torch import Tensor
 
 from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, tier_grid
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.profiling.grid import window_grid
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -37,16 +38,14 @@ class TierMeter:
 
     Attributes:
         bits: Below 16, decreasing.
-        positions: What the transforms are meant for, in tokens.
-        transforms: ``mean`` and ``balance`` of keys, as `measure_transforms` gives them.
+        transforms: Of keys.
         block: Smallest window in tokens.
         row_buckets: Of the profile.
         impl: Which implementation computes them, as in `moa_kernels.backends`.
     """
 
     bits: tuple[int, ...]
-    positions: int
-    transforms: Arrays
+    transforms: KeyTransforms
     block: int
     row_buckets: int
     impl: Impl = "auto"
@@ -85,8 +84,7 @@ class TierMeter:
             options: Of the attention, as for `coded_changes`.
         """
         grid = self.grid(length)
-        mean, balance = (torch.from_numpy(self.transforms[name][layer]) for name in ("mean", "balance"))
-        of_keys = Transform.balanced(balance, mean).to(key.device)
+        of_keys = Transform.of_keys(*map(torch.from_numpy, self.transforms.layer(layer))).to(key.device)
         of_values = Transform.rotation(len(value), value.shape[-1]).to(value.device)
         found = coded_changes(
             query,
@@ -115,9 +113,7 @@ class TierMeter:
 
     def header(self, lengths: Sequence[int]) -> TiersHeader:
         """For a profile of these lengths."""
-        return TiersHeader(
-            bits=self.bits, positions=self.positions, lengths=tuple(self.grid(length) for length in lengths)
-        )
+        return TiersHeader(bits=self.bits, lengths=tuple(self.grid(length) for length in lengths))
 
 
 class TierAccumulator:
@@ -146,7 +142,7 @@ class TierAccumulator:
         for length, samples in sorted(self._samples.items()):
             keys, values = ({bits: _stacked(samples, side, bits) for bits in self._meter.bits} for side in SIDES)
             by_length[length] = TierLength(self._meter.grid(length), keys, values)
-        return TierStatistics(self._meter.transforms["mean"], self._meter.transforms["balance"], by_length)
+        return TierStatistics(self._meter.transforms, by_length)
 
 
 def _stacked(samples: list[dict[str, npt.NDArray[np.floating]]], side: str, bits: int) -> Arrays:

@@ -89,9 +89,7 @@ def layer_codecs(plan: Plan) -> list[LayerCodecs | None]:
             continue
         keys = None
         if transforms is not None:
-            keys = Transform.balanced(
-                torch.from_numpy(transforms.balance[layer]), torch.from_numpy(transforms.mean[layer])
-            )
+            keys = Transform.of_keys(*map(torch.from_numpy, transforms.layer(layer)))
         rotation = Transform.rotation(1, width)
         heads = tuple(
             HeadCodecs(

@@ -86,10 +86,10 @@ class _Ring:
         self.packed = change(self.packed)
         self.scales = None if self.scales is None else change(self.scales)
 
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[batch, slots, width]``."""
+    def decoded(self, dtype: torch.dtype, positions: torch.Tensor) -> torch.Tensor:
+        """``[batch, slots, width]``, of tokens at ``positions`` ``[batch, slots]``."""
         scales = None if self.scales is None else self.scales[:, None, :, 0]
-        return self.codec.decode(Codes(self.packed[:, None], scales), dtype)[:, 0]
+        return self.codec.decode(Codes(self.packed[:, None], scales), dtype, positions[:, None])[:, 0]
 
 
 class CodedCacheLayer(MoACacheLayer):
@@ -128,9 +128,10 @@ class CodedCacheLayer(MoACacheLayer):
         """Keys and values of all slots as attention sees them, decoded anew."""
         sinks = [states.unflatten(1, (len(self._rings), -1)) for states in (self.keys, self.values)]
         parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        positions = self.layout.positions(self.lens).split(self.layout.capacities, 1)
         for head, rings in enumerate(self._rings):
             for part, ring, sink in zip(parts, rings, sinks, strict=True):
-                decoded = ring.decoded(self.dtype)
+                decoded = ring.decoded(self.dtype, positions[head])
                 plain = min(self.rules.sink, decoded.shape[1])
                 part.append(torch.cat([sink[:, head, :plain], decoded[:, plain:]], 1))
         return torch.cat(parts[0], 1), torch.cat(parts[1], 1)
@@ -142,9 +143,12 @@ class CodedCacheLayer(MoACacheLayer):
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None, impl: str) -> None:
         key, value = key.detach(), value.detach()
+        positions = (self.lens[:, None] + torch.arange(key.shape[2], device=key.device))[:, None]  # [batch, 1, new]
         for head, (rings, capacity) in enumerate(zip(self._rings, self.layout.capacities, strict=True)):
             layout = RingLayout((capacity,), (self.rules.sink,))
-            coded = [ring.codec.encode(x[:, head : head + 1]) for ring, x in zip(rings, (key, value), strict=True)]
+            coded = [
+                ring.codec.encode(x[:, head : head + 1], positions) for ring, x in zip(rings, (key, value), strict=True)
+            ]
             append_tokens(
                 Append(rings[0].packed, rings[1].packed, coded[0].packed, coded[1].packed, self.lens, layout, counts)
             )
@@ -186,5 +190,5 @@ class CodedCacheLayer(MoACacheLayer):
 
 def _empty(codec: Codec, like: torch.Tensor) -> _Ring:
     """A ring without slots for vectors like ``like`` ``[batch, 1, 0, width]``."""
-    codes = codec.encode(like)
+    codes = codec.encode(like, torch.zeros(1, dtype=torch.int64, device=like.device))
     return _Ring(codec, codes.packed[:, 0], None if codes.scales is None else codes.scales[:, 0, :, None])

@@ -10,7 +10,6 @@ from moa_search.formats.criteria import require_criterion
 from moa_search.formats.plan import LengthMetrics, Plan, Provenance
 from moa_search.formats.profile import Profile
 from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier
-from moa_search.formats.transforms import KeyTransforms
 from moa_search.options import SearchOptions
 from moa_search.progress import progress
 from moa_search.search.budgets import BudgetSpec, used
@@ -141,7 +140,7 @@ def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
         model,
         native_layers=header.native_layers,
         tiers=[[tier for _, tier in layer] for layer in by_layer],
-        transforms=None if known is None else KeyTransforms(known.mean, known.balance),
+        transforms=None if known is None else known.transforms,
         sink=header.sink,
         block=header.block,
         anchor=space.options.anchor,

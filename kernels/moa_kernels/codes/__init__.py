@@ -5,6 +5,7 @@ from moa_kernels.codes.codec import BITS, SCALE_BYTES, Codec, Codes, token_bytes
 from moa_kernels.codes.levels import dequantise, quantise
 from moa_kernels.codes.moments import Moments
 from moa_kernels.codes.packing import pack, unpack
+from moa_kernels.codes.rotary import Rotary
 from moa_kernels.codes.transforms import Transform, hadamard
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Codec",
     "Codes",
     "Moments",
+    "Rotary",
     "Transform",
     "balance",
     "dequantise",

@@ -62,13 +62,14 @@ class Codec:
         """
         _require(self.bits)
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor, positions: Tensor | None = None) -> Codes:
         """Store vectors.
 
-        The bytes of a vector depend on nothing but the vector. Gradients don't flow.
+        The bytes of a vector depend on nothing but the vector and its position. Gradients don't flow.
 
         Args:
             x: ``[..., kv_heads, tokens, width]``.
+            positions: Integers that broadcast to ``[..., kv_heads, tokens]``; only rotary embedding needs them.
 
         Returns:
             Codes ``[..., kv_heads, tokens, bytes]``. A vector with a NaN or an infinite number, or with numbers too
@@ -80,20 +81,21 @@ class Codec:
         x = x.detach()
         if self.bits == 16:
             return Codes(x.contiguous().view(torch.uint8), None)
-        codes, scales = quantise(x if self.transform is None else self.transform.apply(x), self.bits)
+        codes, scales = quantise(x if self.transform is None else self.transform.apply(x, positions), self.bits)
         return Codes(pack(codes, self.bits), scales)
 
-    def decode(self, codes: Codes, dtype: torch.dtype) -> Tensor:
+    def decode(self, codes: Codes, dtype: torch.dtype, positions: Tensor | None = None) -> Tensor:
         """What comes back, ``[..., kv_heads, tokens, width]``.
 
         Args:
             codes: From `encode`.
             dtype: Of the result; with 16 bits it must be the type that was stored.
+            positions: As `encode` was given.
         """
         if self.bits == 16:
             return codes.packed.view(dtype)
         turned = self.levels(codes)
-        return (turned if self.transform is None else self.transform.invert(turned)).to(dtype)
+        return (turned if self.transform is None else self.transform.invert(turned, positions)).to(dtype)
 
     def levels(self, codes: Codes) -> Tensor:
         """What the codes stand for before the transform is undone, float64 ``[..., kv_heads, tokens, width]``.
@@ -116,7 +118,8 @@ class Codec:
         """
         if self.bits == 16:
             return x
-        return torch.where((positions < sink)[..., None], x, self.decode(self.encode(x), x.dtype))
+        back = self.decode(self.encode(x, positions), x.dtype, positions)
+        return torch.where((positions < sink)[..., None], x, back)
 
 
 def token_bytes(bits: int, width: int, plain_bytes: int = 2) -> int:

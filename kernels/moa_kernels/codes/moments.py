@@ -1,7 +1,7 @@
 """Means and second moments of a layer's queries, keys and values, from which the keys' transform is solved.
 
-They are taken as attention sees them (after rotary embedding and norms), of tokens that will be coded: callers leave
-out the sink's tokens, whose keys are unlike all others, and padding.
+Queries and keys are taken before rotary embedding (`Rotary.turn` with ``back``), where all positions are alike, and of
+tokens that will be coded: callers leave out the sink's tokens, whose keys are unlike all others, and padding.
 """
 
 from __future__ import annotations

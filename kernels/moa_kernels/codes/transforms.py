@@ -1,9 +1,9 @@
 """What keys and values go through before they are coded, and how attention undoes it without decoding them.
 
-With M a head's matrix and m its mean, what is stored of a vector x is a code of ``y = (x - m) M``. Scores need no
-inverse per key, ``q . x = (q M^-T) . y + q . m``, and outputs one per query, ``sum_j w_j x_j = (sum_j w_j y_j) M^-1 +
-(sum_j w_j) m``. For values M is a signed Hadamard rotation, which spreads every outlier over all channels (QuaRot,
-arXiv 2404.00456). For keys a balancing matrix (`moa_kernels.codes.balancing`) stands before it.
+With M a head's matrix, m its mean and R the rotary embedding at a key's position, what is stored of a key x is a code
+of ``y = (x R^-1 - m) M``. For values, which have neither, M is a signed Hadamard rotation: it spreads every outlier
+over all channels (QuaRot, arXiv 2404.00456), and needs no inverse per value, ``sum_j w_j x_j = (sum_j w_j y_j) M^-1``.
+For keys a balancing matrix (`moa_kernels.codes.balancing`) stands before it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moa_kernels.codes.rotary import Rotary
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -23,11 +25,13 @@ class Transform:
         into: M, ``[kv_heads, width, width]``; vectors are rows, ``y = (x - mean) @ into``.
         back: Its inverse.
         mean: ``[kv_heads, width]``, or None where nothing is taken off.
+        rotary: What keys went through, to be undone first; None where there is none.
     """
 
     into: Tensor
     back: Tensor
     mean: Tensor | None = None
+    rotary: Rotary | None = None
 
     @classmethod
     def rotation(cls, kv_heads: int, width: int) -> Transform:
@@ -41,12 +45,13 @@ class Transform:
         return cls(matrix, matrix.mT)
 
     @classmethod
-    def balanced(cls, balance: Tensor, mean: Tensor) -> Transform:
+    def balanced(cls, balance: Tensor, mean: Tensor, rotary: Rotary | None = None) -> Transform:
         """A balancing matrix, then the rotation.
 
         Args:
             balance: ``[kv_heads, width, width]``, invertible.
-            mean: ``[kv_heads, width]``.
+            mean: ``[kv_heads, width]``, before rotary embedding.
+            rotary: The layer's.
 
         Raises:
             ValueError: Shapes don't fit together, numbers aren't finite, or a matrix has no inverse.
@@ -62,68 +67,63 @@ class Transform:
         inverse, failed = torch.linalg.inv_ex(balance.double())
         if failed.any() or not inverse.isfinite().all():
             raise ValueError(f"balance of KV heads {failed.nonzero()[:, 0].tolist()} has no inverse")
-        return cls(balance.double() @ rotation, rotation.mT @ inverse, mean.double())
+        return cls(balance.double() @ rotation, rotation.mT @ inverse, mean.double(), rotary)
 
-    def apply(self, x: Tensor) -> Tensor:
+    @classmethod
+    def of_keys(cls, balance: Tensor, frequencies: Tensor, mean: Tensor, order: Tensor) -> Transform:
+        """As files keep a layer's.
+
+        Args:
+            balance: ``[kv_heads, width, width]``, invertible.
+            frequencies: Of `Rotary`, ``[width / 2]``.
+            mean: ``[kv_heads, width]``, before rotary embedding.
+            order: Of `Rotary`, ``[width]``.
+
+        Raises:
+            ValueError: As `balanced` and `Rotary`.
+        """
+        rotary = Rotary(frequencies.double(), order.long()) if frequencies.any() else None
+        return cls.balanced(balance, mean, rotary)
+
+    def apply(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """What is to be coded, float64.
 
         Args:
             x: ``[..., kv_heads, tokens, width]``.
+            positions: Integers that broadcast to ``[..., kv_heads, tokens]``; only rotary embedding needs them.
         """
         x = x.double()
+        if self.rotary is not None:
+            assert positions is not None, "keys under rotary embedding are coded by position"
+            x = self.rotary.turn(x, positions, back=True)
         if self.mean is not None:
             x = x - self.mean[:, None]
         return x @ self.into
 
-    def invert(self, y: Tensor) -> Tensor:
+    def invert(self, y: Tensor, positions: Tensor | None = None) -> Tensor:
         """Vectors of what was coded, float64; the inverse of `apply`.
 
         Args:
             y: ``[..., kv_heads, tokens, width]``.
+            positions: As `apply` was given.
         """
         x = y.double() @ self.back
-        return x if self.mean is None else x + self.mean[:, None]
+        if self.mean is not None:
+            x = x + self.mean[:, None]
+        if self.rotary is None:
+            return x
+        assert positions is not None, "keys under rotary embedding are decoded by position"
+        return self.rotary.turn(x, positions)
 
-    def queries(self, query: Tensor) -> Tensor:
-        """Queries that score coded keys: ``q M^-T``, in the type of ``query``.
-
-        Args:
-            query: ``[..., heads, tokens, width]``; consecutive heads share a KV head.
-        """
-        grouped: Tensor = query.unflatten(-3, (len(self.back), -1))  # [..., kv_heads, group, tokens, width]
-        return (grouped @ self.back.mT[:, None].to(query.dtype)).flatten(-4, -3)
-
-    def query_bias(self, query: Tensor) -> Tensor | None:
-        """What every score of a coded key lacks, ``q . mean``, in the type of ``query``; None without a mean.
-
-        It is the same for all keys of a head, yet not for nothing: keys kept in 16 bits (sinks) don't lack it, nor does
-        a sink logit, and a soft cap sees it.
-
-        Args:
-            query: ``[..., heads, tokens, width]``.
-
-        Returns:
-            ``[..., heads, tokens]``.
-        """
-        if self.mean is None:
-            return None
-        grouped: Tensor = query.unflatten(-3, (len(self.mean), -1))
-        return (grouped @ self.mean[:, None, :, None].to(query.dtype)).squeeze(-1).flatten(-3, -2)
-
-    def outputs(self, weighted: Tensor, weights: Tensor | None = None) -> Tensor:
+    def outputs(self, weighted: Tensor) -> Tensor:
         """Attention outputs of weighted sums of coded values, in the type of ``weighted``.
 
         Args:
-            weighted: ``sum_j w_j y_j``, ``[..., heads, tokens, width]``.
-            weights: ``sum_j w_j`` over the same coded values, ``[..., heads, tokens]``; only a mean needs them.
+            weighted: ``sum_j w_j y_j``, ``[..., heads, tokens, width]``; consecutive heads share a KV head.
         """
+        assert self.mean is None, "values have no mean"
         grouped: Tensor = weighted.unflatten(-3, (len(self.back), -1))  # [..., kv_heads, group, tokens, width]
-        out = grouped @ self.back[:, None].to(weighted.dtype)
-        if self.mean is not None:
-            assert weights is not None, "values with a mean need the sum of the weights"
-            shares = weights.unflatten(-2, (len(self.mean), -1))[..., None]
-            out = out + shares * self.mean[:, None, None].to(weighted.dtype)
-        return out.flatten(-4, -3)
+        return (grouped @ self.back[:, None].to(weighted.dtype)).flatten(-4, -3)
 
     def of(self, heads: Sequence[int]) -> Transform:
         """The transform of some of the KV heads.
@@ -132,12 +132,14 @@ class Transform:
             heads: Their indices, in the order wanted.
         """
         index = torch.tensor(heads, dtype=torch.long, device=self.into.device)
-        return Transform(self.into[index], self.back[index], None if self.mean is None else self.mean[index])
+        mean = None if self.mean is None else self.mean[index]
+        return Transform(self.into[index], self.back[index], mean, self.rotary)
 
     def to(self, device: torch.device | str) -> Transform:
         """The same on another device."""
         mean = None if self.mean is None else self.mean.to(device)
-        return Transform(self.into.to(device), self.back.to(device), mean)
+        rotary = None if self.rotary is None else self.rotary.to(device)
+        return Transform(self.into.to(device), self.back.to(device), mean, rotary)
 
 
 def hadamard(width: int) -> Tensor:

@@ -105,7 +105,7 @@ def profile_facts(profile: Profile) -> dict[str, str]:
         facts["native"] = f"layers {layers} have a sliding window of their own and aren't searched"
     if profile.header.tiers is not None:
         bits = ", ".join(map(str, (16, *profile.header.tiers.bits)))
-        facts["tiers"] = f"{bits} bits; transforms of keys for positions below {profile.header.tiers.positions:,}"
+        facts["tiers"] = f"{bits} bits"
     run = profile.run
     if run is not None:
         tokens = sum(entry.header.samples * length for length, entry in profile.by_length.items())

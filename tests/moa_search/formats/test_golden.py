@@ -17,6 +17,7 @@ from moa_search.formats.profile import (
     ProfileHeader,
 )
 from moa_search.formats.tiers import TierGrid, TierLength, TiersHeader, TierStatistics
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.spans import DENSE, SpanRule
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -109,7 +110,7 @@ def profile_2() -> Profile:
     """The same with two tiers."""
     profile = profile_1()
     lengths = tuple(TierGrid(length=n, windows=(64, n), row_buckets=1) for n in profile.lengths)
-    tiers = TiersHeader(bits=(8, 2), positions=8192, lengths=lengths)
+    tiers = TiersHeader(bits=(8, 2), lengths=lengths)
 
     def counting(start: int, *shape: int) -> np.ndarray:
         values = (np.arange(start, start + np.prod(shape), dtype=np.float32) / 8).reshape(shape)
@@ -131,10 +132,12 @@ def profile_2() -> Profile:
         by_length[grid.length] = TierLength(grid, keys, values)
     mean = np.arange(2 * 2 * 16, dtype=np.float32).reshape(2, 2, 16) / 8
     balance = np.eye(16, dtype=np.float32) * (1 + mean[..., None])
+    frequencies = np.arange(2 * 8, dtype=np.float32).reshape(2, 8) / 64
+    transforms = KeyTransforms(mean, balance, frequencies, np.arange(16, dtype=np.int32)[::-1].copy())
     header = ProfileHeader.model_validate(
         {**profile.header.model_dump(by_alias=True), "schema": "moa-profile/2", "tiers": tiers}
     )
-    return Profile(header, profile.by_length, tiers=TierStatistics(mean, balance, by_length))
+    return Profile(header, profile.by_length, tiers=TierStatistics(transforms, by_length))
 
 
 def native_profile_1() -> Profile:

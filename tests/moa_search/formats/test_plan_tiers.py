@@ -27,7 +27,9 @@ def transforms(seed=0):
     rng = np.random.default_rng(seed)
     heads, width = (MODEL.num_hidden_layers, MODEL.num_key_value_heads), MODEL.head_dim
     mean = rng.standard_normal((*heads, width)).astype(np.float32)
-    return KeyTransforms(mean, rng.standard_normal((*heads, width, width)).astype(np.float32))
+    balance = rng.standard_normal((*heads, width, width)).astype(np.float32)
+    frequencies = rng.random((heads[0], width // 2), dtype=np.float32)
+    return KeyTransforms(mean, balance, frequencies, np.arange(width, dtype=np.int32))
 
 
 @pytest.fixture
@@ -42,8 +44,8 @@ def test_what_is_saved_is_read_again_with_its_transforms(plan, tmp_path):
     assert read.schema_ == "moa-plan/2"
     assert read.tiers == MIXED
     assert read.rules == RULES
-    assert np.array_equal(read.key_transforms.mean, transforms().mean)
-    assert np.array_equal(read.key_transforms.balance, transforms().balance)
+    for name, values in transforms().tensors().items():
+        assert np.array_equal(read.key_transforms.tensors()[name], values), name
     assert read.fingerprint == plan.fingerprint
 
 
@@ -104,12 +106,19 @@ def test_a_missing_or_altered_file_of_transforms_is_one_line(plan, tmp_path, har
 
 
 def test_transforms_of_another_model_are_refused(plan, tmp_path):
-    wide = KeyTransforms(np.zeros((2, 2, 8), np.float32), np.tile(np.eye(8, dtype=np.float32), (2, 2, 1, 1)))
+    wide = KeyTransforms(
+        np.zeros((2, 2, 8), np.float32),
+        np.tile(np.eye(8, dtype=np.float32), (2, 2, 1, 1)),
+        np.zeros((2, 4), np.float32),
+        np.arange(8, dtype=np.int32),
+    )
     wide.save(tmp_path)
     content = json.loads(plan.dumps()) | {"transforms": wide.checksum}
     del content["checksum"]
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(PlanFormatError, match=r"no transforms of this plan's model \(mean holds float32 \(2, 2, 8\)"):
+    with pytest.raises(
+        PlanFormatError, match=r"no transforms of this plan's model \(transforms/balance holds float32 \(2, 2, 8, 8\)"
+    ):
         Plan.load(tmp_path / "plan.json")
 
 

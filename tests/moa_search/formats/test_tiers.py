@@ -15,6 +15,7 @@ from moa_search.formats import Profile
 from moa_search.formats.merge import merge
 from moa_search.formats.profile import SAMPLE_STATISTICS, ProfileHeader
 from moa_search.formats.tiers import CODED_BITS, TierLength, TiersHeader, TierStatistics, tier_grid
+from moa_search.formats.transforms import KeyTransforms
 from moa_search.profiling.grid import window_grid
 
 from .test_profile import error_of, rewrite
@@ -36,11 +37,17 @@ def tiered(profile: Profile, bits: tuple[int, ...] = (8, 4, 2), seed: int = 0) -
     transforms = np.random.default_rng(0)  # one model's
     mean = transforms.normal(size=(*heads, width)).astype(np.float32)
     balance = (np.eye(width) + 0.1 * transforms.normal(size=(*heads, width, width))).astype(np.float32)
-    tiers = TiersHeader(bits=bits, positions=4096, lengths=tuple(x.header for x in by_length.values()))
+    known = KeyTransforms(
+        mean,
+        balance,
+        transforms.random((heads[0], width // 2), dtype=np.float32),
+        np.arange(width, dtype=np.int32),
+    )
+    tiers = TiersHeader(bits=bits, lengths=tuple(x.header for x in by_length.values()))
     header = ProfileHeader.model_validate(
         {**profile.header.model_dump(by_alias=True), "schema": "moa-profile/2", "tiers": tiers}
     )
-    return Profile(header, profile.by_length, tiers=TierStatistics(mean, balance, by_length))
+    return Profile(header, profile.by_length, tiers=TierStatistics(known, by_length))
 
 
 @pytest.fixture
@@ -105,7 +112,7 @@ def test_a_pairs_change_is_the_sum_of_its_keys_and_values(path: Path) -> None:
         (lambda c, t: c["tiers"].update(bits=[5]), "tiers: the tiers' bits are [5]"),
         (lambda c, t: c["tiers"]["lengths"].pop(), "top level: the tiers' lengths aren't the profile's"),
         (lambda c, t: c["tiers"]["lengths"][0].update(windows=[64]), "tiers.lengths.0: the tiers' last window"),
-        (lambda c, t: c["tiers"].update(position=1), "tiers.position: unknown key (did you mean 'positions'?)"),
+        (lambda c, t: c["tiers"].update(length=1), "tiers.length: unknown key (did you mean 'lengths'?)"),
         (lambda c, t: t["transforms/mean"].fill(0), "damaged, its content doesn't match its checksum"),
     ],
 )
@@ -117,8 +124,8 @@ def test_errors_say_what_and_where(path: Path, change: Callable[[Any, Any], None
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda t: t.balance[1, 0].fill(0), "transforms/balance has no inverse at layer 1, KV head 0"),
-        (lambda t: t.mean.fill(np.nan), "transforms/mean holds values that aren't finite"),
+        (lambda t: t.transforms.balance[1, 0].fill(0), "transforms/balance has no inverse at layer 1, KV head 0"),
+        (lambda t: t.transforms.mean.fill(np.nan), "transforms/mean holds values that aren't finite"),
         (lambda t: t.by_length[512].keys[4]["signed"].fill(np.inf), "512/key4/signed"),
         (lambda t: t.by_length[512].keys.pop(4), "tensor 512/key4/squared is missing"),
         (lambda t: t.by_length[512].keys.update({3: t.by_length[512].keys[4]}), "belongs to no length"),
@@ -173,7 +180,7 @@ class TestMerging:
     def test_other_transforms_are_refused(self, tiny_profile: Profile) -> None:
         one, two = (other(tiered(tiny_profile), seed) for seed in (1, 2))
         assert two.tiers is not None
-        two.tiers.mean[0, 0, 0] += 1
+        two.tiers.transforms.mean[0, 0, 0] += 1
         with pytest.raises(ConfigError, match=r"profile 2 has other transforms of keys.*--transforms"):
             merge([one, two])
 

@@ -122,7 +122,7 @@ def test_table_and_lines(tiny_profile):
 
 def test_tiers_are_told_with_what_they_add(tiny_profile):
     profile = tiered(tiny_profile, (8, 2))
-    assert profile_facts(profile)["tiers"] == "16, 8, 2 bits; transforms of keys for positions below 4,096"
+    assert profile_facts(profile)["tiers"] == "16, 8, 2 bits"
     assert "tiers" not in profile_facts(tiny_profile)
     for entry in profile.tiers.by_length.values():
         for side in (entry.keys, entry.values):

@@ -1,4 +1,4 @@
-"""Profiling with tiers: changes of each layer's own tensors, transforms over all positions, resuming, refusals."""
+"""Profiling with tiers: changes of each layer's own tensors, transforms before rotary embedding, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from moa_kernels.codes import Codec, Moments, Transform
 from moa_kernels.influence.coded import coded_influence
-from transformers import Gemma2Config, Qwen3Config
+from transformers import Gemma2Config, GlmConfig, Qwen3Config, StableLmConfig
 
 from moa_search.data import Sample
 from moa_search.errors import ConfigError, ModelMismatchError, ProfilingError
@@ -17,7 +17,6 @@ from moa_search.formats import Profile
 from moa_search.formats.merge import merge
 from moa_search.profiling import profile_samples
 from moa_search.profiling import profiler as module
-from moa_search.profiling.transforms import first_position
 from tests.moa_search.architectures import ARCHITECTURES
 from tests.moa_search.architectures import make_model as make_architecture
 
@@ -35,8 +34,7 @@ def test_changes_are_those_of_each_layers_own_tensors():
     assert profile.header.tiers.bits == (4, 2)
     for layer in (0, 1):
         query, key, value, grad = catch_attention(model, layer, samples[0])
-        mean, balance = (torch.from_numpy(x[layer]) for x in (profile.tiers.mean, profile.tiers.balance))
-        transforms = Transform.balanced(balance, mean), Transform.rotation(2, 8)
+        transforms = key_transform(profile, layer), Transform.rotation(2, 8)
         seen = [
             torch.stack([x, *(Codec(bits, transform).seen(x, torch.arange(150), 4) for bits in (4, 2))])
             for x, transform in zip((key, value), transforms, strict=True)
@@ -68,28 +66,49 @@ def test_fewer_bits_cost_more():
         assert costs[0] > 0
 
 
-@pytest.mark.parametrize("config", [{}, {"kind": Qwen3Config}])
-def test_transforms_are_those_of_keys_over_all_positions(config):
-    """Of a model that sees the same tokens at the first and at the last positions of its context."""
+def key_transform(profile, layer):
+    return Transform.of_keys(*map(torch.from_numpy, profile.tiers.transforms.layer(layer)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"kind": Qwen3Config},
+        {"kind": GlmConfig, "partial_rotary_factor": 0.5, "pad_token_id": 0},
+        {"kind": StableLmConfig, "partial_rotary_factor": 0.5},
+    ],
+)
+def test_transforms_are_those_of_keys_before_rotary_embedding(config):
+    """Statistics don't depend on positions: with the tokens somewhere else in the context, they are the same."""
     model, samples = make_model(**config), make_samples(count=2)
-    profile = profile_samples(model, samples, tiers=[2], **SETTINGS)
-    assert profile.header.tiers.positions == 512
+    known = profile_samples(model, samples, tiers=[2], **SETTINGS).tiers.transforms
+    assert known.frequencies.any(axis=-1).all()
     caught = {}
 
     def spy(layer, query, key, value):
-        moments = Moments.of(query[0, :, 4:], key[0, :, 4:], value[0, :, 4:])
+        at, rotary = torch.arange(300, 450), Transform.of_keys(*map(torch.from_numpy, known.layer(layer))).rotary
+        before = (rotary.turn(x[0], at, back=True)[:, 4:] for x in (query, key))
+        moments = Moments.of(*before, value[0, :, 4:])
         caught[layer] = caught[layer] + moments if layer in caught else moments
 
     with Spied(model, spy), torch.no_grad():
-        for sample, first in zip(samples, (0, 512 - 150), strict=True):
-            positions = torch.arange(first, first + 150)[None]
-            model(torch.from_numpy(sample.ids)[None], position_ids=positions, use_cache=False)
+        for sample in samples:
+            model(torch.from_numpy(sample.ids)[None], position_ids=torch.arange(300, 450)[None], use_cache=False)
     for layer, moments in caught.items():
         balance, mean = moments.key_statics()
-        np.testing.assert_allclose(profile.tiers.mean[layer], mean, rtol=1e-3, atol=1e-5)
-        found = torch.from_numpy(profile.tiers.balance[layer])
+        np.testing.assert_allclose(known.mean[layer], mean, rtol=2e-3, atol=1e-4)
+        found = torch.from_numpy(known.balance[layer])
         signs = (found * balance).sum(1, keepdim=True).sign()  # columns are eigenvectors
         torch.testing.assert_close(found * signs, balance, rtol=5e-2, atol=5e-3)
+
+
+def test_a_model_without_positions_still_has_transforms():
+    model = make_model()
+    model.config.rope_parameters = None
+    known = profile_samples(model, make_samples(), tiers=[4]).tiers.transforms
+    assert not known.frequencies.any()
+    assert known.mean.any()
 
 
 class Spied:
@@ -114,30 +133,13 @@ class Spied:
         self.model.set_attn_implementation(self.before)
 
 
-@pytest.mark.parametrize(("length", "positions"), [(1024, 8192), (1024, 131072), (150, 512), (150, 150), (150, 90)])
-def test_samples_cover_all_positions_and_low_ones_more_densely(length, positions):
-    firsts = [first_position(number / 15, length, positions) for number in range(16)]
-    assert (firsts[0], firsts[-1]) == (0, max(positions - length, 0))
-    steps = np.diff(firsts)
-    assert (np.diff(steps) >= -1).all(), "steps grow, but for rounding"
-    if positions <= 8 * length:
-        assert (steps <= 1.1 * length).all(), "hardly a gap"
-
-
-def test_positions_may_be_fewer_than_the_context():
-    profile = profile_samples(make_model(), make_samples(), tiers=[4], positions=200)
-    assert profile.header.tiers.positions == 200
-    whole = profile_samples(make_model(), make_samples(), tiers=[4])
-    assert not np.array_equal(profile.tiers.mean, whole.tiers.mean)
-
-
 def test_native_layers_are_left_out(tmp_path):
     model = make_model(Gemma2Config, query_pre_attn_scalar=8, sliding_window=40)
     profile = profile_samples(model, make_samples(), sink=0, block=16, tiers=[4])
     keys = profile.tiers.by_length[150].keys[4]["squared"]
     assert not keys[:, 0].any()
     assert keys[:, 1].all(axis=-1).any()
-    assert np.array_equal(profile.tiers.balance[0, 0], np.eye(8))
+    assert np.array_equal(profile.tiers.transforms.balance[0, 0], np.eye(8))
     profile.save(tmp_path / "native.safetensors")
     assert Profile.load(tmp_path / "native.safetensors").header.tiers == profile.header.tiers
 
@@ -179,9 +181,6 @@ class TestRefusals:
         ("options", "says"),
         [
             ({"tiers": [5]}, "tiers are 5; choose from 16, 8, 4, 3, 2"),
-            ({"tiers": [4], "positions": 1000}, "1000 is over the model's context of 512"),
-            ({"tiers": [16], "positions": 200}, "name some with --tiers, such as 16 8 4 2"),
-            ({"tiers": [4], "positions": 100}, "positions is 100, but samples have up to 150 tokens"),
         ],
     )
     def test_options_that_cannot_be(self, options, says):
@@ -196,6 +195,9 @@ class TestRefusals:
         plain = profile_samples(make_model(), make_samples())
         with pytest.raises(ConfigError, match="the profile given for --transforms has none; profile it with --tiers"):
             profile_samples(make_model(), make_samples(), tiers=[4], transforms=plain)
+        coded = profile_samples(make_model(), make_samples(), tiers=[4])
+        with pytest.raises(ConfigError, match="name some with --tiers, such as 16 8 4 2"):
+            profile_samples(make_model(), make_samples(), tiers=[16], transforms=coded)
         wider = profile_samples(make_model(head_dim=16), make_samples(), tiers=[4])
         with pytest.raises(ModelMismatchError, match="the profile given for --transforms"):
             profile_samples(make_model(), make_samples(), tiers=[4], transforms=wider)
@@ -228,8 +230,7 @@ def test_changes_are_derivatives_of_the_loss(architecture):
 
 def seen(profile, bits, layer, key, value):
     """Keys and values as attention sees them under a pair of codecs, ``[1, kv_heads, N, head_dim]``."""
-    mean, balance = (torch.from_numpy(x[layer]) for x in (profile.tiers.mean, profile.tiers.balance))
-    transforms = Transform.balanced(balance, mean), Transform.rotation(value.shape[1], value.shape[-1])
+    transforms = key_transform(profile, layer), Transform.rotation(value.shape[1], value.shape[-1])
     at = torch.arange(key.shape[2])
     return tuple(
         Codec(n, transform if n < 8 else None).seen(x, at, profile.header.sink)

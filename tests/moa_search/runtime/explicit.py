@@ -98,11 +98,10 @@ def as_stored(plan: Plan, layer: int, states: torch.Tensor, side: int) -> torch.
         if bits < 8 and side == 1:
             transform = Transform.rotation(1, width)
         elif bits < 8:
-            balance, mean = (torch.from_numpy(part[layer, head : head + 1]) for part in (given.balance, given.mean))
-            transform = Transform.balanced(balance, mean)
-        codec = Codec(bits, transform)
-        coded = states[:, head : head + 1, plan.sink :]
-        found[:, head : head + 1, plan.sink :] = codec.decode(codec.encode(coded), states.dtype)
+            transform = Transform.of_keys(*map(torch.from_numpy, given.layer(layer))).of([head])
+        codec, positions = Codec(bits, transform), torch.arange(plan.sink, states.shape[2])
+        coded = codec.encode(states[:, head : head + 1, plan.sink :], positions)
+        found[:, head : head + 1, plan.sink :] = codec.decode(coded, states.dtype, positions)
     return found
 
 
@@ -111,7 +110,13 @@ def key_transforms(signature: ModelSignature, seed: int = 0) -> KeyTransforms:
     rng = np.random.default_rng(seed)
     shape = (signature.num_hidden_layers, signature.num_key_value_heads, signature.head_dim)
     balance = np.eye(shape[-1]) + 0.2 * rng.standard_normal((*shape, shape[-1]))
-    return KeyTransforms(rng.standard_normal(shape).astype(np.float32), balance.astype(np.float32))
+    frequencies = rng.uniform(0, 1, (shape[0], shape[-1] // 2))
+    return KeyTransforms(
+        rng.standard_normal(shape).astype(np.float32),
+        balance.astype(np.float32),
+        frequencies.astype(np.float32),
+        rng.permutation(shape[-1]).astype(np.int32),
+    )
 
 
 @torch.no_grad()
