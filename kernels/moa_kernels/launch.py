@@ -107,10 +107,10 @@ def save_tuned(device: torch.device, kernel: str, head_dim: int, itemsize: int, 
     """Remember settings for a device, a kernel and a head dimension, on disk."""
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known[f"{kernel}-{padded(head_dim)}-{itemsize}"] = asdict(config)
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    scratch.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     scratch.replace(path)
     forget_tuned()
 
@@ -145,7 +145,7 @@ def _tuned(device_name: str) -> dict[str, LaunchConfig]:
     if not path.exists():
         return {}
     try:
-        return {key: LaunchConfig(**settings) for key, settings in json.loads(path.read_text()).items()}
+        return {key: LaunchConfig(**settings) for key, settings in json.loads(path.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} isn't a file of tuned settings ({error}); delete it or tune again") from None
 

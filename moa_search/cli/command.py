@@ -6,6 +6,7 @@ A flag beats a key in ``--config file.yaml`` beats the default. `moa_search.opti
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -100,6 +101,7 @@ def run(
         arguments: Command line.
         others: Commands that begin with its name, for the help.
     """
+    print_anything()
     debug = "--debug" in arguments
     prints = os.environ.get("RANK", "0") == "0"
     if {"-h", "--help"} & set(arguments):
@@ -132,6 +134,13 @@ def run(
             print(f"\n{program}: interrupted, {command.interrupted}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
+
+
+def print_anything() -> None:
+    """Print ``?`` for characters that a stream's encoding lacks, rather than fail: Windows' pipes aren't UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def open_console() -> Console:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
-from moa_search.cli.command import EXIT_BAD_INPUT, Command, run
+from moa_search.cli.command import EXIT_BAD_INPUT, Command, print_anything, run
 from moa_search.formats.files import nearest
 
 
@@ -22,6 +22,7 @@ def run_any(program: str, main: Command, others: Mapping[str, Command], *, other
         others: By name.
         otherwise: What else the first argument can be, such as "a profile".
     """
+    print_anything()
     words = sys.argv[1:]
     name = words[0] if words else ""
     if name in others:

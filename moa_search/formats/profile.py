@@ -188,14 +188,14 @@ class RunSummary:
         measured: Samples measured in this run.
         resumed: Samples taken over from an earlier one that was stopped.
         seconds_per_sample: Median time of one measured sample, by length in tokens.
-        peak_memory_bytes: Most memory held by the first process.
+        peak_memory_bytes: Most memory held by the first process; None where the system doesn't say.
         on_gpu: Whether that is GPU memory.
     """
 
     measured: int
     resumed: int
     seconds_per_sample: dict[int, float]
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     on_gpu: bool
 
 

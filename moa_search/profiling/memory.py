@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from typing import Any
 
@@ -20,9 +19,16 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory_bytes(model: Any) -> int:
-    """The most that this process held: on the GPUs together if the model lies there, else in main memory."""
+def peak_memory_bytes(model: Any) -> int | None:
+    """The most that this process held: on the GPUs together if the model lies there, else in main memory.
+
+    None where the system doesn't say (Windows).
+    """
     if on_gpu(model):
         return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

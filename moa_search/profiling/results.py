@@ -141,7 +141,7 @@ class Results:
 
 def _require_same(folder: Path, settings: dict[str, Any]) -> None:
     try:
-        found = json.loads((folder / SETTINGS_FILE).read_text())
+        found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: its {SETTINGS_FILE} can't be read ({error}); delete the folder") from None
     wanted = json.loads(json.dumps(settings))

@@ -128,7 +128,7 @@ def processor_flags() -> frozenset[str]:
 def _processor_line() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
                 return line.partition(":")[2]
     return platform.processor()

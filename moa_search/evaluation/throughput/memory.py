@@ -39,7 +39,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif can_measure(self.device):
             ctypes.CDLL(None).malloc_trim(0)
-            RESET.write_text(RESET_PEAK)
+            RESET.write_text(RESET_PEAK, encoding="utf-8")
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         elif can_measure(self.device):
-            line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+            line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
             self.peak_bytes = int(line.split()[1]) * 1024
 
 

@@ -230,10 +230,10 @@ def own_window_text(plan: Plan) -> str:
 
 
 def predicted_text(row: Mapping[str, object]) -> str:
-    """A predicted loss with its standard error, as far as they are known; ``≈`` where it is extrapolated.
+    """A predicted loss with its standard error, as far as they are known; ``~`` where it is extrapolated.
 
     Args:
         row: With ``loss``, ``loss_error`` and ``extrapolated``.
     """
     text = with_error(row["loss"], row["loss_error"])  # type: ignore[arg-type]
-    return f"≈ {text}" if text and row["extrapolated"] else text
+    return f"~ {text}" if text and row["extrapolated"] else text

@@ -111,10 +111,8 @@ def profile_facts(profile: Profile) -> dict[str, str]:
         tokens = sum(entry.header.samples * length for length, entry in profile.by_length.items())
         resumed = f", {run.resumed} taken over from a stopped run" if run.resumed else ""
         kind = "GPU memory" if run.on_gpu else "memory"
-        facts["run"] = (
-            f"{run.measured} samples measured{resumed}; {tokens:,} tokens in all; peak {kind} "
-            f"{run.peak_memory_bytes / 2**30:.1f} GiB"
-        )
+        peak = "" if run.peak_memory_bytes is None else f"; peak {kind} {run.peak_memory_bytes / 2**30:.1f} GiB"
+        facts["run"] = f"{run.measured} samples measured{resumed}; {tokens:,} tokens in all{peak}"
     return facts
 
 

@@ -36,7 +36,7 @@ def front_frame(front: Front) -> Table:
     guessed = any(metrics.extrapolated for plan in front.plans for metrics in plan.predicted)
     criterion = front.plans[0].provenance.criterion if front.plans[0].provenance else None
     by = f", predicted loss by {criterion}" if criterion else ""
-    return Table(frame, columns, f"Plans of the front{by}" + ("; ≈ is extrapolated" if guessed else ""))
+    return Table(frame, columns, f"Plans of the front{by}" + ("; ~ is extrapolated" if guessed else ""))
 
 
 def _predicted(length: int) -> Column:

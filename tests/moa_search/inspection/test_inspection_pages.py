@@ -224,7 +224,7 @@ def test_names_are_escaped(make):
 def test_a_front_says_what_is_extrapolated(front):
     assert front.plans[0].predicted[-1].extrapolated
     text = front_page(front).render()
-    assert "≈ is extrapolated" in text
+    assert "~ is extrapolated" in text
     assert "predicted loss at 1024 tokens" in text
     assert "predicted loss at 2048 tokens" not in text, "the chart keeps to what was profiled"
 

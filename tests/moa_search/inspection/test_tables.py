@@ -134,7 +134,7 @@ class TestFront:
             for at, metrics in zip((1, 3, 5), plan.predicted, strict=True):
                 assert row[at] == f"{metrics.density:.1%}"
                 loss = f"{metrics.loss:.4g} ± {metrics.loss_error:.1g}"
-                assert row[at + 1] == (f"≈ {loss}" if metrics.length == 2048 else loss), "2048 is extrapolated"
+                assert row[at + 1] == (f"~ {loss}" if metrics.length == 2048 else loss), "2048 is extrapolated"
             assert row[-1] == "0.00%"
 
     def test_a_uniform_plan_has_no_gap(self, tiny_profile):
