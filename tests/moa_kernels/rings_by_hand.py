@@ -65,7 +65,7 @@ class Case:
         spans = HeadSpans(tuple(heads), sliding_window)
         spare = [draw.choice([0, 0, 1, 9]) for _ in heads]
         capacities = [
-            min(head[0] + max(_window(head, most), 1) + new - 1 + extra, most + extra)
+            min(head[0] + max(window_of(head, most), 1) + new - 1 + extra, most + extra)
             for head, extra in zip(heads, spare, strict=True)
         ]
         layout = RingLayout(tuple(capacities), tuple(head[0] for head in heads))
@@ -103,7 +103,7 @@ class Case:
             for head, rule in enumerate(self.spans.heads):
                 for row in range(new):
                     at = length - new + row
-                    seen = [j for j in range(at + 1) if _attends(rule, self.spans.sliding_window, at, j)]
+                    seen = [j for j in range(at + 1) if attends(rule, self.spans.sliding_window, at, j)]
                     visible[sample, head, row, seen] = True
         return Masked(self.query, *self.history, visible.to(DEVICE), self.scale, self.softcap, self.sink_logits)
 
@@ -141,12 +141,12 @@ def written(
     return caches[0], caches[1]
 
 
-def _window(rule: tuple[int, int, int, int], context: int) -> int:
+def window_of(rule: tuple[int, int, int, int], context: int) -> int:
     sink, min_span, alpha, beta_256 = rule
     return max(min_span, alpha + beta_256 * context // 256) - sink
 
 
-def _attends(rule: tuple[int, int, int, int], sliding_window: int, query: int, key: int) -> bool:
+def attends(rule: tuple[int, int, int, int], sliding_window: int, query: int, key: int) -> bool:
     if query - key >= sliding_window:
         return False
-    return key < rule[0] or query - key < _window(rule, query + 1)
+    return key < rule[0] or query - key < window_of(rule, query + 1)
