@@ -145,7 +145,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="value_back must be float64"):
             decode_codes(query, stored, lens, layout, turns._replace(value_back=turns.value_back.float()), spans)
 
-    def test_an_implementation_that_there_is_none_of(self):
-        query, *others = self.CASE.arguments
+    def test_types_that_kernels_do_not_take(self):
+        case = CodedCase.drawn(1, torch.float64)
         with pytest.raises(BackendUnavailableError):
-            decode_codes(query.double(), *others, impl="cpu")
+            decode_codes(*case.arguments, impl="cpu")
