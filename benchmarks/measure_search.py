@@ -1,15 +1,19 @@
 """Gap and CPU seconds of the exact search, beside the same problem as one plain integer program on HiGHS.
 
 Usage: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/measure_search.py [--json] [--sizes 30x3x50 ...]
-           [--limits none 2] [--time-limit 60] [--methods exact milp] [--gap 1e-4] [--density 0.25]
+           [--limits none 2] [--time-limit 60] [--methods exact milp] [--gap 1e-4] [--density 0.25] [--rounds 1]
+
+       OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/measure_search.py \\
+           --sizes 30x3x320x25 80x8x30x8 80x8x320x16 --limits none --methods exact pairs --density 0.125 --rounds 3
 
 Half an hour, most of it plain HiGHS; with --methods exact a minute or two.
 
-Problems are made up (`search_instances`): layers x heads x rules, seven budgets, with any number of rules per layer
-or at most two. Both methods run on one thread; CPU seconds are the process's own, with building the model. Every
-choice is checked again in exact integers. Unless told a gap, "exact" stops at its own and "milp" at HiGHS's default
-of 0.01 %; it isn't given the largest problems, where building the model alone takes gigabytes. Time limits are of
-the clock on the wall: on a busy machine raise them.
+Problems are made up (`search_instances`): layers x heads x rules, or x pairs of bits under budgets in bytes, seven
+budgets, with any number of rules per layer or at most two. All methods run on one thread; CPU seconds are the process's
+own, with building the model. Rounds repeat a problem's methods in turn. Every choice is checked again in exact
+integers. Unless told a gap, "exact" stops at its own, "milp" at HiGHS's default of 0.01 %; it isn't given the largest
+problems, where building the model alone takes gigabytes. "pairs" is "exact" but that it finds what another option beats
+by comparing all pairs of a head's. Time limits are of the clock on the wall: on a busy machine raise them.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from search_instances import make_problem
+from search_instances import make_problem, make_tiered_problem
 
 from moa_search.errors import SolverError
+from moa_search.search.solver import exact as exact_module
 from moa_search.search.solver.exact import solve_exact
 from moa_search.search.solver.highs import INFINITY, Entries, solve_integer_program
 from moa_search.search.solver.problem import Problem
@@ -97,7 +102,27 @@ def milp(problem: Problem, time_limit_s: float, gap: float | None) -> Found:
     return outcome.values[:pairs].reshape(heads, rules).argmax(1), outcome.bound / scale, ""
 
 
-METHODS: dict[str, Callable[[Problem, float, float | None], Found]] = {"exact": exact, "milp": milp}
+def compare_pairs(problem: Problem) -> npt.NDArray[np.bool_]:
+    """What `undominated` says, by a look at all pairs of a head's rules."""
+    costs, kept = problem.costs, problem.choices.copy()
+    order = np.arange(costs.shape[1])
+    cheaper = (costs[:, :, None] <= costs[:, None, :]).all(0)  # [a, b]: a costs no more than b anywhere
+    same_cost, earlier = cheaper & cheaper.T, order[:, None] < order[None, :]
+    for head, (loss, possible) in enumerate(zip(problem.losses, problem.choices, strict=True)):
+        no_worse = cheaper & (loss[:, None] <= loss[None, :]) & possible[:, None]
+        kept[head] &= ~(no_worse & (~(same_cost & (loss[:, None] == loss[None, :])) | earlier)).any(0)
+    return kept
+
+
+def pairs(problem: Problem, time_limit_s: float, gap: float | None) -> Found:
+    fast, exact_module.undominated = exact_module.undominated, compare_pairs
+    try:
+        return exact(problem, time_limit_s, gap)
+    finally:
+        exact_module.undominated = fast
+
+
+METHODS: dict[str, Callable[[Problem, float, float | None], Found]] = {"exact": exact, "milp": milp, "pairs": pairs}
 
 
 def broken(problem: Problem, choice: npt.NDArray[np.int64]) -> str:
@@ -147,19 +172,24 @@ def table(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, and nothing else")
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="LxHxR", help="layers x heads x rules")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="LxHxR", help="layers x heads x rules [x bits]")
     parser.add_argument("--limits", nargs="+", default=LIMITS, metavar="M", help="rules per layer: none, 1 or 2")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["exact", "milp"], choices=METHODS)
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="wall seconds for one method")
     parser.add_argument("--gap", type=float, help="relative gap at which both methods stop")
     parser.add_argument("--density", type=float, default=0.25, help="budget at every length")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each method is measured, in turn")
     arguments = parser.parse_args()
     rows = []
     for size in arguments.sizes:
-        problem = make_problem(*map(int, size.split("x")), density=arguments.density)
+        parts = [int(part) for part in size.split("x")]
+        if len(parts) == 4:
+            problem = make_tiered_problem(*parts, share=arguments.density)
+        else:
+            problem = make_problem(*parts, density=arguments.density)
         for limit in arguments.limits:
             limited = dataclasses.replace(problem, rules_per_layer=None if limit == "none" else int(limit))
-            for method in arguments.methods:
+            for method in arguments.methods * arguments.rounds:
                 rows.append(measure(limited, method, arguments.time_limit, arguments.gap))
                 text = json.dumps(rows[-1]) if arguments.json else " ".join(cell(k, v) for k, v in rows[-1].items())
                 print(text, flush=True)

@@ -32,6 +32,42 @@ Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
+BITS_PAIRS = tuple((key, value) for key in (16, 8, 4, 3, 2) for value in (16, 8, 4, 3, 2))
+HEAD_DIM = 128
+BITS_ERROR = {16: 0.0, 8: 3e-5, 4: 7e-3, 3: 0.03, 2: 0.13}
+"""Of a vector coded in so many bits, squared and relative: what its head's loss grows with."""
+
+
+def make_tiered_problem(
+    layers: int, heads: int, rules: int, tiers: int, *, share: float = 0.25, seed: int = 0
+) -> Problem:
+    """The same with bits beside rules, under a share of a 16-bit cache's bytes at each of `BUDGET_LENGTHS`.
+
+    Args:
+        layers: Number of layers.
+        heads: Of each layer.
+        rules: Number of rules.
+        tiers: How many of `BITS_PAIRS`, spread over all of them; the first is 16 bits.
+        share: Budget at each length.
+        seed: Of everything random.
+    """
+    spans = make_problem(layers, heads, rules, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    pairs = [BITS_PAIRS[i] for i in np.linspace(0, len(BITS_PAIRS) - 1, tiers).round().astype(int)]
+    # Bytes of a token's key and value: codes and a scale of two bytes each; sinks stay 16 bit.
+    token = [sum(HEAD_DIM * bits // 8 + (2 if bits < 16 else 0) for bits in pair) for pair in pairs]
+    plain = 4 * HEAD_DIM
+    costs = np.concatenate([SINK * plain + (spans.costs - SINK) * size for size in token], axis=1)
+    limits = np.array([int(share * n * plain * layers * heads) for n in BUDGET_LENGTHS], dtype=np.int64)
+    # Keys and values each add a part of what the head could lose, more of it for heads that are sensitive.
+    worst = spans.losses.max(1)
+    sensitive = [worst * rng.lognormal(0, 1.0, layers * heads) * part for part in (1.0, 0.5)]
+    added = [sum(s * BITS_ERROR[bits] for s, bits in zip(sensitive, pair, strict=True)) for pair in pairs]
+    noise = rng.lognormal(0, 0.1, (tiers, *spans.losses.shape))
+    losses = [spans.losses + extra[:, None] * factor for extra, factor in zip(added, noise, strict=True)]
+    return Problem(np.concatenate(losses, axis=1), costs, limits, heads_per_layer=heads)
+
+
 def make_problem(layers: int, heads: int, rules: int, *, density: float = 0.25, seed: int = 0) -> Problem:
     """A feasible problem without a limit of rules per layer.
 

@@ -13,8 +13,23 @@ from moa_search.search.solver.incumbent import feasible_choice
 from moa_search.search.solver.problem import Problem
 from moa_search.search.solver.relaxation import Relaxation, relax
 
-CORE_ITEMS = (1_000, 4_000, 20_000)
-"""(head, rule) pairs beyond one for each head, in the cores that are tried one after the other."""
+
+@dataclass(frozen=True)
+class Cores:
+    """The integer programs that are tried one after the other.
+
+    Attributes:
+        pairs: (head, rule) pairs beyond one for each head in each of them.
+        gap_share: Part of the gap that their own may use up; what they leave out may use the rest.
+    """
+
+    pairs: tuple[int, ...]
+    gap_share: float
+
+
+CORES = Cores((1_000, 4_000, 20_000), 0.5)
+MANY_CORES = Cores((300, 1_000, 4_000, 20_000), 0.9)
+"""Where near ties abound: in more of them a search tree finds no end, and what is left out is worth little more."""
 
 WHOLE = 100_000
 """Pairs up to which the last core may be the whole problem."""
@@ -54,7 +69,15 @@ class Found:
         return self.choice is not None and self.objective - self.bound <= gap * abs(self.objective)
 
 
-def assign(problem: Problem, losses: Doubles, *, gap: float, deadline: float, start: Doubles | None = None) -> Found:
+def assign(
+    problem: Problem,
+    losses: Doubles,
+    *,
+    gap: float,
+    deadline: float,
+    start: Doubles | None = None,
+    cores: Cores = CORES,
+) -> Found:
     """The best choice, without a limit of rules per layer.
 
     The relaxation's prices give every pair of head and rule a reduced cost t, and a bound L. A choice with such a
@@ -67,6 +90,7 @@ def assign(problem: Problem, losses: Doubles, *, gap: float, deadline: float, st
         gap: Relative gap to stop at.
         deadline: ``time.monotonic()`` at which to stop with what is known.
         start: Prices to begin with.
+        cores: How much is tried.
     """
     # A bound and prices, a first choice at those prices, and how much dearer each pair is than its head's best
     relaxation = relax(problem, losses, deadline, start)
@@ -76,7 +100,7 @@ def assign(problem: Problem, losses: Doubles, *, gap: float, deadline: float, st
     count = int(possible.sum())
     mixed = _mixed(problem, relaxation)
     # Cores of growing size, until one proves enough
-    for core_number, extra in enumerate((*CORE_ITEMS, count)):
+    for core_number, extra in enumerate((*cores.pairs, count)):
         # What one core's search tree can't prove beyond this, larger ones hardly do.
         enough = max(gap, GOOD_ENOUGH) if core_number else gap
         if found.good(enough) or time.monotonic() > deadline:
@@ -86,7 +110,9 @@ def assign(problem: Problem, losses: Doubles, *, gap: float, deadline: float, st
             break
         threshold = _threshold(reduced, possible, extra)
         core = possible & ((reduced <= threshold) | mixed)
-        choice, bound = _solve_core(problem, losses, core, gap * max(abs(found.bound), 1e-9), deadline)
+        choice, bound = _solve_core(
+            problem, losses, core, cores.gap_share * gap * max(abs(found.bound), 1e-9), deadline
+        )
         # A choice with a pair from outside loses at least this much.
         left_out = reduced[possible & ~core]
         if left_out.size:
@@ -179,7 +205,7 @@ def _solve_pairs(
         np.concatenate([np.full(budgets, -INFINITY), np.ones(open_heads)]),
         np.concatenate([limits - margin * np.maximum(1, np.abs(limits)), np.ones(open_heads)]),
         relative_gap=0.0,
-        absolute_gap=absolute_gap / 2,
+        absolute_gap=absolute_gap,
         time_limit_s=max(deadline - time.monotonic(), 0.0),
         max_nodes=MOST_NODES,
     )

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.errors import SolverError
-from moa_search.search.solver.assignment import Found, assign
+from moa_search.search.solver.assignment import CORES, MANY_CORES, Found, assign
+from moa_search.search.solver.dominance import undominated
 from moa_search.search.solver.limited import assign_limited
 from moa_search.search.solver.problem import Problem, Solution
 
@@ -20,6 +21,9 @@ LARGE_GAP = 1e-4
 """The same for problems of so many (head, rule) pairs that a last millionth would take minutes."""
 
 LARGE_PAIRS = 25_000
+
+MANY_RULES, MANY_GAP = 1_000, 5e-4
+"""The same for such problems where heads choose from so many rules (under bits, say) that near ties abound."""
 
 LIMITED_GAP = 5e-4
 """The same under a limit of rules per layer, which is much harder to prove."""
@@ -49,8 +53,8 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, gap: float | No
     Args:
         problem: A feasible problem.
         time_limit_s: Seconds of wall time.
-        gap: Relative gap at which to stop; by default `RELATIVE_GAP`, `LARGE_GAP` or `LIMITED_GAP`. Limits on the
-            search trees can end it earlier, at the same point on every machine.
+        gap: Relative gap at which to stop; by default `RELATIVE_GAP`, `LARGE_GAP`, `MANY_GAP` or `LIMITED_GAP`.
+            Limits on the search trees can end it earlier, at the same point on every machine.
 
     Raises:
         SolverError: No feasible choice was found.
@@ -66,7 +70,7 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, gap: float | No
     reduced = _without_common_costs(problem)
     kept = problem.choices & _affordable(reduced)
     if problem.rule_limit is None:
-        kept &= _undominated(problem)
+        kept &= undominated(problem)
     best: Solution | None = None
     while kept.any(1).all():
         worst = float(np.where(kept, excess, 0).max(1).sum())
@@ -96,12 +100,15 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, gap: float | No
 def _default_gap(problem: Problem) -> float:
     if problem.rule_limit is not None:
         return LIMITED_GAP
-    return RELATIVE_GAP if problem.losses.size <= LARGE_PAIRS else LARGE_GAP
+    if problem.losses.size <= LARGE_PAIRS:
+        return RELATIVE_GAP
+    return LARGE_GAP if problem.losses.shape[1] <= MANY_RULES else MANY_GAP
 
 
 def _solve(problem: Problem, losses: Doubles, gap: float, deadline: float) -> Found:
     if problem.rule_limit is None:
-        return assign(problem, losses, gap=gap, deadline=deadline)
+        cores = CORES if problem.losses.shape[1] <= MANY_RULES else MANY_CORES
+        return assign(problem, losses, gap=gap, deadline=deadline, cores=cores)
     return assign_limited(problem, losses, gap=gap, deadline=deadline)
 
 
@@ -134,23 +141,3 @@ def _cheapest_among_best(problem: Problem, best: Doubles) -> Integers:
     ties = problem.choices & (problem.losses <= best[:, None])
     cost = np.where(ties, problem.costs.astype(float).sum(0)[None, :], np.inf)
     return np.asarray(cost.argmin(1), dtype=np.int64)
-
-
-def _undominated(problem: Problem) -> Booleans:
-    """``[head, rule]``: no other rule is as good in loss and every cost and better (or earlier) in one.
-
-    Where costs depend on the head every rule is kept.
-    """
-    kept = np.ones(problem.losses.shape, dtype=bool)
-    if problem.head_costs is not None:
-        return kept
-    costs = problem.costs
-    order = np.arange(costs.shape[1])
-    cheaper = (costs[:, :, None] <= costs[:, None, :]).all(0)  # [a, b]: a costs no more than b anywhere
-    same_cost = (costs[:, :, None] == costs[:, None, :]).all(0)
-    earlier = order[:, None] < order[None, :]
-    for head, (loss, possible) in enumerate(zip(problem.losses, problem.choices, strict=True)):
-        no_worse = cheaper & (loss[:, None] <= loss[None, :]) & possible[:, None]
-        equal = same_cost & (loss[:, None] == loss[None, :])
-        kept[head] = ~(no_worse & (~equal | earlier)).any(0)
-    return kept
