@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from moa_kernels.codes import BITS, hadamard, pack, quantise
+from moa_kernels.codes import BITS, Rotary, Transform, hadamard, pack, quantise
 from moa_kernels.codes.storage import CodeLayout, Stored, Turns
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import FOREVER, HeadSpans
@@ -17,16 +17,20 @@ from .yardstick import DEVICE, Exact, Masked, randn
 
 
 def random_turns(generator: torch.Generator, key_bits: list[int], value_bits: list[int], width: int) -> Turns:
-    """Transforms that differ in every head, with means in blocks of positions."""
-    heads, blocks = len(key_bits), int(torch.randint(1, 4, (), generator=generator))
+    """Transforms that differ in every head, with means and, mostly, rotary embedding."""
+    heads = len(key_bits)
     rotation, plain = hadamard(width), torch.eye(width, dtype=torch.float64)
     shear = plain + 0.3 * width**-0.5 * torch.randn(heads, width, width, generator=generator, dtype=torch.float64)
     turned = torch.tensor([bits < 8 for bits in key_bits])[:, None, None]
     into = torch.where(turned, shear @ rotation, plain)
-    mean = torch.where(turned, torch.randn(heads, blocks, width, generator=generator, dtype=torch.float64), 0)
+    mean = torch.where(turned[..., 0], torch.randn(heads, width, generator=generator, dtype=torch.float64), 0)
+    frequencies = torch.rand(width // 2, generator=generator, dtype=torch.float64)
+    if torch.rand((), generator=generator) < 0.2:
+        frequencies = torch.zeros_like(frequencies)
+    order = torch.randperm(width, generator=generator)
     spun = torch.where(torch.tensor([bits < 8 for bits in value_bits])[:, None, None], rotation, plain)
-    stride = int(torch.randint(1, 40, (), generator=generator))
-    return Turns(into, torch.linalg.inv(into), mean, stride, spun, spun.mT.contiguous()).to(DEVICE)
+    back = spun.mT.contiguous()
+    return Turns(into, torch.linalg.inv(into), mean, frequencies, order, spun, back).to(DEVICE)
 
 
 @dataclass
@@ -55,8 +59,7 @@ class Vectors:
 
     def __post_init__(self) -> None:
         batch, kv_heads, tokens, _ = self.plain.shape
-        at = torch.arange(tokens, device=DEVICE)
-        self.block = torch.div(at, self.turns.stride, rounding_mode="floor").clamp(max=self.turns.key_mean.shape[1] - 1)
+        self.positions = torch.arange(tokens, device=DEVICE)
         self.levels, self.back = self.plain.double().clone(), self.plain.double().clone()
         self.scales = torch.zeros(batch, kv_heads, tokens, dtype=torch.float16, device=DEVICE)
         self.rows = [[None] * kv_heads for _ in range(batch)]
@@ -71,62 +74,56 @@ class Vectors:
         if bits == 16:
             self.rows[sample][head] = x.contiguous().view(torch.uint8)
             return
-        y, mean, back = x.double(), 0, torch.eye(x.shape[-1], dtype=torch.float64, device=DEVICE)
+        turns, transform = self.turns, None
         if bits < 8 and self.keys:
-            mean, back = self.turns.key_mean[head, self.block], self.turns.key_back[head]
-            y = (y - mean) @ self.turns.key_into[head]
+            rotary = Rotary(turns.frequencies, turns.order)
+            transform = Transform(turns.key_into[[head]], turns.key_back[[head]], turns.key_mean[[head]], rotary)
         elif bits < 8:
-            back = self.turns.value_back[head]
-            y = y @ self.turns.value_into[head]
+            transform = Transform(turns.value_into[[head]], turns.value_back[[head]])
+        y = x.double() if transform is None else transform.apply(x[None], self.positions)[0]
         codes, scales = quantise(y, bits)
         self.rows[sample][head], self.scales[sample, head] = pack(codes, bits), scales
         y = scales.double()[:, None] * (codes.double() - (2**bits - 1) / 2)
         self.levels[sample, head, self.sink :] = y[self.sink :]
-        self.back[sample, head, self.sink :] = (y @ back + mean)[self.sink :]
+        back = y if transform is None else transform.invert(y[None], self.positions)[0]
+        self.back[sample, head, self.sink :] = back[self.sink :]
 
 
 class CodedMasked(Masked):
-    """Attention under an explicit mask over what codes give back; products are taken of what is stored, as kernels do.
+    """Attention under an explicit mask over what codes give back.
 
-    So the units count the sizes of turned queries and of coded vectors, and what turning back an output rounds.
+    Units count, beside those of plain attention, what a transform's undoing rounds: errors in proportion to whole
+    vectors and not to each of their numbers.
     """
 
     def __init__(self, keys: Vectors, values: Vectors, query: Tensor, visible: Tensor, **options: object) -> None:
         super().__init__(query, keys.back, values.back, visible, **options)  # type: ignore[arg-type]
         self.keys, self.values = keys, values
 
-    def _parts(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        group = self.query.shape[1] // self.key.shape[1]
-        turns = self.keys.turns
-        grouped = self.query.to(dtype).unflatten(1, (-1, group))  # [batch, kv_heads, group, new, width]
-        turned = grouped @ turns.key_back.mT[:, None].to(dtype)
-        bias = (grouped @ turns.key_mean.mT[:, None].to(dtype))[..., self.keys.block]
-        coded = self.keys.coded[:, None, None]
-        unread = ~self.visible.any(2)[..., None]
-        y = self.keys.levels.masked_fill(unread, 0).to(dtype)[:, :, None]
-        wide = torch.promote_types(dtype, torch.float32)
-        products = torch.where(coded, turned @ y.mT, grouped @ y.mT).to(wide) + torch.where(coded, bias, 0).to(wide)
-        norms = torch.where(coded, turned.norm(dim=-1)[..., None], grouped.norm(dim=-1)[..., None])
-        sizes = norms * y.norm(dim=-1)[..., None, :] + torch.where(coded, bias, 0).abs()
-        return products.flatten(1, 2), sizes.flatten(1, 2)
-
     def _softmax(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        group = self.query.shape[1] // self.key.shape[1]
-        visible = self.visible.repeat_interleave(group, 1)
-        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        products, sizes = self._parts(dtype)
-        scores, sizes = products * scale, sizes * abs(scale)
-        if self.softcap is not None:
-            bounded = torch.tanh(scores / self.softcap)
-            scores, sizes = self.softcap * bounded, sizes * (1 - bounded**2)
-        scores = scores.masked_fill(~visible, -torch.inf)
-        lse = torch.logsumexp(scores, -1)
-        if self.sink_logits is not None:
-            lse = torch.logaddexp(lse, self.sink_logits.to(lse.dtype)[:, None])
-        weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
         unread = ~self.visible.any(2)[..., None]
-        value = self.value.masked_fill(unread, 0).to(dtype).repeat_interleave(group, 1)
+        wide = torch.promote_types(dtype, torch.float32)
+        key = self.key if dtype == torch.float64 else self._decoded(unread, wide)
+        plain = Masked(self.query, key, self.value, self.visible, self.scale, self.softcap, self.sink_logits)
+        scores, weights, value, lse, sizes = plain._softmax(dtype)
+        if dtype == torch.float64:
+            # A key is (y @ back + mean) R. What is rounded are the products of y and back, and the mean.
+            turns, group = self.keys.turns, self.query.shape[1] // self.key.shape[1]
+            y = self.keys.levels.masked_fill(unread, 0)
+            apart = ((y**2 @ turns.key_back**2).sum(-1) + (turns.key_mean**2).sum(-1)[:, None]).sqrt()
+            grown = 1 + apart / self.key.masked_fill(unread, 0).norm(dim=-1).clamp(min=1e-30)
+            sizes = sizes * torch.where(self.keys.coded, grown, 1).repeat_interleave(group, 1)[:, :, None]
         return scores, weights, value, lse, sizes
+
+    def _decoded(self, unread: Tensor, wide: torch.dtype) -> Tensor:
+        """Keys as codes give them back, computed in a type."""
+        turns = self.keys.turns
+        y = self.keys.levels.masked_fill(unread, 0).to(wide)
+        x = y @ turns.key_back.to(wide) + turns.key_mean[:, None].to(wide)
+        cos, sin = (part.to(wide) for part in Rotary(turns.frequencies, turns.order).angles(self.keys.positions))
+        first, second = x[..., turns.order].chunk(2, -1)
+        x = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)[..., turns.order.argsort()]
+        return torch.where(self.keys.coded[..., None], x, y)
 
     def plainly(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp with products in ``dtype``."""

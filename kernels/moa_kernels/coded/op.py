@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def append_codes(
             raise ValueError(f"{name} must be int64 [{len(new_keys)}], not {numbers.dtype} {list(numbers.shape)}")
     backend = _choose("append_codes", impl, call.new_keys, call.new_values, layout=layout)
     if torch.compiler.is_compiling():
-        _append(call.new_keys, call.new_values, list(stored), lens, layout.flat, *_parts(turns), counts, backend.value)
+        _append(call.new_keys, call.new_values, list(stored), lens, layout.flat, turns.tensors, counts, backend.value)
     else:
         run(backend, "coded.append_codes", call)
 
@@ -111,7 +111,7 @@ def decode_codes(
     backend = _choose("decode_codes", impl, query, stored.key_sinks, stored.value_sinks, layout=layout)
     if torch.compiler.is_compiling():
         output, lse = _decode(
-            query, list(stored), lens, layout.flat, *_parts(turns), spans.flat, spans.sliding_window, factor, softcap,
+            query, list(stored), lens, layout.flat, turns.tensors, spans.flat, spans.sliding_window, factor, softcap,
             sink_logits, backend.value,
         )  # fmt: skip
         return output, lse
@@ -172,17 +172,15 @@ def stored_states(
     "moa_kernels::append_codes",
     mutates_args=("stored",),
     schema="(Tensor new_keys, Tensor new_values, Tensor(a!)[] stored, Tensor lens, int[] layout, Tensor[] turns, "
-    "int stride, Tensor? counts, str impl) -> ()",
+    "Tensor? counts, str impl) -> ()",
 )
 def _append(*arguments: Any) -> None:
     """`AppendCodes` for compilers: layout and transforms as integers and tensors."""
-    new_keys, new_values, stored, lens, layout, turns, stride, counts, impl = arguments
+    new_keys, new_values, stored, lens, layout, turns, counts, impl = arguments
     run(
         impl,
         "coded.append_codes",
-        AppendCodes(
-            new_keys, new_values, Stored(*stored), lens, CodeLayout.from_flat(layout), _turns(turns, stride), counts
-        ),
+        AppendCodes(new_keys, new_values, Stored(*stored), lens, CodeLayout.from_flat(layout), Turns(*turns), counts),
     )
 
 
@@ -194,28 +192,19 @@ def _(*_: object) -> None:
 @torch.library.custom_op(
     "moa_kernels::decode_codes",
     mutates_args=(),
-    schema="(Tensor query, Tensor[] stored, Tensor lens, int[] layout, Tensor[] turns, int stride, int[] spans, "
+    schema="(Tensor query, Tensor[] stored, Tensor lens, int[] layout, Tensor[] turns, int[] spans, "
     "int sliding_window, float scale, float? softcap, Tensor? sink_logits, str impl) -> (Tensor, Tensor)",
 )
 def _decode(*arguments: Any) -> Any:
     """`DecodeCodes` for compilers: layout, transforms and rules as integers and tensors."""
-    query, stored, lens, layout, turns, stride, spans, sliding_window, *others, impl = arguments
-    tables = CodeLayout.from_flat(layout), _turns(turns, stride), HeadSpans.from_flat(spans, sliding_window)
+    query, stored, lens, layout, turns, spans, sliding_window, *others, impl = arguments
+    tables = CodeLayout.from_flat(layout), Turns(*turns), HeadSpans.from_flat(spans, sliding_window)
     return run(impl, "coded.decode_codes", DecodeCodes(query, Stored(*stored), lens, *tables, *others))
 
 
 @_decode.register_fake
 def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-def _parts(turns: Turns) -> tuple[list[Tensor], int]:
-    return [part for part in turns if isinstance(part, Tensor)], turns.stride
-
-
-def _turns(parts: Sequence[Tensor], stride: int) -> Turns:
-    into, back, mean, value_into, value_back = parts
-    return Turns(into, back, mean, stride, value_into, value_back)
 
 
 def _choose(operation: str, impl: str, *states: Tensor, layout: CodeLayout) -> Backend:
@@ -262,13 +251,12 @@ def _check_stored(stored: Stored, batch: int, dtype: torch.dtype, layout: CodeLa
 
 def _check_turns(turns: Turns, layout: CodeLayout) -> None:
     kv_heads, width = len(layout.key_bits), layout.width
-    matrix, blocks = [kv_heads, width, width], turns.key_mean.shape[1]
-    for name, part in turns._asdict().items():
-        wanted = [kv_heads, blocks, width] if name == "key_mean" else matrix
-        if isinstance(part, Tensor) and (list(part.shape) != wanted or part.dtype != torch.float64):
-            raise ValueError(f"{name} must be float64 {wanted}, not {part.dtype} {list(part.shape)}")
-    if turns.stride < 1:
-        raise ValueError(f"stride is {turns.stride}; it must be 1 or more")
+    shapes = {"key_mean": [kv_heads, width], "frequencies": [width // 2], "order": [width]}
+    for part in fields(turns):
+        tensor, shape = getattr(turns, part.name), shapes.get(part.name, [kv_heads, width, width])
+        dtype = torch.int64 if part.name == "order" else torch.float64
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{part.name} must be {dtype} {shape}, not {tensor.dtype} {list(tensor.shape)}")
 
 
 def _check_decode(call: DecodeCodes) -> None:

@@ -107,7 +107,7 @@ def decode_codes(call: DecodeCodes) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     # Rows are the queries that share a KV head: [batch, kv_heads, group * new, width]
     rows = query.to(wide).unflatten(1, (kv_heads, group)).flatten(2, 3)
-    turned, bias = turns.queries(rows.to(wide))
+    by_halves = rows[..., turns.order]
     position = slot_positions(lens, layout)  # [batch, kv_heads, sink + most slots of a ring], -1 where none
     visible = _visible(lens, new, position, spans).repeat(1, 1, group, 1)  # [batch, kv_heads, group * new, slots]
     seen = visible.any(2)
@@ -122,11 +122,11 @@ def decode_codes(call: DecodeCodes) -> tuple[Tensor, Tensor]:
     )
     scores[..., :sink] = rows @ plain_keys.mT
     for bits, index, slots, keys in _tiles(stored.key_codes, stored.key_scales, layout.keys, layout, seen, query.dtype):
-        part = (turned if wants_transform(bits) else rows)[:, index] @ keys.mT
+        asking = rows[:, index]
         if wants_transform(bits):
-            block = turns.block(position[:, index, slots])[:, :, None].expand_as(part)
-            part = part + bias[:, index].gather(-1, block)
-        scores[:, index, :, slots] = part
+            asking = by_halves[:, index]
+            keys = turns.invert(keys, position[:, index, slots].clamp(min=0), index, keys=True)
+        scores[:, index, :, slots] = asking @ keys.mT
     scores = scores * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -150,6 +150,7 @@ def decode_codes(call: DecodeCodes) -> tuple[Tensor, Tensor]:
 def see_tokens(call: SeeTokens) -> tuple[Tensor, Tensor]:
     """Through the codes and back, the sink aside."""
     keys, values, positions, layout, turns = call
+    wide = torch.promote_types(keys.dtype, torch.float32)
     found = []
     for side, states in ((layout.keys, keys), (layout.values, values)):
         out = states.clone()
@@ -158,10 +159,9 @@ def see_tokens(call: SeeTokens) -> tuple[Tensor, Tensor]:
                 continue
             packed, scales = encode(states, positions, heads, bits, turns, keys=side is layout.keys)
             assert scales is not None
-            y = levels(packed, bits, torch.float64) * scales.double()[..., None]
+            y = levels(packed, bits, wide) * scales.to(wide)[..., None]
             if wants_transform(bits):
-                at = positions[:, None].expand(-1, len(heads), -1)
-                y = turns.invert(y, at, heads, keys=side is layout.keys)
+                y = _inverted(y, positions[:, None], heads, turns, keys=side is layout.keys)
             index = list(heads)
             out[:, index] = torch.where((positions < layout.sink)[:, None, :, None], out[:, index], y.to(out.dtype))
         found.append(out)
@@ -175,7 +175,6 @@ def stored_states(call: StoredStates) -> tuple[Tensor, Tensor]:
     position = slot_positions(lens, layout)
     held = position >= 0
     dtype, width = stored.key_sinks.dtype, layout.width
-    wide = torch.promote_types(dtype, torch.float32)
     sides = (
         (layout.keys, stored.key_codes, stored.key_scales, stored.key_sinks),
         (layout.values, stored.value_codes, stored.value_scales, stored.value_sinks),
@@ -187,7 +186,7 @@ def stored_states(call: StoredStates) -> tuple[Tensor, Tensor]:
             out[:, :, :sink] = sinks.unflatten(1, (kv_heads, sink)).masked_fill(~held[:, :, :sink, None], 0)
         for bits, index, slots, y in _tiles(codes, scales, side, layout, held, dtype):
             if wants_transform(bits):
-                y = turns.invert(y.to(wide), position[:, index, slots], index, keys=side is layout.keys)
+                y = _inverted(y, position[:, index, slots].clamp(min=0), index, turns, keys=side is layout.keys)
             out[:, index, slots] = y.to(dtype).masked_fill(~held[:, index, slots, None], 0)
         found.append(
             torch.cat([out[:, head, : layout.rings.capacities[head]] for head in range(kv_heads)], 1)
@@ -231,6 +230,12 @@ def slot_positions(lens: Tensor, layout: CodeLayout) -> Tensor:
     ringed = last - (last - slot) % rings.clamp(min=1)[:, None]
     ringed = ringed.where((slot < layout.sink + rings[:, None]) & (ringed >= layout.sink), -1)
     return torch.cat([sunk.where(sunk <= last, -1), ringed], -1)
+
+
+def _inverted(y: Tensor, positions: Tensor, heads: Sequence[int], turns: Turns, *, keys: bool) -> Tensor:
+    """As `Turns.invert`, keys' channels in their own places."""
+    x = turns.invert(y, positions, heads, keys=keys)
+    return x[..., turns.order.argsort()] if keys else x
 
 
 def _visible(lens: Tensor, new: int, position: Tensor, spans: HeadSpans) -> Tensor:

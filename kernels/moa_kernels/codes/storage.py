@@ -13,24 +13,24 @@ the sink (``p < sink``) or in slot ``r = (p - sink) % rings[h]`` of the head's r
   bits have none; their ``scale_offsets`` say where one would be.
 
 A row stands for ``y = scale * (code - (2**bits - 1) / 2)``. With 8 bits that is the vector itself, below 8 bits it is
-under the head's transform (`Turns`)::
+under the head's transform (`Turns`). For the key x of a token at position p, with R(p) the layer's rotary embedding
+(`moa_kernels.codes.rotary`)::
 
-    y = (x - mean[h, block]) @ into[h]        block = min(position // stride, blocks - 1)
+    y = (x R(p)^-1 - mean[h]) @ into[h]            x = (y @ back[h] + mean[h]) R(p)
 
-so that, with ``turned = q @ back[h].T`` and ``bias[h, block] = q . mean[h, block]``, a key's logit is
+Logits are ``scale * (q . x)``, then the soft cap. An output is ``sum_plain w v + (sum_coded w y) @ back[h]``: the sums
+over plain values (sinks, 16 and 8 bits) and over those under a transform apart, the latter turned back once. Values
+have neither mean nor rotary embedding. Slots that hold no visible token, codes and scales, may hold anything.
 
-    ``scale * (turned . y + bias[h, block])``, then the soft cap,
-
-and an output is ``sum_plain w v + (sum_coded w y) @ back[h]``: the values' sums over plain vectors (sinks, 16 bits) and
-over coded ones apart, the latter turned back once. Values have no mean. Slots that hold no visible token, codes and
-scales, may hold anything.
+For kernels: with channels in `Turns.order`, pairs are the two halves of a vector, so that ``q . x`` is a product of
+``q[order]`` and ``halves(y @ back[:, order] + mean[order])`` (`Turns.back_by_halves`, `mean_by_halves`, `angles`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -38,14 +38,12 @@ import torch
 from torch import Tensor
 
 from moa_kernels.codes.codec import SCALE_BYTES, token_bytes
+from moa_kernels.codes.rotary import Rotary
 from moa_kernels.codes.transforms import Transform
 from moa_kernels.rings import RingLayout
 
 ALIGNMENT = 16
 """Bytes of which every head's first one is a multiple."""
-
-FOREVER = 2**30
-"""A stride longer than any sequence."""
 
 
 @dataclass(frozen=True)
@@ -201,22 +199,25 @@ class Stored(NamedTuple):
         return Stored(*map(change, self))
 
 
-class Turns(NamedTuple):
-    """The transforms of a layer's KV heads, float64 and stacked; heads that need none have identities and zeros.
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """The transforms of a layer's KV heads, stacked; heads that need none have identities and zeros.
 
     Attributes:
-        key_into: ``[kv_heads, width, width]``; vectors are rows.
+        key_into: Float64 ``[kv_heads, width, width]``; vectors are rows.
         key_back: Its inverse.
-        key_mean: ``[kv_heads, blocks, width]``.
-        stride: Positions per block; the last block has no end.
-        value_into: ``[kv_heads, width, width]``.
+        key_mean: Float64 ``[kv_heads, width]``, before rotary embedding.
+        frequencies: Of the keys' rotary embedding, float64 ``[width / 2]``; zeros, or none of them, turn nothing.
+        order: Its channels, int64 ``[width]``, the pairs' first ones, then their second ones.
+        value_into: Float64 ``[kv_heads, width, width]``.
         value_back: Its inverse.
     """
 
     key_into: Tensor
     key_back: Tensor
     key_mean: Tensor
-    stride: int
+    frequencies: Tensor
+    order: Tensor
     value_into: Tensor
     value_back: Tensor
 
@@ -225,31 +226,60 @@ class Turns(NamedTuple):
         """Of transforms of one KV head each.
 
         Args:
-            keys: By KV head.
+            keys: By KV head, under one rotary embedding.
             values: By KV head, without means.
             width: Numbers in a vector.
         """
-        strides = {getattr(t, "stride", FOREVER) for t in keys if t is not None and t.mean is not None}
-        assert len(strides) <= 1, "one layer's heads share their blocks of positions"
-        means = [None if t is None or t.mean is None else t.mean.reshape(-1, width) for t in keys]
-        blocks = max((len(mean) for mean in means if mean is not None), default=1)
-        assert all(mean is None or len(mean) == blocks for mean in means)
-        mean = torch.stack([torch.zeros(blocks, width).double() if mean is None else mean.double() for mean in means])
-        plain = torch.eye(width, dtype=torch.float64)
-        (key_into, key_back), (value_into, value_back) = (
-            [torch.cat([plain[None] if t is None else getattr(t, part) for t in side]) for part in ("into", "back")]
+        rotary = next((t.rotary for t in keys if t is not None and t.rotary is not None), None)
+        assert all(t is None or (t.rotary is None) == (rotary is None) for t in keys)
+        mean = [
+            torch.zeros(1, width, dtype=torch.float64) if t is None or t.mean is None else t.mean.double() for t in keys
+        ]
+        plain = torch.eye(width, dtype=torch.float64)[None]
+        key_into, key_back, value_into, value_back = (
+            torch.cat([plain if t is None else getattr(t, part) for t in side])
             for side in (keys, values)
+            for part in ("into", "back")
         )
-        return cls(key_into, key_back, mean, min(strides, default=FOREVER), value_into, value_back)
+        frequencies = torch.zeros(width // 2, dtype=torch.float64) if rotary is None else rotary.frequencies.double()
+        order = torch.arange(width) if rotary is None else rotary.order
+        return cls(key_into, key_back, torch.cat(mean), frequencies, order, value_into, value_back)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order of the attributes."""
+        return [getattr(self, part.name) for part in fields(self)]
 
     def to(self, device: torch.device) -> Turns:
         """The same on a device."""
-        into, back, mean, value_into, value_back = (x.to(device) for x in self if isinstance(x, Tensor))
-        return Turns(into, back, mean, self.stride, value_into, value_back)
+        return self if self.order.device == device else Turns(*(part.to(device) for part in self.tensors))
 
-    def block(self, positions: Tensor) -> Tensor:
-        """The block of each position; that of a negative one is 0."""
-        return (positions // self.stride).clamp(0, self.key_mean.shape[1] - 1)
+    @functools.cached_property
+    def turns_keys(self) -> bool:
+        """Whether the keys' rotary embedding turns anything."""
+        return bool(self.frequencies.any())
+
+    @functools.cached_property
+    def back_by_halves(self) -> Tensor:
+        """``key_back`` with its columns in ``order``, float64 ``[kv_heads, width, width]``."""
+        return self.key_back[..., self.order].contiguous()
+
+    @functools.cached_property
+    def mean_by_halves(self) -> Tensor:
+        """``key_mean`` in ``order``, float64 ``[kv_heads, width]``."""
+        return self.key_mean[..., self.order].contiguous()
+
+    def angles(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions before ``length``, and maybe more, ``[positions, width / 2]``.
+
+        Computed in float64; layers of equal frequencies share them.
+        """
+        rows = max(256, 1 << (length - 1).bit_length())
+        return _angles(self._frequencies, rows, dtype, self.order.device)
+
+    @functools.cached_property
+    def _frequencies(self) -> tuple[float, ...]:
+        return tuple(self.frequencies.tolist())
 
     def apply(self, x: Tensor, positions: Tensor, heads: Sequence[int], *, keys: bool) -> Tensor:
         """What is coded of keys or values of some heads below 8 bits, float64.
@@ -263,27 +293,36 @@ class Turns(NamedTuple):
         index, x = list(heads), x.double()
         if not keys:
             return x @ self.value_into[index]
-        return (x - self.key_mean[index][:, self.block(positions)].transpose(0, 1)) @ self.key_into[index]
+        if self.turns_keys:
+            x = Rotary(self.frequencies, self.order).turn(x, positions[:, None], back=True)
+        return (x - self.key_mean[index, None]) @ self.key_into[index]
 
     def invert(self, y: Tensor, positions: Tensor, heads: Sequence[int], *, keys: bool) -> Tensor:
-        """The inverse of `apply`, in the type of ``y``; positions are ``[batch or 1, heads, tokens]``."""
+        """The inverse of `apply`, in the type of ``y``; keys come by halves.
+
+        Args:
+            y: ``[batch, heads, tokens, width]``.
+            positions: ``[batch or 1, heads or 1, tokens]``, 0 or more.
+            heads: Their indices.
+            keys: Whether they are keys.
+        """
         index = list(heads)
         if not keys:
             return y @ self.value_back[index].to(y.dtype)
-        head = torch.tensor(index, device=y.device)[:, None]
-        mean = self.key_mean[head, self.block(positions)]  # [batch or 1, heads, tokens, width]
-        return y @ self.key_back[index].to(y.dtype) + mean.to(y.dtype)
+        x = y @ self.back_by_halves[index].to(y.dtype) + self.mean_by_halves[index, None].to(y.dtype)
+        if not self.turns_keys or not positions.numel():
+            return x
+        cos, sin = (table[positions] for table in self.angles(int(positions.max()) + 1, y.dtype))
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
-    def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Turned queries, and their products with the means of all blocks.
 
-        Args:
-            query: ``[batch, kv_heads, rows, width]``.
-
-        Returns:
-            ``[batch, kv_heads, rows, width]`` and ``[batch, kv_heads, rows, blocks]``.
-        """
-        return query @ self.key_back.mT.to(query.dtype), query @ self.key_mean.mT.to(query.dtype)
+@functools.lru_cache(maxsize=16)
+def _angles(
+    frequencies: tuple[float, ...], rows: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(rows, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    return angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
 
 
 @functools.lru_cache(maxsize=4096)

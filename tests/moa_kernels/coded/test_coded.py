@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_states_and_seen_tokens_are_the_decoded_history(seed):
     lens = torch.tensor(case.lens, device=DEVICE)
     position = case.layout.rings.positions(lens)
     head = case.layout.rings.heads(DEVICE)
-    tolerance = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps} if dtype != torch.float64 else {}
+    tolerance = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps} if dtype != torch.float64 else {}
     at = torch.arange(case.keys.plain.shape[2], device=DEVICE)[None]
     seen = see_tokens(case.keys.plain, case.values.plain, at, case.layout, case.turns, impl="torch")
     for found, whole, vectors in zip(
@@ -91,11 +92,12 @@ def test_states_and_seen_tokens_are_the_decoded_history(seed):
         strict=True,
     ):  # fmt: skip
         assert found.dtype == whole.dtype == dtype
-        torch.testing.assert_close(whole, vectors.back.to(dtype), **tolerance)
+        whole_size = vectors.back.abs().amax(-1, keepdim=True)
+        torch.testing.assert_close(whole / whole_size, vectors.back / whole_size, **tolerance)
         for sample in range(len(case.lens)):
             expected = vectors.back[sample, head, position[sample].clamp(min=0)]
             expected = expected.masked_fill((position[sample] < 0)[:, None], 0)
-            size = expected.abs().amax(-1, keepdim=True).clamp(min=1)
+            size = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
             assert found.isfinite().all()
             torch.testing.assert_close(found[sample] / size, expected / size, **tolerance)
 
@@ -126,7 +128,7 @@ def test_turns_of_transforms():
     torch.testing.assert_close(turns.key_into[0], torch.eye(8).double())
     torch.testing.assert_close(turns.key_into[1] @ turns.key_back[1], torch.eye(8).double())
     torch.testing.assert_close(turns.value_into[0], hadamard(8))
-    assert turns.key_mean[:, 0].tolist() == [[0.0] * 8, mean[0].tolist()]
+    assert turns.key_mean.tolist() == [[0.0] * 8, mean[0].tolist()]
 
 
 class TestRefusals:
@@ -141,9 +143,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="key_codes must be"):
             decode_codes(query, stored._replace(key_codes=stored.key_codes[:, :-1]), lens, layout, turns, spans)
         with pytest.raises(ValueError, match="differ in sinks"):
-            decode_codes(query, stored, lens, layout, turns, HeadSpans.dense(len(spans.heads)))
-        with pytest.raises(ValueError, match="value_back must be float64"):
-            decode_codes(query, stored, lens, layout, turns._replace(value_back=turns.value_back.float()), spans)
+            decode_codes(query, stored, lens, layout, turns, HeadSpans(((999, 1000, 0, 0),) * len(spans.heads)))
+        with pytest.raises(ValueError, match=r"value_back must be torch\.float64"):
+            decode_codes(query, stored, lens, layout, replace(turns, value_back=turns.value_back.float()), spans)
 
     def test_types_that_kernels_do_not_take(self):
         case = CodedCase.drawn(1, torch.float64)
