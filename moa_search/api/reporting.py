@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moa_search.evaluation.compare import Comparison
+    from moa_search.evaluation.rivals import Rival
     from moa_search.evaluation.suite import Evaluator, Grid
     from moa_search.tasks import Task
 
@@ -41,20 +42,28 @@ def report_model(model: str | tuple[Any, Any], options: ReportOptions) -> pd.Dat
         MoAError: The model, a plan, the profile or an option can't be used; see `moa_search.errors`.
     """
     from moa_search.evaluation.compare import make_variants
+    from moa_search.evaluation.rivals import coded_variants, parse_rivals
     from moa_search.evaluation.suite import Evaluator, Grid
     from moa_search.modeling.support import require_context
     from moa_search.modeling.text import dtype_name
     from moa_search.tasks import require_tasks
 
     kinds = require_tasks(options.tasks)
+    rivals = parse_rivals(options.rivals)
+    elsewhere = [rival for rival in rivals if not rival.is_coded]
+    if elsewhere:
+        _require_environment(model, options)
     counts = _counts(options.lengths, options.samples)
     require_writable_folder(options.output)
     searched = []
     if options.profile is not None:
         searched = searched_plans(options)
-    given = given_plans(options.plan, [name for group in searched for name in group])
+    taken = [name for group in searched for name in group] + [rival.typed for rival in rivals]
+    given = given_plans(options.plan, taken)
     compared = make_variants([*given, *searched], options.baselines)
-    names = [variant.name for variant in compared.variants]
+    names = [variant.name for variant in compared.variants] + [
+        rival.variant(question) for rival in rivals for question in rival.questions
+    ]
     for name in options.against:
         if name not in names:
             raise ConfigError(f"against: variant {name!r} isn't measured; choose from {', '.join(names)}")
@@ -62,9 +71,12 @@ def report_model(model: str | tuple[Any, Any], options: ReportOptions) -> pd.Dat
     require_plans_fit(compared.plans, network)
     require_context(network.config, max(options.lengths))
     grid = Grid(counts, tuple(options.depths), options.seed, options.answers)
-    with progress(what="Evaluating", unit="token", total=grid.work(kinds, len(names))) as bar:
+    compared.variants.extend(coded_variants(rivals, network.config))
+    with progress(what="Evaluating", unit="token", total=grid.work(kinds, len(compared.variants))) as bar:
         evaluator = Evaluator(network, tokenizer, Path(options.output) / "cells", bar.update)
         measured = _measure(evaluator, compared, kinds, grid, windows=options.windows, refine=options.refine)
+    if elsewhere:
+        measured = _with_rivals(measured, elsewhere, evaluator, kinds, grid, options, str(model))
     settings = {
         "model": model if isinstance(model, str) else getattr(network.config, "name_or_path", "") or "a loaded model",
         "dtype": dtype_name(network),
@@ -77,6 +89,35 @@ def report_model(model: str | tuple[Any, Any], options: ReportOptions) -> pd.Dat
         "seed": options.seed,
     }
     return _write(Path(options.output), measured, compared, settings, options.against)
+
+
+def _require_environment(model: Any, options: ReportOptions) -> None:
+    if options.rivals_python is None:
+        raise ConfigError("rivals: kvpress's methods run in an environment of their own; give --rivals-python")
+    if not isinstance(model, str):
+        raise ConfigError("rivals: kvpress's environment loads the model itself; give its name, not a loaded one")
+    if "dense" not in options.baselines:
+        raise ConfigError("rivals: kvpress's environment is compared with dense attention here; give --baselines dense")
+
+
+def _with_rivals(
+    measured: _Measured,
+    rivals: Sequence[Rival],
+    evaluator: Evaluator,
+    tasks: Sequence[Task],
+    grid: Grid,
+    options: ReportOptions,
+    model: str,
+) -> _Measured:
+    """The rows with those of rivals that run in another environment."""
+    import pandas as pd
+
+    from moa_search.evaluation.rivals import Elsewhere
+
+    dense = measured.grid[measured.grid["variant"] == "dense"]
+    there = Elsewhere(str(options.rivals_python), model, Path(options.output) / "rivals", options.questions)
+    rows = there.rows(rivals, evaluator, tasks, grid, dense)
+    return replace(measured, grid=pd.concat([measured.grid, rows]), items=pd.concat([measured.items, rows]))
 
 
 def _counts(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:

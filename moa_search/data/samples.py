@@ -25,6 +25,8 @@ class Sample:
             default the sample's own length.
         source: What a user typed for the source it comes from; empty for the built-in tasks over built-in text.
         supervised: Which of the answer's tokens count, ``[answer_tokens]``; None for all of them.
+        question_tokens: How many of the prompt's last tokens ask the question, so that what is before them can be read
+            without knowing it; 0 where nothing tells them apart.
     """
 
     ids: npt.NDArray[np.int64]
@@ -35,11 +37,13 @@ class Sample:
     target_length: int = 0
     source: str = ""
     supervised: npt.NDArray[np.bool_] | None = None
+    question_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.target_length:
             object.__setattr__(self, "target_length", len(self.ids))
         assert 0 < self.answer_tokens <= len(self.ids) <= self.target_length
+        assert 0 <= self.question_tokens <= len(self.ids) - self.answer_tokens
         assert self.supervised is None or (len(self.supervised) == self.answer_tokens and self.supervised.any())
 
     @property

@@ -12,6 +12,7 @@ import pandas as pd
 
 from moa_search.data import Sample
 from moa_search.errors import ConfigError
+from moa_search.evaluation.loss_cache import DENSE_PLAN
 from moa_search.evaluation.scoring import score_item
 from moa_search.formats.files import nearest
 from moa_search.formats.plan import Plan
@@ -36,6 +37,22 @@ class Variant:
 
     name: str
     plan_at: Callable[[int], Plan | None]
+
+    def key(self, length: int) -> str:
+        """What tells it from other ways to run the model at a length in tokens: the same for ways that do the same."""
+        plan = self.plan_at(length)
+        return DENSE_PLAN if plan is None else plan.fingerprint
+
+    def running(self, model: Any, length: int) -> AbstractContextManager[Any]:
+        """The model run so at a length, for a ``with`` block."""
+        return under(model, self.plan_at(length))
+
+    def costs(self, length: int) -> dict[str, float]:
+        """What it keeps, computes and holds at a length, as columns of `compare_variants`."""
+        plan = self.plan_at(length)
+        if plan is None:
+            return {**densities(None, length), **held(1, 1)}
+        return {**densities(plan, length), **held(plan.share(length), len(plan.patterns) - len(plan.native_layers))}
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,8 @@ def compare_variants(
 
     Returns:
         One row per variant and item (or part of it, such as a slice of a document): ``task``, ``length``, ``variant``,
-        ``density``, ``attention_density``, ``metric``, ``answers``, ``item``, ``depth``, ``nll`` (nats per answer
+        ``density``, ``attention_density``, ``kv_share``, ``kv_peak`` and ``extra_passes`` (see `held`), ``metric``,
+        ``answers``, ``item``, ``depth``, ``nll`` (nats per answer
         token, missing where answers are generated), ``score`` (0 to 1).
     """
     rows = []
@@ -178,17 +196,15 @@ def compare_variants(
         for length in lengths:
             for task in kinds:
                 samples = task.held_out(tokenizer, length=length, count=count, seed=seed, depths=depths)
-                measured: dict[
-                    str | None, list[dict[str, Any]]
-                ] = {}  # by what the plan does: uniform spans may be the same
+                measured: dict[str, list[dict[str, Any]]] = {}  # by what it does: uniform spans may be the same
                 for variant in variants:
-                    plan = variant.plan_at(length)
-                    does = None if plan is None else plan.fingerprint
+                    does = variant.key(length)
                     if does in measured:
                         bar.update(sum(sample.target_length for sample in samples))
                     else:
-                        measured[does] = measure(model, plan, task, samples, answers=answers, report=bar.update)
-                    keys = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
+                        with variant.running(model, length):
+                            measured[does] = measure(model, task, samples, answers=answers, report=bar.update)
+                    keys = {"task": task.name, "length": length, "variant": variant.name, **variant.costs(length)}
                     rows += [{**keys, **row} for row in measured[does]]
     return pd.DataFrame(rows)
 
@@ -201,20 +217,29 @@ def densities(plan: Plan | None, length: int) -> dict[str, float]:
     }
 
 
+def held(share: float, layers: int) -> dict[str, float]:
+    """Bytes that a cache takes, and passes over the prompt beside the first, as columns.
+
+    Args:
+        share: Bytes of keys and values after the prompt was read, over those of a dense 16-bit cache.
+        layers: That are read one after the other. While one is, all of its keys and values are there in 16 bits, those
+            of layers before it as they will be held.
+    """
+    return {"kv_share": share, "kv_peak": share + (1 - share) / layers, "extra_passes": 0.0}
+
+
 def measure(
     model: Any,
-    plan: Plan | None,
     task: Task,
     samples: Sequence[Sample],
     *,
     answers: AnswerMode,
     report: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """What the model makes of the items of one task under one plan.
+    """What the model makes of the items of one task.
 
     Args:
-        model: A dense transformers model; left dense at the end.
-        plan: As it runs at the items' length; None for dense attention.
+        model: A transformers model, run as a variant runs it.
         task: Made the items.
         samples: The items.
         answers: How they are answered.
@@ -224,11 +249,8 @@ def measure(
         The columns of `compare_variants` from ``metric`` on, in the order of the items.
     """
     rows = []
-    with under(model, plan):
-        for item, sample in enumerate(samples):
-            for score in score_item(model, task, sample, answers):
-                rows.append(
-                    {"metric": task.metric, "answers": task.answer_mode(answers), "item": item, **asdict(score)}
-                )
-            report(sample.target_length)
+    for item, sample in enumerate(samples):
+        for score in score_item(model, task, sample, answers):
+            rows.append({"metric": task.metric, "answers": task.answer_mode(answers), "item": item, **asdict(score)})
+        report(sample.target_length)
     return rows

@@ -64,7 +64,19 @@ def score_item(model: Any, task: Task, sample: Sample, answers: AnswerMode) -> l
         sample: The item.
         answers: How it is answered, where the task leaves a choice.
     """
-    answer = (score_answer if task.answer_mode(answers) == "forced" else generate_answer)(model, sample)
+    return readings(
+        task, sample, (score_answer if task.answer_mode(answers) == "forced" else generate_answer)(model, sample)
+    )
+
+
+def readings(task: Task, sample: Sample, answer: AnswerScore) -> list[Score]:
+    """What a task makes of one answer, in its slices.
+
+    Args:
+        task: Made the item.
+        sample: The item.
+        answer: However it came about.
+    """
     if task.slices == 1:
         return [Score(sample.depth, answer.nll, task.score(answer.correct))]
     parts = zip(np.array_split(answer.losses, task.slices), np.array_split(answer.correct, task.slices), strict=True)

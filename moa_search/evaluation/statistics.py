@@ -18,7 +18,7 @@ from moa_search.formats.files import nearest
 RESAMPLES = 2000
 LEVEL = 0.95
 CELL = ["task", "length", "variant"]
-DESCRIBED = ("density", "attention_density", "metric", "answers")
+DESCRIBED = ("density", "attention_density", "kv_share", "kv_peak", "extra_passes", "metric", "answers")
 
 
 def bootstrap_interval(values: npt.ArrayLike, *, seed: int = 0) -> tuple[float, float]:

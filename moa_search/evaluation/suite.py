@@ -14,9 +14,8 @@ import pandas as pd
 
 from moa_search.data import Sample, hash_samples
 from moa_search.errors import CalibrationError
-from moa_search.evaluation.compare import Variant, constant_like, densities, kept_tokens, measure
+from moa_search.evaluation.compare import Variant, constant_like, kept_tokens, measure
 from moa_search.evaluation.effective import effective_context, effective_contexts, enough, window_lengths
-from moa_search.evaluation.loss_cache import DENSE_PLAN
 from moa_search.evaluation.result_folder import ResultFolder
 from moa_search.formats import Plan
 from moa_search.modeling.loading import weights_hash
@@ -101,14 +100,14 @@ class Evaluator:
 
     def cell(self, variant: Variant, task: Task, length: int, grid: Grid) -> list[dict[str, Any]]:
         """Rows of one cell, as `compare_variants` returns them."""
-        plan, samples = variant.plan_at(length), self.items(task, length, grid)
-        answers = task.answer_mode(grid.answers)
-        described = {"task": task.name, "length": length, "variant": variant.name, **densities(plan, length)}
+        samples, answers = self.items(task, length, grid), task.answer_mode(grid.answers)
+        described = {"task": task.name, "length": length, "variant": variant.name, **variant.costs(length)}
         described |= {"metric": task.metric, "answers": answers}
-        key = self._key(plan, task, length, samples, answers)
+        key = self._key(variant, task, length, samples, answers)
         parts = None if self._kept is None else self._kept.read(key)
         if parts is None:
-            rows = measure(self.model, plan, task, samples, answers=grid.answers, report=self.report)
+            with variant.running(self.model, length):
+                rows = measure(self.model, task, samples, answers=grid.answers, report=self.report)
             parts = [[None if _is_nan(row[name]) else row[name] for name in PARTS] for row in rows]
             if self._kept is not None:
                 self._kept.write(key, parts)
@@ -120,10 +119,10 @@ class Evaluator:
         ]
 
     def _key(
-        self, plan: Plan | None, task: Task, length: int, samples: Sequence[Sample], answers: AnswerMode
+        self, variant: Variant, task: Task, length: int, samples: Sequence[Sample], answers: AnswerMode
     ) -> dict[str, Any]:
         return {
-            "plan": DENSE_PLAN if plan is None else plan.fingerprint,
+            "plan": variant.key(length),
             "weights": self._weights,
             "dtype": dtype_name(self.model),
             "task": task.name,

@@ -119,6 +119,15 @@ class ReportOptions(TaskOptions, PlanOptions, ModelOptions):
     """Items per task and length (per depth where depths are given): one number for all lengths, or one for each."""
     against: Several[str] = ("dense",)
     """Variants that all others are compared with, item by item."""
+    rivals: Several[str] = ()
+    """What people would use instead: int8, int4 and int4-plain are dense caches as vLLM stores them;
+    quantized-cache-4 and quantized-cache-2 are transformers', and kvpress's methods, such as snapkv@0.25 or
+    kvzip@0.25, keep that share of the tokens; these two run under rivals_python."""
+    rivals_python: str | None = None
+    """Python of an environment that has kvpress."""
+    questions: Several[Literal["unknown", "known"]] = Field(default=("unknown", "known"), min_length=1)
+    """Whether kvpress's methods know the question when they compress its context: unknown as where a prefix is used
+    again, known as where it isn't; both are shown."""
     windows: bool = True
     """Whether to measure one constant window of each plan's average span, for the multiple of its effective context."""
     refine: Annotated[int, Field(ge=0)] = 0

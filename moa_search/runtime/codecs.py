@@ -81,7 +81,7 @@ def layer_codecs(plan: Plan) -> list[LayerCodecs | None]:
     Raises:
         PlanFormatError: The plan came without its transforms.
     """
-    transforms, width = plan.key_transforms, plan.model.head_dim
+    transforms = plan.key_transforms
     found: list[LayerCodecs | None] = []
     for layer, tiers in enumerate(plan.tiers):
         if all(tier == PLAIN for tier in tiers):
@@ -90,16 +90,21 @@ def layer_codecs(plan: Plan) -> list[LayerCodecs | None]:
         keys = None
         if transforms is not None:
             keys = Transform.of_keys(*map(torch.from_numpy, transforms.layer(layer)))
-        rotation = Transform.rotation(1, width)
+        turned = rotation(plan.model.head_dim)
         heads = tuple(
             HeadCodecs(
                 Codec(key_bits, keys.of([head]) if keys is not None and wants_transform(key_bits) else None),
-                Codec(value_bits, rotation if wants_transform(value_bits) else None),
+                Codec(value_bits, turned if wants_transform(value_bits) else None),
             )
             for head, (key_bits, value_bits) in enumerate(tiers)
         )
         found.append(LayerCodecs(tuple(tiers), plan.transforms, heads))
     return found
+
+
+def rotation(width: int) -> Transform:
+    """The signed Hadamard rotation of one head's vectors of ``width`` numbers."""
+    return Transform.rotation(1, width)
 
 
 def _on(codec: Codec, device: torch.device) -> Codec:

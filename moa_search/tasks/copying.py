@@ -45,6 +45,7 @@ class CopyTask(TokenAccuracyTask):
                     depth=at / max(last, 1),
                     document=document,
                     target_length=length,
+                    question_tokens=len(separator) + self.cue_tokens,
                 )
             depth = float(np.clip(depth + rng.normal(0, 0.02), 0, 1))
         raise CalibrationError(f"no passage of {document} near depth {depth:.2f} starts with a unique cue")

@@ -53,6 +53,7 @@ class Item:
         document: Text it comes from.
         target_length: Tokens of the prompt and of the room for the answer.
         supervised: Which tokens of the ``reference`` count, ``[reference]``; None for all of them.
+        question_tokens: How many of the prompt's last tokens ask the question; 0 where nothing tells them apart.
     """
 
     prompt: Tokens
@@ -65,12 +66,21 @@ class Item:
     document: str
     target_length: int
     supervised: npt.NDArray[np.bool_] | None = None
+    question_tokens: int = 0
 
     def answered(self, answer: Tokens, source: str = "") -> Sample:
         """The sample with this answer."""
         ids = np.concatenate([self.prompt, answer])
         return Sample(
-            ids, len(answer), self.task, self.depth, self.document, self.target_length, source, self.supervised
+            ids,
+            len(answer),
+            self.task,
+            self.depth,
+            self.document,
+            self.target_length,
+            source,
+            self.supervised,
+            self.question_tokens,
         )
 
 
@@ -174,6 +184,7 @@ class Generator:
             depth=depth,
             document=document,
             target_length=length,
+            question_tokens=len(end),
         )
 
 

@@ -111,6 +111,19 @@ def test_a_flag_beats_the_file(config, monkeypatch, capsys, tmp_path):
     assert "Effective context" not in (tmp_path / "out" / "report.html").read_text(), "copies are no retrieval"
 
 
+def test_rivals_stand_in_the_tables(config, monkeypatch, capsys, tmp_path):
+    path = config(profile=None, rivals=["int4"], against=["int4"], windows=False, refine=0)
+    status, _, err = run(monkeypatch, capsys, path)
+    assert status == 0, err
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("variant")
+    assert (summary.loc["int4", "kv_share"] == (4 + 4) / 16).all(), "8 numbers of a head, and a scale"
+    assert (summary.loc["int4", "density"] == 1).all()
+    differences = pd.read_csv(tmp_path / "out" / "differences.csv")
+    assert "int4" in set(differences["against"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(name in page for name in ("int4", "KV bytes"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -125,6 +138,9 @@ def test_a_flag_beats_the_file(config, monkeypatch, capsys, tmp_path):
         ({"searchers": []}, "nothing to search for"),
         ({"lengths": [300, 4000]}, "context of 2048"),
         ({"lenghts": [300]}, "did you mean 'lengths'"),
+        ({"rivals": ["snapkv"]}, "give the share of tokens that it keeps"),
+        ({"rivals": ["snapkv@0.25"]}, "give --rivals-python"),
+        ({"rivals": ["snapkv@0.25"], "rivals_python": "python", "baselines": []}, "give --baselines dense"),
     ],
 )
 def test_bad_input_is_one_line_before_the_work(config, monkeypatch, capsys, changes, words):

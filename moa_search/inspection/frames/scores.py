@@ -34,6 +34,7 @@ def score_frame(
         column("variant", left=True),
         column("length", "tokens"),
         column("density", "KV kept", percent),
+        *_bytes_columns(summary),
         column("attention_density", "prefill computed", percent),
         column("n"),
     ]
@@ -44,6 +45,16 @@ def score_frame(
         )
         columns += [_difference("nll", "NLL less dense"), _difference("score", f"{metric} less dense")]
     return Table(summary, columns, title)
+
+
+def _bytes_columns(summary: pd.DataFrame) -> list[Column]:
+    """Bytes held, where they were measured; what else reading the prompt takes, where that differs from one pass."""
+    if "kv_share" not in summary:
+        return []
+    columns = [column("kv_share", "KV bytes", percent)]
+    if (summary["extra_passes"] > 0).any() or (summary["kv_share"] > summary["density"] + 0.01).any():
+        columns += [column("kv_peak", "at peak", percent), column("extra_passes", None, digits(1))]
+    return columns
 
 
 def score_frames(items: pd.DataFrame) -> list[Table]:
@@ -64,7 +75,7 @@ def score_frames(items: pd.DataFrame) -> list[Table]:
 
 
 def length_frame(summary: pd.DataFrame) -> Table:
-    """One row per variant and one column per length: KV kept, NLL and score with its interval.
+    """One row per variant and one column per length: bytes held, NLL and score with its interval.
 
     Args:
         summary: Of one task, as `moa_search.evaluation.summarise` returns it.
@@ -75,10 +86,10 @@ def length_frame(summary: pd.DataFrame) -> Table:
         for row in at.to_dict("records"):
             score = _bracket(row, "score")
             losses = "" if is_missing(row["nll"]) else f"{row['nll']:.2f} / "
-            rows[row["variant"]][f"at {length}"] = f"{row['density']:.0%}: {losses}{score}"
+            rows[row["variant"]][f"at {length}"] = f"{row.get('kv_share', row['density']):.0%}: {losses}{score}"
         columns.append(column(f"at {length}", f"{length} tokens, n = {at['n'].iloc[0]}"))
     losses = " NLL /" if summary["nll"].notna().any() else ""
-    return Table(pd.DataFrame(rows.values()), columns, f"{task}: KV kept:{losses} {metric} [95 % interval]")
+    return Table(pd.DataFrame(rows.values()), columns, f"{task}: KV bytes:{losses} {metric} [95 % interval]")
 
 
 def difference_frame(differences: pd.DataFrame, against: str) -> Table:

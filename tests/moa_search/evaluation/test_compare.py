@@ -146,10 +146,10 @@ def test_a_plan_takes_effect_on_its_own_rows_only(tiny_model, short):
 def test_what_acts_the_same_is_measured_once(tiny_model, short, monkeypatch, bars):
     """Uniform spans like two plans of one memory are the same plan."""
     runs, original = [], compare_module.measure
-    monkeypatch.setattr(compare_module, "measure", lambda *a, **b: runs.append(a[1]) or original(*a, **b))
+    monkeypatch.setattr(compare_module, "measure", lambda *a, **b: runs.append(a) or original(*a, **b))
     variants = [always("short", short), always("same", short.model_copy(update={"predicted": ()})), DENSE_MODEL]
     rows = compare(tiny_model, variants, tasks=["passkey"])
-    assert runs == [short, None]
+    assert len(runs) == 2
     assert bars["Evaluating"][-1] == (1800, 1800)
     mine, other = (rows[rows["variant"] == name].drop(columns="variant") for name in ("short", "same"))
     pd.testing.assert_frame_equal(mine.reset_index(drop=True), other.reset_index(drop=True))
@@ -167,6 +167,8 @@ def test_rows_say_what_was_run(tiny_model, short):
         of_plan = row["variant"] == "short"
         assert row["density"] == (short.density(row["length"]) if of_plan else 1)
         assert row["attention_density"] == (short.attention_density(row["length"]) if of_plan else 1)
+        share = short.share(row["length"]) if of_plan else 1
+        assert (row["kv_share"], row["kv_peak"]) == (share, share + (1 - share) / 2), "one of two layers is whole"
         assert row["metric"] == TASKS[row["task"]].metric
         assert row["item"] == 0
 
