@@ -41,6 +41,10 @@ class CacheVersionError(CacheFormatError):
     """A saved cache uses a schema that this version doesn't know."""
 
 
+class HubError(MoAError):
+    """A repository of the hub can't be read or written."""
+
+
 class ModelNotFoundError(MoAError):
     """A model specification names nothing that can be loaded."""
 

@@ -14,6 +14,7 @@ from moa_search.api.harness import run_harness
 from moa_search.api.inspecting import diff_plans, inspect_front, inspect_plan, inspect_profile
 from moa_search.api.measuring import measure_throughput
 from moa_search.api.profiling import merge_profiles, profile_model
+from moa_search.api.publishing import inspect_plans, push_plans
 from moa_search.api.reporting import report_model
 from moa_search.api.searching import search_front, search_plan
 from moa_search.api.tuning import tune_plan
@@ -27,11 +28,13 @@ __all__ = [
     "import_plan",
     "inspect_front",
     "inspect_plan",
+    "inspect_plans",
     "inspect_profile",
     "measure_hardware",
     "measure_throughput",
     "merge_profiles",
     "profile_model",
+    "push_plans",
     "report_model",
     "run_harness",
     "search_front",

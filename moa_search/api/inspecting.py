@@ -171,12 +171,16 @@ def inspect_front(folder: str, options: FrontPageOptions) -> Front:
     return loaded
 
 
-def kind_of(path: str) -> Literal["plan", "profile", "front"]:
-    """What a file or folder seems to be; a plan where it seems to be nothing, since that reader says why."""
+def kind_of(path: str) -> Literal["plan", "profile", "front", "plans"]:
+    """What a file, folder or repository seems to be; a plan where it seems nothing, since that reader says why."""
+    from moa_search.formats.hub import SCHEME, looks_like_repository, plan_files
+
     place = Path(path)
     if place.suffix == ".safetensors":
         return "profile"
-    return "front" if place.is_dir() and _holds_front(place) else "plan"
+    if place.is_dir():
+        return "front" if _holds_front(place) else "plans" if plan_files(place) else "plan"
+    return "plans" if path.startswith(SCHEME) and looks_like_repository(path.removeprefix(SCHEME)) else "plan"
 
 
 def plan_titles(plans: Sequence[str | Plan]) -> list[str]:
@@ -244,8 +248,9 @@ def _require_plan(plan: str | Plan) -> None:
     """Refuse what another command shows, and say which.
 
     Raises:
-        ConfigError: It is a profile or a front.
+        ConfigError: It is a profile, a front or a folder of plans.
     """
     kind = kind_of(plan) if isinstance(plan, str) else "plan"
     if kind != "plan":
-        raise ConfigError(f"{plan}: it is a {kind}, no plan; look at it with moa-inspect {kind} {plan}")
+        what = "folder of plans" if kind == "plans" else kind
+        raise ConfigError(f"{plan}: it is a {what}, no plan; look at it with moa-inspect {kind} {plan}")

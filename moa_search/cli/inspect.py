@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import diff_plans, inspect_front, inspect_plan, inspect_profile
+from moa_search.api import diff_plans, inspect_front, inspect_plan, inspect_plans, inspect_profile
 from moa_search.api.inspecting import kind_of, plan_titles
 from moa_search.cli.command import Command, open_console
 from moa_search.cli.subcommands import run_any
@@ -81,6 +81,16 @@ def show_front(front: Front, /, *, folder: str, **options: Any) -> None:
     _say_written("chart", **options)
 
 
+def show_plans(plans: dict[str, Plan], /, *, folder: str, lengths: Sequence[int], **_: Any) -> None:
+    """Print what each plan keeps and loses."""
+    from moa_search.inspection.frames.plans import plans_frame
+    from moa_search.inspection.printing import to_rich
+
+    open_console().print(to_rich(plans_frame(plans, lengths)))
+    name = next(iter(plans))
+    print(f'to use one: Plan.from_pretrained("{folder.removeprefix("hf://")}", "{name}")')
+
+
 def _say_written(picture: str, *, output: str | None, html: str | None, **_: Any) -> None:
     if output is not None:
         print(f"{picture} written to {output}")
@@ -106,6 +116,12 @@ COMMANDS = {
         diff_plans,
         show_diff,
         examples=("moa-inspect diff a.json b.json --html diff.html",),
+    ),
+    "plans": Command(
+        "lists the plans of a folder, or of a repository of the Hugging Face hub",
+        inspect_plans,
+        show_plans,
+        examples=("moa-inspect plans profiles/smollm2-135m-instruct", "moa-inspect plans org/plans"),
     ),
     "front": Command(
         "shows the plans in moa-search's folder",

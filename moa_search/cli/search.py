@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa_search.api import compare_searchers, measure_hardware, search_front, tune_plan, validate_front
+from moa_search.api import compare_searchers, measure_hardware, push_plans, search_front, tune_plan, validate_front
 from moa_search.cli.command import Command, open_console
 from moa_search.cli.subcommands import run_any
 
@@ -67,6 +67,11 @@ def show_hardware(speeds: Hardware, *, output: str, **options: Any) -> None:
     print(f"next: moa-search PROFILE --budget decode=12ms@32768x8 --hardware {output} --output plans")
 
 
+def show_pushed(address: str, *, repo: str, **options: Any) -> None:
+    """Print where the plans are now."""
+    print(f"{address}\nnext: moa-inspect plans {repo}")
+
+
 def show_study(summary: Summary, *, output: str, **options: Any) -> None:
     """Print where a study stands."""
     from rich.markup import escape
@@ -113,6 +118,12 @@ COMMANDS = {
         show_study,
         examples=("moa-search tune profile.safetensors --model demo --density 0.25 --output tuned",),
         interrupted="the study is kept; the same command resumes it",
+    ),
+    "push": Command(
+        "puts plans into a repository of the Hugging Face hub",
+        push_plans,
+        show_pushed,
+        examples=("moa-search push plans/front --repo org/plans --base-model org/model --license apache-2.0",),
     ),
     "hardware": Command(
         "measures the device at hand, for budgets on times",

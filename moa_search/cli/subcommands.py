@@ -27,7 +27,7 @@ def run_any(program: str, main: Command, others: Mapping[str, Command], *, other
     name = words[0] if words else ""
     if name in others:
         run(f"{program} {name}", others[name], words[1:])
-    hint = "" if name.startswith("-") else nearest(name, others)
+    hint = "" if name.startswith("-") or "/" in name else nearest(name, others)
     if hint and not os.path.exists(name):
         print(f"{program}: error: {name!r} is neither {otherwise} nor a command{hint}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

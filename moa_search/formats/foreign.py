@@ -11,6 +11,7 @@ from typing import Literal
 from moa_search.errors import ConfigError
 from moa_search.formats.duo import DUO_FILES, looks_like_scores, read_duo, read_duo_sizes, write_duo
 from moa_search.formats.files import atomic_write
+from moa_search.formats.hub import SCHEME
 from moa_search.formats.moa import MOA_KEYS, read_moa, write_moa
 from moa_search.formats.plan import Plan
 from moa_search.formats.signature import ModelSignature
@@ -25,6 +26,8 @@ def find_format(path: str | os.PathLike[str]) -> PlanFormat:
     Raises:
         ConfigError: There is no such file, or the folder holds no table of scores.
     """
+    if os.fspath(path).startswith(SCHEME):
+        return "plan"
     if Path(path).is_dir():
         if not (Path(path) / DUO_FILES[0]).is_file():
             raise ConfigError(f"{path}: a folder with neither {DUO_FILES[0]} nor a front; give a plan's file")

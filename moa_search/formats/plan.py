@@ -494,14 +494,57 @@ class Plan(_Strict):
         return plan
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan file.
+    def from_pretrained(cls, repo: str | os.PathLike[str], name: str | None = None, **options: Any) -> Plan:
+        """A plan out of a repository of the Hugging Face hub, or out of a folder.
+
+        Args:
+            repo: Such as ``org/plans``, or a folder.
+            name: Of the plan; may be left out where there is only one.
+            **options: Of `huggingface_hub.hf_hub_download`: ``revision``, ``token``, ``cache_dir``,
+                ``local_files_only``, ``force_download``.
 
         Raises:
+            ConfigError: There is no such plan; the error names those that there are.
+            HubError: The repository can't be read.
+            PlanFormatError: The plan is damaged.
+        """
+        from moa_search.formats.hub import find_plan
+
+        return cls.load(find_plan(repo, name, **options))
+
+    def push_to_hub(self, repo: str, name: str, **options: Any) -> str:
+        """Put the plan, its transforms of keys and a card into a repository of the Hugging Face hub, beside others.
+
+        Args:
+            repo: Such as ``org/plans``; made if it isn't there.
+            name: Of the plan there, such as ``quarter``.
+            **options: Of `moa_search.formats.hub.push_plans`: ``base_model``, ``license``, ``private``, ``token``,
+                ``revision``, ``message``, ``create_pr``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            MoAError: As `push_plans` says.
+        """
+        from moa_search.formats.hub import push_plans
+
+        return push_plans({name: self}, repo, **options)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file; ``hf://org/plans/name`` is one in a repository of the Hugging Face hub.
+
+        Raises:
+            HubError: The repository can't be read.
             ConfigError: There is no such file.
             PlanVersionError: The schema is of another version.
             PlanFormatError: The file is no valid plan, or its transforms of keys are missing, foreign or altered.
         """
+        if os.fspath(path).startswith("hf://"):
+            from moa_search.formats.hub import locate
+
+            path = locate(os.fspath(path))
         try:
             plan = cls.loads(Path(path).read_bytes(), source=str(path))
         except OSError as error:

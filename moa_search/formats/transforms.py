@@ -108,6 +108,10 @@ class KeyTransforms:
     def __hash__(self) -> int:
         return hash(self.checksum)
 
+    def to_bytes(self) -> bytes:
+        """The file."""
+        return self._bytes
+
     @property
     def nbytes(self) -> int:
         """Size of the file in bytes."""

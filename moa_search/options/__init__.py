@@ -19,8 +19,10 @@ from moa_search.options.inspecting import (
     FrontPageOptions,
     ImportOptions,
     InspectPlanOptions,
+    InspectPlansOptions,
     InspectProfileOptions,
     PlanFormat,
+    PushOptions,
 )
 from moa_search.options.running import (
     EvalOptions,
@@ -56,6 +58,7 @@ __all__ = [
     "HeldOutOptions",
     "ImportOptions",
     "InspectPlanOptions",
+    "InspectPlansOptions",
     "InspectProfileOptions",
     "MergeOptions",
     "ModelOptions",
@@ -63,6 +66,7 @@ __all__ = [
     "PlanFormat",
     "PlanOptions",
     "ProfileOptions",
+    "PushOptions",
     "ReportOptions",
     "SearchOptions",
     "Searcher",

@@ -85,6 +85,34 @@ class DiffOptions(PageOptions):
     """PNG file for a heat map of the change at the longest length."""
 
 
+class InspectPlansOptions(Options):
+    """Plans."""
+
+    lengths: Several[Tokens] = ()
+    """Context lengths in tokens to show; by default those that the plans were made for."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository of the hub; by default its main branch."""
+
+
+class PushOptions(Options):
+    """Repository."""
+
+    repo: str
+    """Repository of the Hugging Face hub, such as org/plans; made if it isn't there."""
+    base_model: str | None = None
+    """Hub id of the model that the plans are for, for the card."""
+    license: str | None = None
+    """Licence of the plans, such as apache-2.0, for the card."""
+    private: bool = False
+    """Whether a repository that is made is private."""
+    revision: str | None = None
+    """Branch to push to; by default the main one."""
+    message: str | None = None
+    """Message of the commit."""
+    create_pr: bool = False
+    """Open a pull request instead of committing."""
+
+
 class FrontPageOptions(PageOptions):
     """Front."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from moa_search.inspection.printing import (
     Table,
     column,
     digits,
+    is_missing,
     mebibytes,
     percent,
     plain,
@@ -50,6 +52,41 @@ def plan_frame(plans: Plan | Mapping[str, Plan], lengths: Sequence[int]) -> Tabl
         return Table(frame, columns, "What it keeps, computes and is predicted to lose")
     frame = frame.sort_values("length", kind="stable")
     return Table(frame, [column("plan", left=True), *columns], "What they keep and compute", group=["length"])
+
+
+def plans_frame(plans: Mapping[str, Plan], lengths: Sequence[int] = ()) -> Table:
+    """One row per plan and length: what it keeps, is predicted to lose and was measured to lose.
+
+    Args:
+        plans: By name.
+        lengths: Context lengths in tokens; by default those that each plan was made for.
+    """
+    rows = []
+    for name, plan in plans.items():
+        frame = plan.by_length(list(lengths) or plan.lengths).assign(plan=name)
+        frame["share"] = [plan.share(length) for length in frame["length"]]
+        measured = {entry.length: entry for entry in plan.validated}
+        for field in ("loss", "dense_loss"):
+            frame[f"true_{field}"] = [getattr(measured.get(length), field, None) for length in frame["length"]]
+        rows.append(frame)
+    frame = pd.concat(rows)
+    first = next(iter(plans.values())).model
+
+    def held_out(row: Any) -> str:
+        loss, dense = row["true_loss"], row["true_dense_loss"]
+        return "" if is_missing(loss) else f"{loss:.3f}" + ("" if is_missing(dense) else f" (dense {dense:.3f})")
+
+    columns = [
+        column("plan", left=True),
+        column("length", "tokens"),
+        column("density", "tokens kept", percent),
+        column("share", "bytes kept", percent),
+        column("kv_bytes", "KV MiB (16 bit)", mebibytes),
+        Column("predicted loss", predicted_text),
+        Column("held-out loss", held_out),
+    ]
+    title = f"Plans for {first.architecture}, {first.num_hidden_layers} layers of {first.num_key_value_heads} KV heads"
+    return Table(frame, columns, title, group=["plan"])
 
 
 def rule_frame(plan: Plan, most: int = 8) -> Table:

@@ -161,10 +161,13 @@ class TestOptions:
             "include_path": "i", "builtin": True, "length": 99, "limit": 8, "num_fewshot": 1, "batch_size": 2,
             "apply_chat_template": True,
             "html": "h", "heads": ["7:2"], "front": "f", "plans": ["a", "b"],
+            "repo": "org/plans", "base_model": "org/m", "license": "mit", "private": True, "revision": "v1",
+            "message": "m", "create_pr": True,
         }  # fmt: skip
         own = {
             ("moa-inspect", "plan"): "a",
             ("moa-inspect plan", "plan"): "a",
+            ("moa-search push", "plans"): "a",
             ("moa-eval", "answers"): "generated",
             ("moa-eval report", "answers"): "generated",
             ("moa-eval report", "samples"): [3, 4],

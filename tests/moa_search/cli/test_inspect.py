@@ -135,7 +135,7 @@ class TestBadInput:
             (["profile", "out/plan.json"], ["plan.json", "not a moa-search profile"]),
             (["plan", "p.safetensors"], ["p.safetensors", "moa-inspect profile"]),
             (["plan", "out"], ["out", "moa-inspect front"]),
-            (["."], ["neither full_attention_heads.tsv nor a front"]),
+            (["plan", "."], ["folder of plans", "moa-inspect plans ."]),
             (["diff", "uniform.json"], ["1 given", "two"]),
             (["diff", "uniform.json", "uniform.json", "uniform.json"], ["3 given", "two"]),
             (["diff", "uniform.json", "other.json"], ["other.json", "another model", "num_hidden_layers: 3 != 2"]),
