@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moa_search.errors import UnsupportedInputError
+from moa_search.runtime.coded import CodedCacheLayer
 from moa_search.runtime.layer import MoACacheLayer
 from moa_search.runtime.state import LayerState
 
@@ -28,7 +29,7 @@ def growing_layers(cache: MoACache, what: str) -> list[MoACacheLayer]:
         UnsupportedInputError: It isn't such a cache, or holds no whole passes.
     """
     for layer in cache.layers:
-        if type(layer) is not MoACacheLayer:
+        if type(layer) not in (MoACacheLayer, CodedCacheLayer):
             kind = "of fixed size" if layer.is_compileable and isinstance(layer, MoACacheLayer) else _name(layer)
             raise UnsupportedInputError(
                 f"a cache {kind} can't be {what}; fill one that grows, of plain attention layers"

@@ -13,7 +13,7 @@ from moa_search.errors import ConfigError, ModelUnsupportedError, UnsupportedInp
 from moa_search.formats import Plan
 from moa_search.modeling.text import text_config
 from moa_search.runtime import batching, saving
-from moa_search.runtime.coded import CodedCacheLayer
+from moa_search.runtime.coded import StaticCodedCacheLayer, growing_layer
 from moa_search.runtime.layer import ROLLBACK_TOKENS, MoACacheLayer
 from moa_search.runtime.report import CacheReport, LayerReport
 from moa_search.runtime.rules import layer_rules
@@ -30,18 +30,15 @@ if TYPE_CHECKING:
 def _ragged(layer: Any, rules: LayerRules) -> Any:
     """What takes the place of a cache layer of transformers: itself where it holds no keys that grow."""
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-        return MoACacheLayer(rules) if rules.codecs is None else CodedCacheLayer(rules)
+        return growing_layer(rules)
     if not isinstance(layer, DynamicLayer):
         return layer
-    if rules.codecs is not None:
-        raise ModelUnsupportedError(
-            f"the model's {type(layer).__name__} can't store fewer than 16 bits; search with tiers 16"
-        )
     if not hasattr(layer, "update_conv_state"):
         raise ModelUnsupportedError(f"a plan can't take the place of the model's {type(layer).__name__}")
-    from moa_search.runtime.hybrid import MoAHybridCacheLayer  # only versions that have such layers can import it
+    from moa_search.runtime import hybrid  # only versions that have such layers can import it
 
-    return MoAHybridCacheLayer(rules, layer.number_of_states)
+    kind = hybrid.MoAHybridCacheLayer if rules.codecs is None else hybrid.CodedHybridCacheLayer
+    return kind(rules, layer.number_of_states)
 
 
 def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) -> StaticMoACacheLayer:
@@ -51,12 +48,9 @@ def _fixed(layer: Any, rules: LayerRules, max_length: int, before: list[Any]) ->
             f"a MoACache of fixed size can't replace the model's {type(layer).__name__}; leave max_length, or "
             "cache_implementation, unset"
         )
-    if rules.codecs is not None:
-        raise ModelUnsupportedError(
-            "a MoACache of fixed size can't store fewer than 16 bits; leave max_length, or cache_implementation, unset"
-        )
     first = not any(isinstance(other, StaticMoACacheLayer) for other in before)
-    return StaticMoACacheLayer(rules, max_length, checks=first)
+    kind = StaticMoACacheLayer if rules.codecs is None else StaticCodedCacheLayer
+    return kind(rules, max_length, checks=first)
 
 
 def _layers(rules: Sequence[LayerRules], config: Any, max_length: int | None) -> list[Any]:

@@ -1,28 +1,38 @@
-"""Attention and cache of layers whose heads store fewer than 16 bits, in plain torch.
+"""Attention and cache of layers whose heads store fewer than 16 bits.
 
 What a query sees is what the cache gives back: keys and values go through their codecs as they enter, for the prompt's
 queries too. So chunks, prefixes and turns give what one pass gives. The sink's tokens stay in 16 bits.
+
+A few new tokens are stored first, and then attend the codes as they lie. A prompt, or a chunk of it, attends what the
+codes give back: the past is decoded once, into plain rings.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from moa_kernels.append.reference import Append, append_tokens
-from moa_kernels.codes import Codec, Codes
-from moa_kernels.rings import RingLayout
+from moa_kernels import backends
+from moa_kernels.backends import Backend
+from moa_kernels.coded import append_codes, decode_codes, stored_states
+from moa_kernels.codes.storage import CodeLayout, Stored
 
-from moa_search.errors import UnsupportedInputError
-from moa_search.runtime import blockwise
+from moa_search.errors import BackendUnavailableError, UnsupportedInputError
+from moa_search.runtime import blockwise, kernels, native
 from moa_search.runtime.layer import MoACacheLayer, gather_slots
+from moa_search.runtime.static import StaticMoACacheLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moa_kernels.backends import Impl
+    from moa_kernels.rings import RingLayout
+
     from moa_search.runtime.codecs import LayerCodecs
     from moa_search.runtime.rules import LayerRules
+
+CODES = ("key_codes", "value_codes", "key_scales", "value_scales")
+"""Attributes of a layer that hold its codes: `Stored`'s, without the sinks."""
 
 
 def attend(
@@ -32,163 +42,234 @@ def attend(
     valid: torch.Tensor | None,
     rules: LayerRules,
     past: MoACacheLayer | None,
+    impl: Impl,
     **options: Any,
 ) -> torch.Tensor:
-    """Attention over coded keys and values, then their storage.
+    """Attention over coded keys and values, and their storage.
 
     Args:
         query: ``[batch, heads, query, head_dim]``, the newest tokens.
         key: ``[batch, kv_heads, keys, head_dim]``, of the newest tokens; of all, without ``past``.
-        value: ``[batch, kv_heads, keys, value_dim]``.
+        value: ``[batch, kv_heads, keys, head_dim]``.
         valid: Boolean ``[batch, keys]``, False for padding; None if there is none.
         rules: The layer's, with codecs.
         past: Where the keys before these are, and these will be.
-        **options: ``scale``, ``softcap`` and ``sink_logits`` of `blockwise.attend`.
+        impl: What was asked for.
+        **options: ``scale``, ``softcap`` and ``sink_logits`` of `moa_kernels.prefill.span_prefill`.
 
     Returns:
-        ``[batch, heads, query, value_dim]``; anything for padding.
+        ``[batch, query, heads, head_dim]``; anything for padding.
 
     Raises:
-        UnsupportedInputError: A gradient is asked for, which codes don't let through.
+        UnsupportedInputError: A gradient is asked for, which codes don't let through, or values aren't as wide as keys.
+        BackendUnavailableError: What ``impl`` names can't run here.
     """
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise UnsupportedInputError(
             "keys and values in fewer than 16 bits let no gradient through; run under torch.no_grad()"
         )
+    if value.shape[-1] != key.shape[-1]:
+        raise UnsupportedInputError(
+            f"values of {value.shape[-1]} numbers beside keys of {key.shape[-1]} can't be stored in fewer bits"
+        )
     assert rules.codecs is not None
+    if past is not None and past.decodes(query.shape[2], valid):
+        past.commit(key, value, valid, impl)
+        return past.decode(query, impl, **options).transpose(1, 2).contiguous()
     start = torch.zeros(1, dtype=torch.int64, device=key.device) if past is None else past.start
     if valid is None:
         positions = start[:, None] + torch.arange(key.shape[2], device=key.device)
     else:
-        positions = start[:, None] + valid.cumsum(1) - 1
-    codecs = past.codecs if isinstance(past, CodedCacheLayer) else rules.codecs.on(key.device)
-    seen = codecs.seen(key, value, positions, rules.sink)
-    out = blockwise.attend(query, *seen, valid, rules, past, **options)
+        positions = (start[:, None] + valid.cumsum(1) - 1).clamp(min=0)
+    codecs = past.codecs if isinstance(past, Coded) else rules.codecs.on(key.device)
+    seen = codecs.seen(key, value, positions, rules.sink, impl)
+    backend = kernels.chosen(impl, query, key, value)
+    before = None if past is None or past.is_empty else cast("MoACacheLayer", _Decoded(past, impl))
+    if backend == Backend.CPU:
+        out = native.prefill(query, *seen, valid, rules, before, **options)
+    elif backend == Backend.TORCH:
+        out = blockwise.attend(query, *seen, valid, rules, before, **options).transpose(1, 2).contiguous()
+    else:
+        out = kernels.prefill(query, *seen, valid, rules, before, impl=backend, **options).transpose(1, 2).contiguous()
     if past is not None:
-        past.commit(key, value, valid)
+        past.commit(key, value, valid, impl)
     return out
 
 
-@dataclass
-class _Ring:
-    """Keys, or values, of one KV head: codes ``[batch, slots, bytes]`` and their scales ``[batch, slots, 1]``."""
+class _Decoded:
+    """A layer as attention over plain rings reads it: its codes, decoded once."""
 
-    codec: Codec
-    packed: torch.Tensor
-    scales: torch.Tensor | None
+    def __init__(self, layer: MoACacheLayer, impl: str) -> None:
+        assert isinstance(layer, Coded)
+        self._layer = layer
+        self.keys, self.values = layer.decoded(impl)
 
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + (0 if self.scales is None else self.scales.nbytes)
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `MoACacheLayer.states`."""
+        return self.keys, self.values
 
-    def change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every tensor."""
-        self.packed = change(self.packed)
-        self.scales = None if self.scales is None else change(self.scales)
-
-    def decoded(self, dtype: torch.dtype, positions: torch.Tensor) -> torch.Tensor:
-        """``[batch, slots, width]``, of tokens at ``positions`` ``[batch, slots]``."""
-        scales = None if self.scales is None else self.scales[:, None, :, 0]
-        return self.codec.decode(Codes(self.packed[:, None], scales), dtype, positions[:, None])[:, 0]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
 
 
-class CodedCacheLayer(MoACacheLayer):
-    """A layer whose heads keep codes, each in bytes of its own; `keys` and `values` hold the sink's tokens alone.
-
-    Slots of the sink exist among the codes too, so that one layout tells where everything is.
+class Coded(MoACacheLayer):
+    """What layers of codes have in common; `keys` and `values` are the sinks, ``[batch, kv_heads * sink, head_dim]``.
 
     Attributes:
-        keys: ``[batch, kv_heads * sink, head_dim]``.
-        values: ``[batch, kv_heads * sink, value_dim]``.
         codecs: Of the layer's heads, on its device.
+        key_codes: As all of `CODES`, see `moa_kernels.codes.storage`.
     """
 
     codecs: LayerCodecs
-    _rings: list[tuple[_Ring, _Ring]]
+    key_codes: torch.Tensor
+    value_codes: torch.Tensor
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
+    _laid_out: tuple[RingLayout, int, CodeLayout] | None = None
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """As `MoACacheLayer.lazy_initialization`."""
-        super().lazy_initialization(key_states, value_states)
-        batch, heads = key_states.shape[:2]
-        assert self.rules.codecs is not None
-        self.codecs = self.rules.codecs.on(self.device)
-        self._rings = [
-            (_empty(head.key, key_states[:, :1, :0]), _empty(head.value, value_states[:, :1, :0]))
-            for head in self.codecs.heads
-        ]
-        self.keys = key_states.new_zeros(batch, heads * self.rules.sink, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads * self.rules.sink, value_states.shape[-1])
+    @property
+    def stored(self) -> Stored:
+        """All that is held."""
+        return Stored(self.key_codes, self.value_codes, self.key_scales, self.value_scales, self.keys, self.values)
+
+    @property
+    def code_layout(self) -> CodeLayout:
+        """Where it is; found once per layout, and before a compiler looks."""
+        rings, size = self.layout, self.keys.itemsize
+        if self._laid_out is None or self._laid_out[0] is not rings or self._laid_out[1] != size:
+            self._laid_out = rings, size, self.codecs.layout(rings, size)
+        return self._laid_out[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, scales and the sink included."""
-        return super().nbytes + sum(ring.nbytes for head in self._rings for ring in head)
+        return self.stored.nbytes if self.is_initialized else 0
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all slots as attention sees them, decoded anew."""
-        sinks = [states.unflatten(1, (len(self._rings), -1)) for states in (self.keys, self.values)]
-        parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        positions = self.layout.positions(self.lens).split(self.layout.capacities, 1)
-        for head, rings in enumerate(self._rings):
-            for part, ring, sink in zip(parts, rings, sinks, strict=True):
-                decoded = ring.decoded(self.dtype, positions[head])
-                plain = min(self.rules.sink, decoded.shape[1])
-                part.append(torch.cat([sink[:, head, :plain], decoded[:, plain:]], 1))
-        return torch.cat(parts[0], 1), torch.cat(parts[1], 1)
+        return self.decoded("torch")
+
+    def decoded(self, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same by an implementation of `stored_states`."""
+        return stored_states(self.stored, self.lens, self.code_layout, self.codecs.turns, impl=impl)
+
+    def decode(self, query: torch.Tensor, impl: str, **options: Any) -> torch.Tensor:
+        """As `MoACacheLayer.decode`."""
+        rings = (self.stored, self.lens, self.code_layout, self.codecs.turns)
+        return _translated(decode_codes, query, *rings, self._spans, impl=impl, **options)[0]  # type: ignore[no-any-return]
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None, impl: str) -> None:
+        rings = (self.stored, self.lens, self.code_layout, self.codecs.turns)
+        _translated(append_codes, key, value, *rings, counts=counts, impl=impl)
+
+    def _allocate(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        assert self.rules.codecs is not None
+        self.codecs = self.rules.codecs.on(self.device)
+        layout = self.codecs.layout(self.layout, key.itemsize)
+        *codes, self.keys, self.values = layout.empty(key.shape[0], key.dtype, self.device)
+        for name, part in zip(CODES, codes, strict=True):
+            setattr(self, name, part)
+
+    def _change_codes(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in CODES:
+            setattr(self, name, change(getattr(self, name)))
+
+
+class CodedCacheLayer(Coded):
+    """A growing layer whose heads keep codes."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As `MoACacheLayer.lazy_initialization`."""
+        super().lazy_initialization(key_states, value_states)
+        self._allocate(key_states, value_states)
 
     def _leave_inference_mode(self) -> None:
         super()._leave_inference_mode()
-        for ring in (ring for head in self._rings for ring in head):
-            ring.change(torch.clone)
+        self._change_codes(torch.clone)
 
-    def _write(self, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None, impl: str) -> None:
-        key, value = key.detach(), value.detach()
-        positions = (self.lens[:, None] + torch.arange(key.shape[2], device=key.device))[:, None]  # [batch, 1, new]
-        for head, (rings, capacity) in enumerate(zip(self._rings, self.layout.capacities, strict=True)):
-            layout = RingLayout((capacity,), (self.rules.sink,))
-            coded = [
-                ring.codec.encode(x[:, head : head + 1], positions) for ring, x in zip(rings, (key, value), strict=True)
-            ]
-            append_tokens(
-                Append(rings[0].packed, rings[1].packed, coded[0].packed, coded[1].packed, self.lens, layout, counts)
-            )
-            for ring, codes in zip(rings, coded, strict=True):
-                if ring.scales is not None and codes.scales is not None:
-                    new = codes.scales[..., None]
-                    append_tokens(Append(ring.scales, ring.scales, new, new, self.lens, layout, counts))
-        self._write_sink(key, value, counts)
-
-    def _write_sink(self, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None) -> None:
-        token = torch.arange(key.shape[2], device=self.device)
-        position = self.lens[:, None] + token  # [batch, new tokens]
-        wanted = position < self.rules.sink
-        if counts is not None:
-            wanted = wanted & (token < counts[:, None])
-        sample, new = wanted.nonzero(as_tuple=True)
-        for held, states in ((self.keys, key), (self.values, value)):
-            by_head = held.unflatten(1, (len(self._rings), -1))  # a view: [batch, kv_heads, sink, width]
-            by_head[sample, :, position[sample, new]] = states[sample, :, new]
+    def _widen(self, dtype: torch.dtype) -> None:
+        before, old, narrow = self.code_layout, self.stored, self.keys.dtype
+        super()._widen(dtype)
+        after = self.code_layout
+        fresh = after.empty(len(self.lens), dtype, self.device)
+        for head, slots in enumerate(before.ring_slots):
+            for side, wider, codes, wide_codes in (
+                (before.keys, after.keys, old.key_codes, fresh.key_codes),
+                (before.values, after.values, old.value_codes, fresh.value_codes),
+            ):
+                source, target = (part.rows_of(c, head, slots) for part, c in ((side, codes), (wider, wide_codes)))
+                target.copy_(source.view(narrow).to(dtype).view(torch.uint8) if side.bits[head] == 16 else source)
+        self.key_codes, self.value_codes = fresh.key_codes, fresh.value_codes
 
     def _move(self, layout: RingLayout, source: torch.Tensor) -> None:
-        for head, rings in enumerate(self._rings):
-            first = layout.offsets[head]
-            mine = source[:, first : first + layout.capacities[head]] - self.layout.offsets[head]
-            mine = mine.clamp(min=0)  # slots that hold nothing yet come from slot 0 of the layer
-            for ring in rings:
-                ring.change(lambda states, mine=mine: gather_slots(states, mine))  # type: ignore[misc]
+        before, old = self.code_layout, self.stored
+        after = self.codecs.layout(layout, self.keys.itemsize)
+        fresh = after.empty(len(self.lens), self.keys.dtype, self.device)
+        sides = (
+            (before.keys, after.keys, old.key_codes, fresh.key_codes, old.key_scales, fresh.key_scales),
+            (before.values, after.values, old.value_codes, fresh.value_codes, old.value_scales, fresh.value_scales),
+        )
+        for head, slots in enumerate(after.ring_slots):
+            if not slots or not before.ring_slots[head]:
+                continue
+            first = layout.offsets[head] + after.sink
+            # Slots that hold nothing yet come from slot 0 of the layer: any will do.
+            mine = source[:, first : first + slots] - self.layout.offsets[head] - before.sink
+            mine = mine.clamp(0, before.ring_slots[head] - 1)
+            for side, moved, codes, new_codes, scales, new_scales in sides:
+                rows = side.rows_of(codes, head, before.ring_slots[head])
+                moved.rows_of(new_codes, head, slots).copy_(gather_slots(rows, mine))
+                if side.bits[head] < 16:
+                    at, to = side.scale_offsets[head], moved.scale_offsets[head]
+                    new_scales[:, to : to + slots] = scales[:, at : at + before.ring_slots[head]].gather(1, mine)
+        for name in CODES:
+            setattr(self, name, getattr(fresh, name))
 
     def _over_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super()._over_batch(change)
-        for head in self._rings:
-            for ring in head:
-                ring.change(change)
+        if self.is_initialized:
+            self._change_codes(change)
 
     def _forget(self) -> None:
         super()._forget()
-        self._rings = []
+        for name in CODES:
+            setattr(self, name, None)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {**super()._tensors(), **{name: getattr(self, name) for name in CODES}}
+
+    def _take_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        assert self.rules.codecs is not None
+        self.codecs = self.rules.codecs.on(self.device)
+        keys, values = tensors["keys"], tensors["values"]
+        if not keys.is_floating_point():
+            raise ValueError(f"keys holds {keys.dtype} {tuple(keys.shape)}")
+        wanted = self.codecs.layout(self.layout, keys.itemsize).empty(len(self.lens), keys.dtype, torch.device("meta"))
+        for name, like in zip((*CODES, "keys", "values"), wanted, strict=True):
+            tensor = tensors[name]
+            if tensor.dtype != like.dtype or tensor.shape != like.shape:
+                expected = f"{like.dtype} {tuple(like.shape)}"
+                raise ValueError(f"{name} holds {tensor.dtype} {tuple(tensor.shape)}, expected {expected}")
+            setattr(self, name, tensor)
+        self.dtype = values.dtype
 
 
-def _empty(codec: Codec, like: torch.Tensor) -> _Ring:
-    """A ring without slots for vectors like ``like`` ``[batch, 1, 0, width]``."""
-    codes = codec.encode(like, torch.zeros(1, dtype=torch.int64, device=like.device))
-    return _Ring(codec, codes.packed[:, 0], None if codes.scales is None else codes.scales[:, 0, :, None])
+class StaticCodedCacheLayer(Coded, StaticMoACacheLayer):
+    """A layer of fixed size whose heads keep codes."""
+
+    parts = (*StaticMoACacheLayer.parts[:2], *CODES, *StaticMoACacheLayer.parts[2:])
+
+
+def growing_layer(rules: LayerRules) -> MoACacheLayer:
+    """An empty layer that grows."""
+    return MoACacheLayer(rules) if rules.codecs is None else CodedCacheLayer(rules)
+
+
+def _translated(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """An operation of `moa_kernels`, whose refusals of an implementation become the package's own."""
+    if torch.compiler.is_compiling():
+        return operation(*arguments, **options)
+    try:
+        return operation(*arguments, **options)
+    except backends.BackendUnavailableError as error:
+        raise BackendUnavailableError(str(error)) from None

@@ -60,7 +60,7 @@ def _attend(
     **options: Any,
 ) -> torch.Tensor:
     if rules.codecs is not None:
-        return coded.attend(query, key, value, valid, rules, past, **options).transpose(1, 2).contiguous()
+        return coded.attend(query, key, value, valid, rules, past, impl, **options)
     decodes = past is not None and past.decodes(query.shape[2], valid)
     if past is not None and decodes and past.is_compileable:
         # Operators decode whatever runs them: in a compiled step, nothing may depend on what they find.

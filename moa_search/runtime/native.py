@@ -44,14 +44,32 @@ def attend(
     batch, heads, queries, dim = query.shape
     if past is not None:
         _require_alike(past, query)
-    out = query.new_empty(batch, queries, heads, dim)
     if past is not None and valid is None and past.decodes(queries, None) and options["scale"] > 0:
         past.make_room(queries)
         if past.step is None or not past.step.fits(query, key, value, options):
             past.step = Step(past, query, key, value, options)
+        out = query.new_empty(batch, queries, heads, dim)
         past.step.run(query, key, value, out, options["sink_logits"])
         past.advance(queries)
         return out
+    out = prefill(query, key, value, valid, rules, past, **options)
+    if past is not None:
+        past.commit(key, value, valid, Backend.CPU)
+    return out
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    rules: LayerRules,
+    past: MoACacheLayer | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention over ring and new tokens, as `attend`, which aren't stored."""
+    batch, heads, queries, dim = query.shape
+    out = query.new_empty(batch, queries, heads, dim)
     call = LayerCall(query, rules.head_spans, out=out.transpose(1, 2), **options)
     call.new_tokens(key, value)
     if valid is not None:
@@ -61,8 +79,6 @@ def attend(
         if not past.is_empty:
             call.rings(past.keys, past.values, past.layout)
     call.run("prefill")
-    if past is not None:
-        past.commit(key, value, valid, Backend.CPU)
     return out
 
 

@@ -17,7 +17,7 @@ from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.text import attention_modules
 from moa_search.modeling.wrappers import decoder_within
 from moa_search.runtime.batching import growing_layers
-from moa_search.runtime.layer import MoACacheLayer
+from moa_search.runtime.coded import growing_layer
 from moa_search.runtime.rules import rules_of
 from moa_search.runtime.state import LayerState
 from moa_search.version import __version__
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from moa_search.formats import Plan
     from moa_search.runtime.cache import MoACache
+    from moa_search.runtime.layer import MoACacheLayer
     from moa_search.runtime.rules import LayerRules
 
 SCHEMA: Final = "moa-cache/1"
@@ -129,7 +130,7 @@ def _read_layer(
         for name in file.keys()  # noqa: SIM118 - not a mapping
         if name.startswith(prefix)
     }
-    layer = MoACacheLayer(rules)
+    layer = growing_layer(rules)
     try:
         layer.restore(LayerState(tensors, **counts.model_dump(exclude={"sliding_window"})))
     except KeyError as error:

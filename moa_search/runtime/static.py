@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from moa_kernels.append import append_tokens
 from moa_kernels.decode import MOST_NEW_TOKENS
 
 from moa_search.errors import UnsupportedInputError
@@ -31,10 +30,12 @@ class StaticMoACacheLayer(MoACacheLayer):
 
     Attributes:
         seen: int64 scalar, tokens seen including padding.
+        parts: Names of the tensors that stay where they are.
     """
 
     is_compileable = True
     is_croppable = False
+    parts: tuple[str, ...] = ("keys", "values", "lens", "seen")
     seen: torch.Tensor
 
     def __init__(self, rules: LayerRules, max_length: int, *, checks: bool) -> None:
@@ -49,12 +50,15 @@ class StaticMoACacheLayer(MoACacheLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.layout = self.rules.layout(self.rules.capacities(self.max_length, self._slack))
         with torch.inference_mode(False):  # for whatever mode the next pass is in: they stay where they are
-            self.keys = key_states.new_zeros(batch, self.layout.slots, key_states.shape[-1])
-            self.values = value_states.new_zeros(batch, self.layout.slots, value_states.shape[-1])
+            self._allocate(key_states, value_states)
             self.lens = torch.zeros(batch, dtype=torch.int64, device=self.device)
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._mark()
         self.is_initialized = True
+        self._mark()
+
+    def _allocate(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.keys = key.new_zeros(len(key), self.layout.slots, key.shape[-1])
+        self.values = value.new_zeros(len(value), self.layout.slots, value.shape[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -64,19 +68,23 @@ class StaticMoACacheLayer(MoACacheLayer):
     @property
     def fixed_storage(self) -> list[torch.Tensor]:
         """Keys, values and counts, once there are any."""
-        return [self.keys, self.values, self.lens, self.seen] if self.is_initialized else []
+        return [getattr(self, name) for name in self.parts] if self.is_initialized else []
 
     @contextmanager
     def stored_in(self, storage: Sequence[torch.Tensor]) -> Iterator[None]:
         """As `MoACacheLayer.stored_in`."""
         own = self.fixed_storage
         if storage:
-            self.keys, self.values, self.lens, self.seen = storage
+            self._place(storage)
         try:
             yield
         finally:
             if storage:
-                self.keys, self.values, self.lens, self.seen = own
+                self._place(own)
+
+    def _place(self, storage: Sequence[torch.Tensor]) -> None:
+        for name, part in zip(self.parts, storage, strict=True):
+            setattr(self, name, part)
 
     @property
     def start(self) -> torch.Tensor:
@@ -106,7 +114,7 @@ class StaticMoACacheLayer(MoACacheLayer):
         counts = None
         if valid is not None:
             key, value, counts = real_first(key, valid), real_first(value, valid), valid.sum(1)
-        append_tokens(self.keys, self.values, key, value, self.lens, self.layout, counts=counts, impl=impl)
+        self._write(key, value, counts, impl)
         self.lens.add_(key.shape[2] if counts is None else counts)
         self.seen.add_(key.shape[2])
         if self._checks:
@@ -147,12 +155,13 @@ class StaticMoACacheLayer(MoACacheLayer):
     def _over_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.is_initialized:
             return
-        changed = [change(states) for states in (self.keys, self.values, self.lens)]
-        if changed[0].shape == self.keys.shape:
-            for kept, states in zip((self.keys, self.values, self.lens), changed, strict=True):
-                kept.copy_(states)
+        kept = self.fixed_storage[:-1]  # all but `seen`, which no sample has for itself
+        changed = [change(states) for states in kept]
+        if changed[0].shape == kept[0].shape:
+            for own, states in zip(kept, changed, strict=True):
+                own.copy_(states)
         else:
-            self.keys, self.values, self.lens = changed
+            self._place([*changed, self.seen])
             self._mark()
 
     def _widen(self, dtype: torch.dtype) -> None:
@@ -164,13 +173,13 @@ class StaticMoACacheLayer(MoACacheLayer):
             )
 
     def _leave_inference_mode(self) -> None:
-        self.keys, self.values, self.lens, self.seen = (states.clone() for states in self.fixed_storage)
+        self._place([states.clone() for states in self.fixed_storage])
         self._mark()
 
     def _mark(self) -> None:
         """Tell the compiler that these tensors stay where they are; CUDA graphs would copy them otherwise."""
         if not torch.compiler.is_compiling():
-            for states in (self.keys, self.values, self.lens, self.seen):
+            for states in self.fixed_storage:
                 torch._dynamo.mark_static_address(states)
 
 

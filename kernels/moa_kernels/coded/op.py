@@ -57,12 +57,8 @@ def append_codes(
         BackendUnavailableError: What ``impl`` names can't run here.
     """
     call = AppendCodes(new_keys.detach(), new_values.detach(), stored, lens, layout, turns, counts)
-    _check_new(new_keys, new_values, layout)
-    _check_stored(stored, len(new_keys), new_keys.dtype, layout)
-    _check_turns(turns, layout)
-    for name, numbers in (("lens", lens), ("counts", counts)):
-        if numbers is not None and (numbers.shape != (len(new_keys),) or numbers.dtype != torch.int64):
-            raise ValueError(f"{name} must be int64 [{len(new_keys)}], not {numbers.dtype} {list(numbers.shape)}")
+    if not torch.compiler.is_compiling():
+        _check_append(call)
     backend = _choose("append_codes", impl, call.new_keys, call.new_values, layout=layout)
     if torch.compiler.is_compiling():
         _append(call.new_keys, call.new_values, list(stored), lens, layout.flat, turns.tensors, counts, backend.value)
@@ -107,7 +103,8 @@ def decode_codes(
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     call = DecodeCodes(query, stored, lens, layout, turns, spans, factor, softcap, sink_logits)
-    _check_decode(call)
+    if not torch.compiler.is_compiling():
+        _check_decode(call)
     backend = _choose("decode_codes", impl, query, stored.key_sinks, stored.value_sinks, layout=layout)
     if torch.compiler.is_compiling():
         output, lse = _decode(
@@ -216,6 +213,16 @@ def _choose(operation: str, impl: str, *states: Tensor, layout: CodeLayout) -> B
     if impl != "auto":
         raise BackendUnavailableError(f'{operation} has no implementation by {backend}; use impl="torch" or "auto"')
     return Backend.TORCH
+
+
+def _check_append(call: AppendCodes) -> None:
+    new_keys, new_values, stored, lens, layout, turns, counts = call
+    _check_new(new_keys, new_values, layout)
+    _check_stored(stored, len(new_keys), new_keys.dtype, layout)
+    _check_turns(turns, layout)
+    for name, numbers in (("lens", lens), ("counts", counts)):
+        if numbers is not None and (numbers.shape != (len(new_keys),) or numbers.dtype != torch.int64):
+            raise ValueError(f"{name} must be int64 [{len(new_keys)}], not {numbers.dtype} {list(numbers.shape)}")
 
 
 def _check_new(keys: Tensor, values: Tensor, layout: CodeLayout) -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -65,6 +65,12 @@ class Side:
     nbytes: int
     scale_offsets: tuple[int, ...]
     scale_slots: int
+
+    def rows_of(self, codes: Tensor, head: int, slots: int) -> Tensor:
+        """A head's part ``[batch, slots, row]`` of all codes, a view."""
+        first, row = self.offsets[head], self.rows[head]
+        part: Tensor = codes[:, first : first + slots * row].unflatten(1, (slots, row))
+        return part
 
     @functools.cached_property
     def heads_by_bits(self) -> dict[int, tuple[int, ...]]:
@@ -248,7 +254,8 @@ class Turns:
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in the order of the attributes."""
-        return [getattr(self, part.name) for part in fields(self)]
+        keys = [self.key_into, self.key_back, self.key_mean, self.frequencies, self.order]
+        return [*keys, self.value_into, self.value_back]
 
     def to(self, device: torch.device) -> Turns:
         """The same on a device."""

@@ -6,9 +6,11 @@ import pickle
 
 import pytest
 import torch
+from moa_kernels.codes.storage import ALIGNMENT
+from torch._dynamo.utils import counters
 
 from moa_search import from_pretrained
-from moa_search.errors import BackendUnavailableError, ModelUnsupportedError, PlanFormatError, UnsupportedInputError
+from moa_search.errors import BackendUnavailableError, CacheFormatError, PlanFormatError, UnsupportedInputError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.runtime import MoACache, applied, apply_plan, remove_plan
 from moa_search.runtime.coded import CodedCacheLayer
@@ -42,9 +44,7 @@ def held_bytes(cache):
     for layer in cache.layers:
         tensors = [layer.keys, layer.values]
         if isinstance(layer, CodedCacheLayer):
-            tensors += [
-                t for head in layer._rings for ring in head for t in (ring.packed, ring.scales) if t is not None
-            ]
+            tensors = list(layer.stored)
         for tensor in tensors:
             if tensor.data_ptr() not in found:
                 found.add(tensor.data_ptr())
@@ -67,8 +67,8 @@ def test_bytes_are_within_one_block_per_head_of_what_the_plan_keeps(model):
         seen += step
         kept = plan.kv_bytes(seen, batch=batch, bytes_per_element=8)  # the model computes in double precision
         assert cache.nbytes == held_bytes(cache) == cache.describe().nbytes
-        # A block to spare, and the sink twice: as it is, and among the codes.
-        spare = batch * sum(2 * (plan.block + plan.sink) * 8 * width for layer in plan.rules for _ in layer)
+        # A block to spare, and heads that begin aligned.
+        spare = batch * sum(2 * (plan.block * 8 * width + ALIGNMENT) for layer in plan.rules for _ in layer)
         assert cache.nbytes <= kept + spare
 
 
@@ -166,6 +166,69 @@ def test_not_a_number_shows_instead_of_hiding(model):
     assert not keys[0, layer.layout.offsets[0] + 8].isnan().any()
 
 
+def test_saved_joined_and_taken_apart(model, tmp_path):
+    plan, prompts = mixed_plan(model), [tokens(1, 40), tokens(1, 70, seed=1)]
+    caches = [MoACache(model.config, plan) for _ in prompts]
+    for cache, prompt in zip(caches, prompts, strict=True):
+        run(model, cache, prompt)
+    caches[0].save(tmp_path / "cache.safetensors")
+    new, reference = tokens(1, 9, seed=2), explicit(tiny_model(), plan)
+    expected = [logits(reference, torch.cat([prompt, new], 1))[:, -9:] for prompt in prompts]
+    loaded = MoACache.load(tmp_path / "cache.safetensors", plan)
+    assert loaded.nbytes == caches[0].nbytes
+    batch = MoACache.merge([loaded, caches[1]])
+    for sample in (0, 1):
+        torch.testing.assert_close(run(model, batch.take(sample), new), expected[sample])
+
+
+def test_a_file_whose_codes_were_cut_off_is_refused(model, tmp_path):
+    cache, path = MoACache(model.config, mixed_plan(model)), tmp_path / "cache.safetensors"
+    run(model, cache, tokens(1, 40))
+    cache.layers[0].value_codes = cache.layers[0].value_codes[:, :-16]
+    cache.save(path)
+    with pytest.raises(CacheFormatError, match=r"layer 0: value_codes holds torch\.uint8"):
+        MoACache.load(path, mixed_plan(model))
+
+
+def test_a_wider_type_widens_what_is_held():
+    model = tiny_model(dtype=torch.bfloat16)
+    plan = mixed_plan(model)
+    apply_plan(model, plan)
+    cache, prompt, new = MoACache(model.config, plan), tokens(1, 60), tokens(1, 20, seed=1)
+    run(model, cache, prompt)
+    before = [states.float() for states in cache.layers[0].states()]
+    model.float()
+    whole = cache.copy()
+    found = torch.cat([run(model, cache, part) for part in new.split(1, 1)], 1)
+    for old, wide in zip(before, whole.layers[0].states(), strict=True):
+        torch.testing.assert_close(wide.to(torch.bfloat16).float(), old)
+    torch.testing.assert_close(found, run(model, whole, new), rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_step_of_fixed_size_is_one_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model()
+    plan = mixed_plan(model)
+    apply_plan(model, plan)
+    reference, sequence = explicit(tiny_model(), plan), tokens(2, 50)
+    cache = MoACache(model.config, plan, max_length=60)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    run(model, cache, sequence[:, :30])
+    places = [part.data_ptr() for layer in cache.layers for part in layer.fixed_storage]
+    found = []
+    with torch.no_grad():
+        for at in range(30, 50):
+            position = torch.full((2, 1), at)
+            token = sequence[:, at : at + 1].contiguous()
+            found.append(step(token, position_ids=position, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, 1), logits(reference, sequence)[:, 30:])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert [part.data_ptr() for layer in cache.layers for part in layer.fixed_storage] == places
+    torch._dynamo.reset()
+
+
 class TestRefusals:
     @pytest.mark.parametrize("impl", ["triton", "cpu"])
     def test_kernels_that_read_no_codes(self, impl):
@@ -179,12 +242,6 @@ class TestRefusals:
         text = Plan.loads(mixed_plan(model).dumps())
         with pytest.raises(PlanFormatError, match=r"use Plan\.load on its file"):
             apply_plan(model, text)
-
-    def test_caches_of_fixed_size(self, model):
-        with pytest.raises(ModelUnsupportedError, match="fixed size can't store fewer than 16 bits"):
-            MoACache(model.config, mixed_plan(model), max_length=100)
-        with pytest.raises(ModelUnsupportedError, match="fixed size can't store fewer than 16 bits"):
-            model.generate(tokens(1, 10), max_new_tokens=3, cache_implementation="static")
 
     def test_gradients(self, model):
         with pytest.raises(UnsupportedInputError, match="let no gradient through"):

@@ -33,7 +33,7 @@ SAMPLE = ("llama", "gemma2", "gpt_oss", "qwen2 with sliding layers", "gpt_neox",
 logits, sliding windows, a hybrid."""
 
 
-def each(architectures, *, coded=True):
+def each(architectures):
     """Each architecture on the torch path in double precision, by the CPU library in single precision, and coded.
 
     Coded: heads store keys and values in fewer than 16 bits, each in its own.
@@ -42,17 +42,8 @@ def each(architectures, *, coded=True):
     for name in architectures:
         marks = () if name in SAMPLE else pytest.mark.all_impls
         cases.append(pytest.param(f"{name} by cpu", marks=marks))
-        if coded and name not in {*KEEPS_STATES_BESIDE_KEYS, *STATES_IN_SINGLE_PRECISION}:
-            cases.append(pytest.param(f"{name} coded", marks=marks))
+        cases.append(pytest.param(f"{name} coded", marks=marks))
     return pytest.mark.parametrize("architecture", cases)
-
-
-KEEPS_STATES_BESIDE_KEYS = {"falcon_h1"}
-"""Refused where heads store fewer than 16 bits."""
-
-
-STATES_IN_SINGLE_PRECISION = {"nemotron_h"}
-"""Their states differ in the seventh digit by how a sequence is cut; a code between two levels may flip."""
 
 
 def random_plan(model, seed, *, coded=False):
@@ -161,7 +152,7 @@ def test_greedy_decoding_of_a_left_padded_batch(architecture):
         assert_follows(reference, found[1:, 13:], 47 - 13)
 
 
-@each([name for name in ALL if name != "falcon_h1"], coded=False)
+@each([name for name in ALL if name != "falcon_h1"])
 def test_a_cache_of_fixed_size(architecture):
     model, _, reference = prepared(architecture)
     found = model.generate(prompts(2, 40), max_new_tokens=NEW, do_sample=False, cache_implementation="static")
