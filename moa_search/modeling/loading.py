@@ -12,6 +12,7 @@ from moa_search.errors import ConfigError, MoAError, ModelNotFoundError
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
 from moa_search.formats.files import sha256_of
 from moa_search.modeling.adapters import load_adapter, read_adapter
+from moa_search.modeling.generation import settings_of
 from moa_search.modeling.private import optional_file
 from moa_search.modeling.source import Source, find_base, find_source
 from moa_search.modeling.support import require_causal
@@ -79,6 +80,7 @@ def load_model(
             device_map=device_map,
             attn_implementation=None,  # not what a configuration that was saved under a plan says
             trust_remote_code=trust_remote_code,
+            **settings_of(source.name),
             **source.options,
         )
         if source.adapter is not None:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 SAVED_ATTENTION_ATTRIBUTE = "attn_implementation"
 """Attribute of the configuration that, once saved, `from_pretrained` of transformers takes for the attention to use.
 
-Without it, a plain reload would run dense in silence. With it, the reload asks for `NAME`: an error where nobody has
-registered that, and an error in the first forward pass otherwise, since no plan is applied."""
+Without it, a plain reload of a model that doesn't generate would run dense in silence (others: `modeling.generation`).
+With it, the reload asks for `NAME`: an error where nobody has registered that, and an error in the first forward pass
+otherwise, since no plan is applied."""
 
 
 def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:

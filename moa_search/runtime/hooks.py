@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats.checkpoint import PLAN_FILE
+from moa_search.modeling.generation import refuse_plain_reload
 from moa_search.modeling.private import CANDIDATES, PREFILL, PREPARE_CACHE, attention_of, mask_length_of
 from moa_search.modeling.text import text_config
 from moa_search.modeling.wrappers import require_no_prefix
@@ -286,9 +287,10 @@ def _init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> NoReturn
 def _save_pretrained(
     model: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> Any:
-    """Save the model as ever, and its plan beside it."""
+    """Save the model as ever, its plan beside it, and what keeps others from loading it dense in silence."""
     result = _original(model, "save_pretrained")(save_directory, is_main_process, *args, **kwargs)
     if is_main_process and Path(save_directory).is_dir():
+        refuse_plain_reload(Path(save_directory))
         getattr(model, STATE_ATTRIBUTE).plan.save(Path(save_directory) / PLAN_FILE)
     return result
 

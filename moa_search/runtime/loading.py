@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moa_search.formats import Plan
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE, PLAN_FILE, read_saved_plan
 from moa_search.formats.transforms import KeyTransforms
+from moa_search.modeling.generation import settings_of
 from moa_search.modeling.private import optional_file
 from moa_search.modeling.text import text_config
 from moa_search.runtime.apply import apply_plan
@@ -63,6 +64,7 @@ def from_pretrained(
     else:
         plan = Plan.of(plan)
     layer_rules(plan, config)
+    options = {**settings_of(os.fspath(name), **hub), **options}
     options.setdefault("attn_implementation", None)  # not what the configuration says, which is the plan's
     return apply_plan(AutoModelForCausalLM.from_pretrained(name, **options), plan, impl=impl)
 

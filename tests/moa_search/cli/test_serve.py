@@ -118,7 +118,7 @@ def test_without_the_serving_packages_the_extra_is_named(folder, monkeypatch, ca
     assert "pip install 'moa-search[serve]'" in capsys.readouterr().err
 
 
-def test_transformers_serve_alone_would_load_it_dense(folder):
-    """What docs/serving.md warns of; where this fails, the warning and moa-serve's own loader can go."""
-    model = model_manager.ModelManager(device="cpu", dtype="float32")._load_model(f"{folder}@main")
-    assert model.config._attn_implementation == "sdpa"
+def test_transformers_serve_alone_refuses_it(folder):
+    manager = model_manager.ModelManager(device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match="serve it with moa-serve"):
+        manager._load_model(f"{folder}@main")

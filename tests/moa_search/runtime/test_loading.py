@@ -8,7 +8,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+)
 
 from moa_search import from_pretrained, load_model
 from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError, UnsupportedInputError
@@ -113,10 +119,55 @@ def test_the_plan_is_checked_before_weights_are_read(model, saved, monkeypatch):
         from_pretrained(saved)
 
 
-def test_a_plain_reload_never_runs_dense_in_silence(model, saved):
+@pytest.mark.parametrize("options", [{}, {"attn_implementation": None}, {"attn_implementation": "sdpa"}], ids=str)
+def test_a_plain_reload_is_an_error_that_says_how(saved, options):
+    """`transformers serve` asks for ``attn_implementation=None``."""
+    register()
+    with pytest.raises(ValueError, match=r"plan: load it with moa_search\.from_pretrained, serve it with moa-serve"):
+        AutoModelForCausalLM.from_pretrained(saved, **options)
+
+
+def test_a_plain_reload_where_the_library_was_not_used_is_an_error(saved):
+    script = (
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        "for options in ({}, {'attn_implementation': None}):\n"
+        "    try: AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(saved)], check=True, capture_output=True, text=True)
+    plain, with_none = done.stdout.splitlines()
+    assert 'attn_implementation="moa"' in plain
+    assert "serve it with moa-serve" in with_none
+
+
+def test_generation_settings_come_back_as_they_were(model, tmp_path):
+    model.generation_config.update(cache_implementation="static", temperature=0.5, do_sample=True)
+    model.save_pretrained(tmp_path / "dense")
+    with applied(model, tiny_plan(model)):
+        model.save_pretrained(tmp_path / "sparse")
+        model.save_pretrained(tmp_path / "sparse")
+    loaded = from_pretrained(tmp_path / "sparse")
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    other = GenerationConfig(temperature=0.25, do_sample=True)
+    assert from_pretrained(tmp_path / "sparse", generation_config=other).generation_config.temperature == 0.25
+    remove_plan(loaded).save_pretrained(tmp_path / "sparse")
+    name = "generation_config.json"
+    assert (tmp_path / "sparse" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+
+
+def test_folders_saved_by_earlier_versions_still_load(model, saved):
+    file = saved / "generation_config.json"
+    content = json.loads(file.read_text())
+    del content["cache_implementation"]
+    file.write_text(json.dumps(content))
+    assert type(generate(from_pretrained(saved), return_dict_in_generate=True).past_key_values) is MoACache
+
+
+def test_a_model_without_generation_settings_never_runs_dense_in_silence(model, saved):
     """It fails in the first forward pass; the error's advice works, and so does removing the plan then."""
     plan = tiny_plan(model)
     register()
+    (saved / "generation_config.json").unlink()
     loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float64)
     for run in (generate, lambda model: model(tokens(1, 5)), lambda model: model(tokens(1, 5), use_cache=False)):
         with pytest.raises(UnsupportedInputError, match=r"no plan is applied; call apply_plan\(model, plan\)"):
@@ -126,20 +177,6 @@ def test_a_plain_reload_never_runs_dense_in_silence(model, saved):
     assert torch.equal(generate(apply_plan(loaded, plan)), expected)
     assert torch.equal(generate(remove_plan(loaded)), generate(model))
     assert loaded.config._attn_implementation == "sdpa"
-
-
-def test_a_plain_reload_where_the_library_was_not_used_is_an_error(saved):
-    script = (
-        "import sys\nfrom transformers import AutoModelForCausalLM\n"
-        "try: AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "except ValueError as error: print(error)\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation='sdpa')\n"
-        "print(model.config._attn_implementation)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(saved)], check=True, capture_output=True, text=True)
-    refusal, dense = done.stdout.splitlines()
-    assert 'attn_implementation="moa"' in refusal
-    assert dense == "sdpa", "on purpose it can still be loaded"
 
 
 def test_our_own_loader_gives_the_dense_model(tiny_model_dir, tmp_path):
@@ -174,10 +211,8 @@ def test_a_text_decoder_inside_another_model(tmp_path):
         model.save_pretrained(tmp_path)
         expected = generate(model)
     register()
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with pytest.raises(UnsupportedInputError, match="no plan is applied"):
-        generate(plain)
-    assert torch.equal(generate(apply_plan(plain, plan)), expected)
+    with pytest.raises(ValueError, match="moa-serve"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path)
     assert torch.equal(generate(loaded), expected)
     assert loaded.config.vision_config._attn_implementation == "sdpa"
