@@ -1,11 +1,12 @@
-"""``moa-serve``: `transformers serve` with every model under a plan, an OpenAI-compatible server on a smaller cache.
+"""``moa-serve``: vLLM's or transformers' OpenAI-compatible server with the model under a plan, on a smaller cache.
 
-`transformers serve` alone would load a folder that was saved under a plan dense, without a word: docs/serving.md.
+Either alone would load a folder that was saved under a plan dense, without a word: docs/serving.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -13,14 +14,17 @@ from typing import Any, NoReturn
 from moa_search.cli.command import EXIT_BAD_INPUT
 from moa_search.errors import ConfigError, MoAError
 
-DESCRIPTION = "Serve a model under a plan through an OpenAI-compatible HTTP API, on top of `transformers serve`."
+DESCRIPTION = """\
+Serve a model under a plan through an OpenAI-compatible HTTP API, on top of vLLM where it is installed with moa-vllm,
+else of `transformers serve`."""
 EPILOG = """\
-All other options are those of `transformers serve`, such as --host, --port and --device.
+All other options are those of `vllm serve` or `transformers serve`, such as --host and --port.
 
 examples:
   moa-serve folder-saved-under-a-plan --port 8000
   moa-serve org/model --plan plan.json
 """
+ENGINES = ("auto", "vllm", "transformers")
 REFUSED = {
     "--continuous-batching": "continuous batching can't run under a plan",
     "--attn-implementation": "the plan is the attention",
@@ -36,16 +40,38 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "model", metavar="MODEL", help="folder saved under a plan; or any folder or Hub id, with --plan"
     )
     parser.add_argument("--plan", metavar="FILE", help="plan file, instead of the one saved beside the weights")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="auto", help="what serves; auto is vllm where it is installed (default)"
+    )
     options, rest = parser.parse_known_args(arguments)
+    vllm = options.engine == "vllm" or (options.engine == "auto" and _vllm_is_there())
     for flag, why in REFUSED.items():
         if any(given.split("=")[0] == flag for given in rest):
             parser.error(f"{flag}: {why}")
     try:
-        _serve(options.model, options.plan, rest)
+        if vllm:
+            _serve_by_vllm(options.model, options.plan, rest)
+        else:
+            print(f"{parser.prog}: transformers serves {options.model}", file=sys.stderr)
+            _serve(options.model, options.plan, rest)
     except MoAError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit()
+
+
+def _vllm_is_there() -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in ("vllm", "moa_vllm"))
+
+
+def _serve_by_vllm(model: str, plan: str | None, rest: Sequence[str]) -> None:
+    if not _vllm_is_there():
+        raise ConfigError(
+            "--engine vllm needs vLLM and moa-vllm; install them (docs/vllm.md), or give --engine transformers"
+        )
+    from moa_vllm.serve import serve
+
+    serve(model, plan, rest)
 
 
 def _serve(model: str, plan: str | None, rest: Sequence[str]) -> None:

@@ -81,6 +81,9 @@ class SearchOptions(BudgetOptions):
     anchor: Anchor = "position"
     rules_per_layer: Annotated[int, Field(ge=1, le=2)] | None = None
     """Most different rules in one layer, 1 or 2; any number by default."""
+    groups: Annotated[int, Field(ge=1)] | None = None
+    """With searcher exact: most groups of equally many KV heads that have one rule each, for vLLM, which then holds no
+    more than is attended; the plan comes without a front."""
     length_weights: Annotated[dict[int, NotNegative], BeforeValidator(read_weights)] = Field(default={})
     """Weights of the losses in the chosen plan by length, such as 1024=1 2048=3; equal by default."""
     predict_lengths: Annotated[Sequence[Tokens] | None, ListOrNone] = None

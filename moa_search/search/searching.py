@@ -80,6 +80,7 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
         BudgetInfeasibleError: A budget that no plan keeps.
     """
     require_criterion(options.criterion)
+    _require_groups_alone(options, searcher)
     header = profile.header
     if options.predict_lengths is None:
         options = options.replace(predict_lengths=_ahead(profile, options) if searcher.looks_ahead else ())
@@ -88,6 +89,16 @@ def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> 
     rules = searcher.rules(lengths, sink=header.sink, block=header.block)
     tiers = candidate_tiers(profile, options) if searcher.takes_tiers else [PLAIN]
     return SearchSpace.build(profile, options, rules, tiers, searcher.criterion or options.criterion)
+
+
+def _require_groups_alone(options: SearchOptions, searcher: Searcher) -> None:
+    if options.groups is None:
+        return
+    if not searcher.takes_groups:
+        raise ConfigError(f"groups: searcher {searcher.name} doesn't choose rules for groups; leave groups out")
+    for name, value in (("rules_per_layer", options.rules_per_layer), ("front_steps", options.front_steps)):
+        if value:
+            raise ConfigError(f"groups and {name} exclude each other; leave one out")
 
 
 def candidate_tiers(profile: Profile, options: SearchOptions) -> list[Tier]:

@@ -28,7 +28,7 @@ def require_servable(plan: Plan, source: str, config: Any) -> None:
     plan.model.require(ModelSignature.of(model.hf_config), source)
     for what, why in _of_plan(plan).items():
         if why:
-            raise UnsupportedInputError(f"{source}: vLLM can't serve {what} yet; serve this plan with transformers")
+            raise UnsupportedInputError(f"{source}: vLLM can't serve {what} yet; moa-serve --engine transformers can")
     kinds = [kind for kind, found in _of_model(model).items() if found]
     if kinds:
         raise ModelUnsupportedError(f"{source}: vLLM can't serve models with {', '.join(kinds)} under a plan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,10 +94,18 @@ class Engine:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": new, "ignore_eos": True, **sampling})
         self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
 
-    def drain(self, trace: Trace | None = None) -> Trace:
+    def drain(self) -> Trace:
         """Step until every request is answered."""
-        trace, begin, before = trace or Trace(), time.thread_time(), self._preempted
+        trace, begin, before = Trace(), time.thread_time(), self._preempted
         while self.engine.has_unfinished_requests():
+            self.step(trace)
+        trace.seconds, trace.preempted = time.thread_time() - begin, self._preempted - before
+        return trace
+
+    def drain_until_first_ends(self) -> Trace:
+        """Step until some request is answered, then give up the others: later ones find a pool in another state."""
+        trace, begin, before = Trace(), time.thread_time(), self._preempted
+        while not trace.answers:
             self.step(trace)
         trace.seconds, trace.preempted = time.thread_time() - begin, self._preempted - before
         return trace
@@ -189,3 +198,16 @@ def text_tokens(folder: str) -> Tokens:
     text = "\n".join((docs / f"{name}.md").read_text() for name in names)
     tokens: Tokens = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     return tokens
+
+
+def saved_under(folder: str, plan: Path, target: Path) -> Path:
+    """A model's folder as `save_pretrained` leaves it under a plan."""
+    from transformers import AutoModelForCausalLM
+
+    from moa_search import apply_plan
+
+    model = apply_plan(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), plan)
+    model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(folder) / name, target / name)
+    return target

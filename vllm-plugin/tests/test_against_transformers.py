@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
-from engines import Engine, Reference, Tokens, text_tokens
+from engines import Engine, Reference, Tokens, Trace, text_tokens
 
 LENGTHS = (30, 77, 200, 350, 610, 900, 1400, 2500)
 NEW = 16
@@ -89,3 +90,30 @@ def test_several_answers_to_one_prompt_and_their_log_probabilities(
         found = torch.tensor([entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)])
         torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
     assert engine.used_blocks == 0
+
+
+def test_requests_that_come_and_are_given_up_leave_nothing_behind(engine: Engine, text: Tokens) -> None:
+    """200 requests that share beginnings, a third of them aborted somewhere, in a pool that is too small for all."""
+    rng = random.Random(0)
+    jobs = [
+        (text[start : start + rng.randrange(2, 60)], rng.randrange(1, 6))
+        for start in (16 * rng.randrange(40) for _ in range(200))
+    ]
+    waiting, live, trace, aborted = list(range(200)), [], Trace(), 0
+    with engine.small_pool(400):
+        while waiting or engine.engine.has_unfinished_requests():
+            for _ in range(min(rng.randrange(12), len(waiting))):
+                live.append(waiting.pop())
+                engine.add(str(live[-1]), *jobs[live[-1]])
+            engine.step(trace)
+            live = [number for number in live if str(number) not in trace.answers]
+            if live and rng.random() < 0.7:
+                engine.engine.abort_request([str(live.pop(rng.randrange(len(live))))])
+                aborted += 1
+    assert engine.used_blocks == 0
+    assert aborted > 25
+    assert len(trace.answers) == 200 - aborted
+    for name in rng.sample(sorted(trace.answers), 12):
+        prompt, new = jobs[int(name)]
+        engine.manager.reset_prefix_cache()
+        assert trace.answers[name].tokens == engine.run([prompt], new).answers["0"].tokens

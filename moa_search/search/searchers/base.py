@@ -23,6 +23,7 @@ class Searcher(ABC):
         looks_ahead: Whether twice the longest profiled length counts too, by extrapolated losses, unless the user
             names the lengths to predict. Baselines choose by what was measured, as their authors do.
         takes_tiers: Whether it chooses bits, too; others store 16.
+        takes_groups: Whether it can give groups of heads one rule each.
     """
 
     name: ClassVar[str]
@@ -31,6 +32,7 @@ class Searcher(ABC):
     proves: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     takes_tiers: ClassVar[bool] = False
+    takes_groups: ClassVar[bool] = False
 
     def rules(self, lengths: Sequence[int], *, sink: int, block: int) -> list[SpanRule]:
         """Candidate rules for these profiled and budgeted lengths in tokens; by default `rule_grid`."""

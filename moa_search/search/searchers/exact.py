@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from moa_search.search.grouping import solve_in_groups
 from moa_search.search.searchers.base import Searcher
-from moa_search.search.solver import solve_exact
+from moa_search.search.solver import Problem, Solution, solve_exact
 from moa_search.search.space import SearchSpace
 from moa_search.search.trade_off import FrontPoint, trade_off
 
@@ -17,6 +18,7 @@ class ExactSearcher(Searcher):
     proves = True
     looks_ahead = True
     takes_tiers = True
+    takes_groups = True
     rules_per_layer: int | None = None
 
     def choose(self, space: SearchSpace) -> list[FrontPoint]:
@@ -24,11 +26,16 @@ class ExactSearcher(Searcher):
         problem = space.problem
         if self.rules_per_layer is not None:
             problem = dataclasses.replace(problem, rules_per_layer=self.rules_per_layer)
+        options, groups = space.options, space.options.groups
+
+        def solve(asked: Problem) -> Solution:
+            return solve_exact(asked, time_limit_s=options.time_limit_s)
+
         return trade_off(
             space.objectives,
             problem,
-            lambda asked: solve_exact(asked, time_limit_s=space.options.time_limit_s),
-            steps=space.options.front_steps,
+            solve if groups is None else lambda asked: solve_in_groups(asked, groups, solve),
+            steps=options.front_steps if groups is None else 0,
             weights=tuple(space.weights.values()),
         )
 
@@ -38,6 +45,7 @@ class PerLayerSearcher(ExactSearcher):
 
     name = "per-layer"
     looks_ahead = False
+    takes_groups = False
     rules_per_layer = 1
 
 
@@ -47,4 +55,5 @@ class RecallSearcher(ExactSearcher):
     name = "recall"
     looks_ahead = False
     takes_tiers = False
+    takes_groups = False
     criterion = "recall"
