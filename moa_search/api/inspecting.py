@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from moa_search.api.common import load_profile, require_writable
 from moa_search.api.converting import export_plan, import_plan
 from moa_search.errors import ConfigError
+from moa_search.formats.paged import require_paged
 from moa_search.options import (
     DiffOptions,
     FrontPageOptions,
@@ -54,6 +55,8 @@ def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
     plan = _named(plan)
     _require_plan(plan)
     loaded: Plan = import_plan.__wrapped__(plan, options.part(ImportOptions))  # type: ignore[attr-defined]
+    if options.vllm:
+        require_paged(loaded, plan if isinstance(plan, str) else "plan")
     require_writable(options.output)
     require_writable(options.html, "html")
     if options.html is not None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from moa_search.search import Front
 
 
-def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, **options: Any) -> None:
+def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, vllm: bool, **options: Any) -> None:
     """Print origin, densities, rules and spans."""
-    from moa_search.inspection.frames.plans import plan_facts, plan_frame, rule_frame, span_frame
+    from moa_search.inspection.frames.plans import held_frame, plan_facts, plan_frame, rule_frame, span_frame
     from moa_search.inspection.printing import fact_lines, to_rich
 
     shown = list(lengths) or plan.lengths
@@ -32,6 +32,8 @@ def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, **options: 
         console.print(line, highlight=False)
     for table in (plan_frame(plan, shown), rule_frame(plan), span_frame(plan, max(shown))):
         console.print(to_rich(table))
+    if vllm:
+        console.print(to_rich(held_frame(plan, shown)))
     _say_written("heat map", **options)
     if save is not None:
         print(f"plan written to {save}")

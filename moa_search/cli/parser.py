@@ -128,9 +128,12 @@ def _add(group: argparse._ArgumentGroup, name: str, text: str, kind: tuple[bool,
             f" (default: {' '.join(str(value).lower() if isinstance(value, bool) else f'{value}' for value in values)})"
         )
     metavar = "{" + ",".join(choices) + "}" if choices and not several else METAVARS.get(base, name.upper())
-    group.add_argument(
-        f"--{_dashed(name)}", dest=name, nargs="+" if several else None, metavar=metavar, help=text.replace("%", "%%")
-    )
+    options: dict[str, Any] = {"dest": name, "metavar": metavar, "help": text.replace("%", "%%")}
+    if several:
+        options["nargs"] = "+"
+    elif base is bool:
+        options |= {"nargs": "?", "const": "true"}  # --flag alone means true
+    group.add_argument(f"--{_dashed(name)}", **options)
 
 
 def _kind(annotation: Any) -> tuple[bool, Any]:

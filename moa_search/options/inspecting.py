@@ -61,6 +61,8 @@ class InspectPlanOptions(PageOptions, ImportOptions, ExportOptions):
     """Folder of moa-search whose front the HTML page shows; by default the one that the plan lies in."""
     profile: Any = None
     """Profile file that predicts, on the HTML page, what each layer loses."""
+    vllm: bool = False
+    """Show how much of a dense cache vLLM holds under the plan, by the number of groups of KV heads."""
     save: str | None = None
     """File to write the plan to; for DuoAttention a folder."""
 

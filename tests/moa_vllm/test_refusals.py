@@ -17,7 +17,7 @@ from moa_search.errors import (
 )
 from moa_search.formats import ModelSignature
 from moa_vllm.lookup import find_plan, names_plan
-from moa_vllm.refusals import require_servable
+from moa_vllm.refusals import require_platform, require_servable
 from moa_vllm.served import served_plan
 from moa_vllm.versions import require_tested
 
@@ -162,6 +162,12 @@ def test_plans_that_are_not_served(config, plan):
     other = Plan.uniform(SpanRule(64, 0), model.model_copy(update={"head_dim": 8}))
     with pytest.raises(ModelMismatchError, match=r"plan\.json was made for another model: head_dim"):
         require_servable(other, "plan.json", config)
+
+
+def test_gpus_are_refused():
+    require_platform(SimpleNamespace(is_cpu=lambda: True))
+    with pytest.raises(BackendUnavailableError, match="vLLM on cuda can't serve plans yet"):
+        require_platform(SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.32.4.post1"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moa_search.errors import ModelUnsupportedError, UnsupportedInputError
+from moa_search.errors import BackendUnavailableError, ModelUnsupportedError, UnsupportedInputError
 from moa_search.formats import ModelSignature, Plan
-from moa_search.formats.tiers import PLAIN
+from moa_search.formats.paged import require_paged
 
 CACHE_TYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -26,9 +26,7 @@ def require_servable(plan: Plan, source: str, config: Any) -> None:
     """
     model = config.model_config
     plan.model.require(ModelSignature.of(model.hf_config), source)
-    for what, why in _of_plan(plan).items():
-        if why:
-            raise UnsupportedInputError(f"{source}: vLLM can't serve {what} yet; moa-serve --engine transformers can")
+    require_paged(plan, source)
     kinds = [kind for kind, found in _of_model(model).items() if found]
     if kinds:
         raise ModelUnsupportedError(f"{source}: vLLM can't serve models with {', '.join(kinds)} under a plan")
@@ -37,12 +35,19 @@ def require_servable(plan: Plan, source: str, config: Any) -> None:
         raise UnsupportedInputError(f"{source}: a plan can't be served with {', '.join(asked)}; leave it out")
 
 
-def _of_plan(plan: Plan) -> dict[str, bool]:
-    return {
-        "rules anchored at the prompt": plan.anchor != "position",
-        "layers that keep their own sliding window": bool(plan.native_layers),
-        "heads that store fewer than 16 bits": any(tier != PLAIN for layer in plan.tiers for tier in layer),
-    }
+def require_platform(platform: Any) -> None:
+    """Check where vLLM runs.
+
+    Args:
+        platform: vLLM's ``current_platform``.
+
+    Raises:
+        BackendUnavailableError: Not on a CPU: there is no kernel for pages of single heads on GPUs yet.
+    """
+    if not platform.is_cpu():
+        raise BackendUnavailableError(
+            f"vLLM on {platform.device_name} can't serve plans yet, only on CPUs; moa-serve --engine transformers can"
+        )
 
 
 def _of_model(model: Any) -> dict[str, bool]:

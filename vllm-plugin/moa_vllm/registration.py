@@ -13,7 +13,7 @@ from typing import Any
 
 from moa_search.errors import BackendUnavailableError
 from moa_vllm.lookup import find_plan, names_plan
-from moa_vllm.refusals import require_servable
+from moa_vllm.refusals import require_platform, require_servable
 from moa_vllm.versions import MINORS, is_tested, require_tested
 
 BACKEND = "moa_vllm.backend.SpanBackend"
@@ -52,10 +52,12 @@ def switch_on(config: Any) -> None:
         MoAError: The plan can't be read, or not be served so.
     """
     import vllm
+    from vllm.platforms import current_platform
 
     if not names_plan(config):
         return
     require_tested(vllm.__version__)
+    require_platform(current_platform)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     named = find_plan(config)

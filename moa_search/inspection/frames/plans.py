@@ -13,6 +13,8 @@ import pandas as pd
 
 from moa_search.errors import ConfigError
 from moa_search.formats import Plan, Profile
+from moa_search.formats.paged import grouped
+from moa_search.head_groups import GROUPS
 from moa_search.inspection.printing import (
     Column,
     Table,
@@ -27,6 +29,9 @@ from moa_search.inspection.printing import (
 from moa_search.search.losses import plan_losses
 
 DEFAULT_CRITERION = "signed"
+
+HELD_GROUPS = (1, 3, 6, 15)
+"""Numbers of groups to show beside the default."""
 
 HEADS_PER_LINE = 8
 """KV heads in one line of a table: as many as a terminal shows."""
@@ -87,6 +92,29 @@ def plans_frame(plans: Mapping[str, Plan], lengths: Sequence[int] = ()) -> Table
     ]
     title = f"Plans for {first.architecture}, {first.num_hidden_layers} layers of {first.num_key_value_heads} KV heads"
     return Table(frame, columns, title, group=["plan"])
+
+
+def held_frame(plan: Plan, lengths: Sequence[int]) -> Table:
+    """Share of a dense cache that vLLM holds under a plan, by length and number of groups of KV heads.
+
+    Args:
+        plan: The plan.
+        lengths: Context lengths in tokens; heads are grouped for the longest.
+    """
+    by_groups = {
+        len(found.sizes): found
+        for found in (grouped(plan, max(lengths), most) for most in sorted({*HELD_GROUPS, GROUPS}))
+    }
+    rows = [
+        {"length": length, "kept": plan.density(length), **{f"+{n}": by_groups[n].held(length) for n in by_groups}}
+        for length in lengths
+    ]
+    columns = [
+        column("length", "tokens"),
+        column("kept", "plan keeps", percent),
+        *(column(f"+{n}", f"{n} group{'s' * (n > 1)}", percent) for n in by_groups),
+    ]
+    return Table(pd.DataFrame(rows), columns, f"What vLLM holds, {GROUPS} groups at most by default; blocks aside")
 
 
 def rule_frame(plan: Plan, most: int = 8) -> Table:

@@ -46,6 +46,21 @@ class TestKinds:
         assert call("plan", folder / "out" / "plan.json")[:2] == (0, bare)
         assert call("--plan", folder / "out" / "plan.json")[:2] == (0, bare)
 
+    def test_what_vllm_holds(self, call, folder, tiny_profile):
+        """One group holds what its longest head keeps; two that split the rules, the plan's own share."""
+        model = tiny_profile.header.model
+        rules = [[SpanRule(128, 0), SpanRule(0, 256)]] * model.num_hidden_layers
+        Plan.from_rules(rules, model).save(folder / "halves.json")
+        status, text, _ = call(folder / "halves.json", "--vllm", "--lengths", "1024")
+        assert status == 0
+        row = next(line for line in text.split("What vLLM holds")[1].splitlines() if "1024" in line)
+        assert [cell.strip() for cell in row.split("│")[2:5]] == ["56.2%", "100.0%", "56.2%"]
+        assert "What vLLM holds" not in call(folder / "halves.json")[1]
+        Plan.from_rules(rules, model, anchor="prompt").save(folder / "prompt.json")
+        status, _, errors = call(folder / "prompt.json", "--vllm", "true")
+        assert status == 2
+        assert "vLLM can't serve rules anchored at the prompt" in errors
+
     def test_a_profile(self, call, folder):
         status, bare, _ = call(folder / "p.safetensors")
         assert status == 0
