@@ -121,7 +121,10 @@ def _pooled_tiers(profiles: Sequence[Profile], lengths: Sequence[int]) -> TierSt
     for length in lengths:
         parts = [p.tiers.by_length[length] for p in profiles if p.tiers is not None and length in p.tiers.by_length]
         by_length[length] = TierLength(
-            parts[0].header, _joined([part.keys for part in parts]), _joined([part.values for part in parts])
+            parts[0].header,
+            np.concatenate([part.answer_tokens for part in parts]),
+            _joined([part.keys for part in parts]),
+            _joined([part.values for part in parts]),
         )
     return TierStatistics(first.tiers.transforms, by_length)
 

@@ -386,7 +386,10 @@ def _unpack_tiers(header: ProfileHeader, tiers: TiersHeader, left: dict[str, npt
             }
             for side in SIDES
         ]
-        by_length[grid.length] = TierLength(grid, *sides)
+        answer_tokens = _take(left, f"{grid.length}/answer_tokens", (entry.samples,))
+        if (answer_tokens < 1).any():
+            raise ValueError(f"tensor {grid.length}/answer_tokens holds less than one token")
+        by_length[grid.length] = TierLength(grid, answer_tokens, *sides)
         for by_bits in sides:
             for statistics in by_bits.values():
                 _require_zero_layers(statistics, header.native_layers, grid.length)

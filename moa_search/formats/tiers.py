@@ -120,12 +120,14 @@ class TierLength:
 
     Attributes:
         header: Windows and buckets.
+        answer_tokens: Tokens whose mean loss a sample's is, ``[sample]``.
         keys: By bits and `SAMPLE_STATISTICS`, each ``[sample, layer, kv_head, bucket, window]``: what coding the keys
             adds. It may be negative.
         values: The same of values.
     """
 
     header: TierGrid
+    answer_tokens: Floats = field(repr=False)
     keys: dict[int, dict[str, Floats]] = field(repr=False)
     values: dict[int, dict[str, Floats]] = field(repr=False)
 
@@ -160,6 +162,7 @@ class TierStatistics:
         """Every array by a name of its own, as files name them."""
         found = {f"transforms/{name}": values for name, values in self.transforms.tensors().items()}
         for length, entry in sorted(self.by_length.items()):
+            found[f"{length}/answer_tokens"] = entry.answer_tokens
             for side, by_bits in zip(SIDES, (entry.keys, entry.values), strict=True):
                 for bits, statistics in by_bits.items():
                     found |= {f"{length}/{side}{bits}/{name}": values for name, values in statistics.items()}

@@ -126,14 +126,17 @@ class TierAccumulator:
     def __init__(self, meter: TierMeter) -> None:
         self._meter = meter
         self._samples: dict[int, list[dict[str, npt.NDArray[np.floating]]]] = {}
+        self._tokens: dict[int, list[int]] = {}
 
-    def add(self, length: int, statistics: dict[str, npt.NDArray[np.floating]]) -> None:
+    def add(self, length: int, answer_tokens: int, statistics: dict[str, npt.NDArray[np.floating]]) -> None:
         """Add one sample.
 
         Args:
             length: Its target length in tokens.
+            answer_tokens: Of the sample, those that count.
             statistics: By name each ``[layer, kv_head, bucket, window]``.
         """
+        self._tokens.setdefault(length, []).append(answer_tokens)
         self._samples.setdefault(length, []).append({name: statistics[name] for name in self._meter.statistics})
 
     def result(self) -> TierStatistics:
@@ -141,7 +144,8 @@ class TierAccumulator:
         by_length = {}
         for length, samples in sorted(self._samples.items()):
             keys, values = ({bits: _stacked(samples, side, bits) for bits in self._meter.bits} for side in SIDES)
-            by_length[length] = TierLength(self._meter.grid(length), keys, values)
+            tokens = np.array(self._tokens[length], dtype=np.float32)
+            by_length[length] = TierLength(self._meter.grid(length), tokens, keys, values)
         return TierStatistics(self._meter.transforms, by_length)
 
 

@@ -13,7 +13,7 @@ from moa_search.formats.criteria import head_losses, require_criterion, statisti
 from moa_search.formats.files import nearest
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import SAMPLE_STATISTICS, LengthHeader, LengthProfile, Profile
-from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier, TierGrid, TierLength
+from moa_search.formats.tiers import PLAIN, Tier, TierLength
 from moa_search.spans import SpanRule, span
 
 ANCHORS = ("position", "prompt")
@@ -160,42 +160,52 @@ def losses_from(
         raise ConfigError(f"anchor {anchor!r} is unknown{nearest(anchor, ANCHORS)}; choose from {', '.join(ANCHORS)}")
     _require_usable(entry, criterion)
 
-    def summed_over(grid: LengthHeader | TierGrid) -> Callable[[npt.NDArray[np.float32]], Doubles]:
-        """How a statistic on this grid becomes one number per head and rule."""
-        wanted = _wanted_windows(grid, profile, rules, length, anchor, profiled_window)
-        # Many rules ask for the same windows, above all with the prompt as their anchor: look up each set once.
-        distinct, rule_of = np.unique(wanted, axis=0, return_inverse=True)
-        lookup, layers = _lookup(np.asarray(grid.windows, dtype=np.float64), distinct), profile.header.searchable_layers
+    wanted = _wanted_windows(entry.header, profile, rules, length, anchor, profiled_window)
+    # Many rules ask for the same windows, above all with the prompt as their anchor: look up each set once.
+    distinct, rule_of = np.unique(wanted, axis=0, return_inverse=True)
+    lookup = _lookup(np.asarray(entry.header.windows, dtype=np.float64), distinct)
+    layers = profile.header.searchable_layers
 
-        def by_rule(statistic: npt.NDArray[np.float32]) -> Doubles:
-            """``[..., layer, kv_head, bucket, window] -> [..., searchable head, rule]``."""
-            # [..., layer, kv_head, bucket, window] x [bucket, window, distinct] -> [..., layer, kv_head, distinct]
-            values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
-            # Searchable layers, their heads in one axis, and for every rule the set of windows that it asks for
-            return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, lookup.shape[-1]).take(rule_of, axis=-1)
+    def summed_over(statistic: npt.NDArray[np.float32]) -> Doubles:
+        """``[..., layer, kv_head, bucket, window] -> [..., searchable head, rule]``."""
+        # [..., layer, kv_head, bucket, window] x [bucket, window, distinct] -> [..., layer, kv_head, distinct]
+        values: Doubles = np.tensordot(statistic.astype(np.float64), lookup, axes=2)
+        # Searchable layers, their heads in one axis, and for every rule the set of windows that it asks for
+        return values.take(layers, axis=-3).reshape(*values.shape[:-3], -1, lookup.shape[-1]).take(rule_of, axis=-1)
 
-        return by_rule
-
-    plain = summed_over(entry.header)
+    mean, samples, error = head_losses(entry, criterion, summed_over)
     if tuple(tiers) == (PLAIN,):
-        return RuleLosses(length, *head_losses(entry, criterion, plain))
-    coded, statistic = _coded(profile, entry.header.length, criterion), statistic_of(criterion)
-    changed = summed_over(coded.header)
-    sides = [
-        {bits: changed(side[bits][statistic]) for bits in {tier[which] for tier in tiers} if bits != PLAIN_BITS}
-        for which, side in enumerate((coded.keys, coded.values))
-    ]
+        return RuleLosses(length, mean, samples, error)
+    coded = _coded(profile, entry.header.length, criterion)
+    assert samples is not None
+    options = [_added(samples, _noise(coded, tier, layers), coded.answer_tokens, criterion) for tier in tiers]
+    of_options = np.concatenate(options, axis=-1)
+    return RuleLosses(length, of_options.mean(0), of_options, None)
 
-    def by_option(values: npt.NDArray[np.float32]) -> Doubles:
-        """As ``by_rule``, ``[sample, searchable head, option]``: what fewer bits add is added before the criterion."""
-        base = plain(values)
-        parts = [
-            sum((side[bits] for side, bits in zip(sides, tier, strict=True) if bits != PLAIN_BITS), start=base)
-            for tier in tiers
-        ]
-        return np.concatenate(parts, axis=-1)
 
-    return RuleLosses(length, *head_losses(entry, criterion, by_option))
+def _noise(coded: TierLength, tier: Tier, layers: Sequence[int]) -> Doubles:
+    """Squared change of the loss by rounding in a head that sees everything, ``[sample, searchable head, 1]``.
+
+    What rounding does to one sample is random and adds up to nothing over samples, tokens and heads; its square stays.
+    A short window's change beside that by dropped tokens would be the noise of a few samples, so there is one for all.
+    """
+    change = coded.change("squared", *tier)[..., -1].astype(np.float64).sum(-1)  # [sample, layer, kv_head]
+    noise: Doubles = np.maximum(change.take(layers, axis=1), 0).reshape(len(change), -1, 1)
+    return noise
+
+
+def _added(samples: Doubles, noise: Doubles, answer_tokens: npt.NDArray[np.float32], criterion: str) -> Doubles:
+    """Losses of dropped tokens and of rounding together, ``[sample, searchable head, rule]``.
+
+    In nats, rounding raises the mean loss of T answer tokens by half of T times its squared change, as the Fisher
+    information has it; with gradients of the given labels alone, which is all a profile has, about half of that was
+    found (docs/results-precision.md).
+    """
+    if criterion == "signed":
+        return samples + answer_tokens[:, None, None] * noise
+    if criterion == "squared":
+        return samples + noise
+    return np.sqrt(samples**2 + noise)
 
 
 def _coded(profile: Profile, length: int, criterion: str) -> TierLength:
@@ -237,7 +247,7 @@ def _require_usable(entry: LengthProfile, criterion: str) -> None:
 
 
 def _wanted_windows(
-    grid: LengthHeader | TierGrid,
+    grid: LengthHeader,
     profile: Profile,
     rules: Sequence[SpanRule],
     length: int,

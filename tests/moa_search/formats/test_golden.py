@@ -129,7 +129,7 @@ def profile_2() -> Profile:
             }
             for side in (1, 2)
         )
-        by_length[grid.length] = TierLength(grid, keys, values)
+        by_length[grid.length] = TierLength(grid, np.arange(1, entry.samples + 1, dtype=np.float32), keys, values)
     mean = np.arange(2 * 2 * 16, dtype=np.float32).reshape(2, 2, 16) / 8
     balance = np.eye(16, dtype=np.float32) * (1 + mean[..., None])
     frequencies = np.arange(2 * 8, dtype=np.float32).reshape(2, 8) / 64

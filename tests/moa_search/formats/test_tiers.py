@@ -33,7 +33,9 @@ def tiered(profile: Profile, bits: tuple[int, ...] = (8, 4, 2), seed: int = 0) -
     for entry in profile.header.lengths:
         grid = tier_grid(entry.length, entry.windows, entry.row_buckets)
         shape = (entry.samples, *heads, grid.row_buckets, len(grid.windows))
-        by_length[entry.length] = TierLength(grid, changes(shape), changes(shape))
+        by_length[entry.length] = TierLength(
+            grid, np.arange(6, 6 + entry.samples, dtype=np.float32), changes(shape), changes(shape)
+        )
     transforms = np.random.default_rng(0)  # one model's
     mean = transforms.normal(size=(*heads, width)).astype(np.float32)
     balance = (np.eye(width) + 0.1 * transforms.normal(size=(*heads, width, width))).astype(np.float32)
@@ -64,7 +66,7 @@ def test_round_trip(tiny_profile: Profile, path: Path, tmp_path: Path) -> None:
     assert original.tiers is not None
     for name, values in original.tiers.arrays().items():
         found = loaded.tiers.arrays()[name]
-        if name.startswith("transforms/"):
+        if values.ndim != 5:
             np.testing.assert_array_equal(found, values)
         else:  # float16 relative to each head's largest
             largest = np.abs(values).max(axis=(-2, -1), keepdims=True)
@@ -112,7 +114,7 @@ def test_a_pairs_change_is_the_sum_of_its_keys_and_values(path: Path) -> None:
         (lambda c, t: c["tiers"].update(bits=[5]), "tiers: the tiers' bits are [5]"),
         (lambda c, t: c["tiers"]["lengths"].pop(), "top level: the tiers' lengths aren't the profile's"),
         (lambda c, t: c["tiers"]["lengths"][0].update(windows=[64]), "tiers.lengths.0: the tiers' last window"),
-        (lambda c, t: c["tiers"].update(length=1), "tiers.length: unknown key (did you mean 'lengths'?)"),
+        (lambda c, t: c["tiers"].update(bit=1), "tiers.bit: unknown key (did you mean 'bits'?)"),
         (lambda c, t: t["transforms/mean"].fill(0), "damaged, its content doesn't match its checksum"),
     ],
 )

@@ -27,16 +27,9 @@ def profile(tiny_profile):
     return tiered(tiny_profile)
 
 
-class Entry:
-    """A grid as `looked_up` wants it."""
-
-    def __init__(self, header):
-        self.header = header
-
-
 @pytest.mark.parametrize("criterion", ["signed", "squared", "root_squared"])
 @pytest.mark.parametrize("anchor", ["position", "prompt"])
-def test_losses_are_the_windows_and_what_fewer_bits_add_before_the_criterion(profile, criterion, anchor):
+def test_losses_are_the_windows_and_the_square_that_rounding_adds(profile, criterion, anchor):
     name = statistic_of(criterion)
     found = rule_losses(profile, RULES, criterion, anchor=anchor, tiers=TIERS)
     for losses in found:
@@ -47,11 +40,18 @@ def test_losses_are_the_windows_and_what_fewer_bits_add_before_the_criterion(pro
             place = (sample, *heads[head])
             for t, (key_bits, value_bits) in enumerate(TIERS):
                 for r, rule in enumerate(RULES):
-                    total = looked_up_in(profile, entry, entry.per_sample[name][place], rule, anchor)
-                    for side, bits in ((coded.keys, key_bits), (coded.values, value_bits)):
-                        if bits < 16:
-                            total += looked_up_in(profile, Entry(coded.header), side[bits][name][place], rule, anchor)
-                    want = {"signed": abs(total), "squared": max(total, 0), "root_squared": max(total, 0) ** 0.5}
+                    window = looked_up_in(profile, entry, entry.per_sample[name][place], rule, anchor)
+                    changes = [
+                        side[bits]["squared"][place][:, -1].astype(float).sum()
+                        for side, bits in ((coded.keys, key_bits), (coded.values, value_bits))
+                        if bits < 16
+                    ]
+                    noise, kept = max(sum(changes), 0), max(window, 0)
+                    want = {
+                        "signed": abs(window) + coded.answer_tokens[sample] * noise,
+                        "squared": kept + noise,
+                        "root_squared": (kept + noise) ** 0.5,
+                    }
                     assert losses.per_sample[sample, head, t * len(RULES) + r] == pytest.approx(
                         want[criterion], rel=1e-6
                     )
