@@ -33,11 +33,11 @@ def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
     """Show a plan, ours or another tool's: spans per layer and KV head, densities and how it was found.
 
     Args:
-        plan: Plan file, MoA's alphas and betas, or DuoAttention's folder or table of scores.
+        plan: Plan file, another tool's file as `import_plan` takes it, or DuoAttention's folder.
         options: As keywords, each described in `InspectPlanOptions`.
 
     Returns:
-        The plan.
+        The plan; where it was written in a format that holds less, what that has of it.
 
     Raises:
         MoAError: A file isn't valid or of another model, a head isn't there, or the format can't express the plan.
@@ -47,11 +47,14 @@ def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
     from moa_search.search import Front
 
     shown = _heads(options.heads)
+    priced = options.format in ("modelopt", "kvtuner") and options.profile is not None
     for name, value in (("heads", options.heads), ("front", options.front), ("profile", options.profile)):
-        if value and options.html is None:
+        if value and options.html is None and not (name == "profile" and priced):
             raise ConfigError(f"{name}: it is for a page; give html, too")
-    if options.save is None and (options.format != "plan" or options.reanchor):
-        raise ConfigError(f"{'reanchor' if options.reanchor else 'format'}: it is for writing; give save, too")
+    writing = {"reanchor": options.reanchor, "format": options.format != "plan", "window_length": options.window_length}
+    for name, given in writing.items():
+        if given and options.save is None:
+            raise ConfigError(f"{name}: it is for writing; give save, too")
     plan = _named(plan)
     _require_plan(plan)
     loaded: Plan = import_plan.__wrapped__(plan, options.part(ImportOptions))  # type: ignore[attr-defined]
@@ -59,6 +62,15 @@ def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
         require_paged(loaded, plan if isinstance(plan, str) else "plan")
     require_writable(options.output)
     require_writable(options.html, "html")
+    if options.save is not None:
+        loaded = export_plan(
+            loaded,
+            options.save,
+            format=options.format,
+            reanchor=options.reanchor,
+            window_length=options.window_length,
+            profile=options.profile if priced else None,
+        )
     if options.html is not None:
         folder = _front_of(plan) if options.front is None else options.front
         page = plan_page(
@@ -69,8 +81,6 @@ def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
             front=None if folder is None else Front.load(folder),
             profile=None if options.profile is None else load_profile(options.profile),
         )
-    if options.save is not None:
-        export_plan(loaded, options.save, format=options.format, reanchor=options.reanchor)
     if options.output is not None:
         save_heat_map(loaded, options.output, lengths=list(options.lengths) or loaded.lengths)
     if options.html is not None:

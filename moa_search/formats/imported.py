@@ -8,9 +8,14 @@ from moa_search.formats.plan import LengthMetrics, Plan, Provenance
 
 
 def imported(plan: Plan, origin: str, notes: Sequence[str], lengths: Sequence[int]) -> Plan:
-    """``plan`` with its origin, what the import changed, and its densities at ``lengths`` tokens."""
+    """``plan`` with its origin, what the import changed, its densities and shares of bytes at ``lengths``."""
     predicted = tuple(
-        LengthMetrics(length=length, density=plan.density(length), attention_density=plan.attention_density(length))
+        LengthMetrics(
+            length=length,
+            density=plan.density(length),
+            share=None if plan.is_plain else plan.share(length),
+            attention_density=plan.attention_density(length),
+        )
         for length in lengths
     )
     provenance = Provenance(searcher=f"imported {origin}", notes=tuple(notes))

@@ -3,6 +3,7 @@
 Importing it loads neither torch nor transformers.
 """
 
+from moa_search.formats.foreign import PlanFormat
 from moa_search.options.base import Options, takes
 from moa_search.options.groups import (
     BudgetOptions,
@@ -21,7 +22,6 @@ from moa_search.options.inspecting import (
     InspectPlanOptions,
     InspectPlansOptions,
     InspectProfileOptions,
-    PlanFormat,
     PushOptions,
 )
 from moa_search.options.running import (

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
+from moa_search.formats.foreign import PlanFormat
 from moa_search.options.base import Options, Several, Tokens
 from moa_search.options.groups import Criterion, TrustRemoteCode
-
-PlanFormat = Literal["plan", "moa", "duo"]
 
 
 class ImportOptions(Options):
@@ -27,6 +26,9 @@ class ImportOptions(Options):
     """DuoAttention only: first tokens kept by streaming heads; default from config.json."""
     recent: int | None = None
     """DuoAttention only: recent tokens kept by streaming heads; default from config.json."""
+    bits: Several[int] = ()
+    """Bits of all keys and of all values, such as 8 4, or of both, for formats that say none; for keys below 8 bits the
+    model has to be a profile made with --tiers, or a plan from one."""
     trust_remote_code: TrustRemoteCode = False
 
 
@@ -34,10 +36,15 @@ class ExportOptions(Options):
     """Writing."""
 
     format: PlanFormat = "plan"
-    """How to write it: plan as a plan of ours, moa as MoA's alphas and betas, duo as DuoAttention's folder."""
+    """How to write it: plan as a plan of ours, moa as MoA's alphas and betas, duo as DuoAttention's folder; for
+    tensorrt-llm, mlx, executorch or onnx as one window per layer, for modelopt or kvtuner as bits per layer, which hold
+    less than a plan: what is lost is said."""
     reanchor: bool = False
     """With format moa: write rules that are evaluated at every position, too; MoA evaluates them once, at the total
     length, so that earlier tokens attend more."""
+    window_length: Tokens | None = None
+    """With an engine's format: context in tokens whose spans become the windows; by default the longest that the plan
+    was made for."""
 
 
 class PageOptions(Options):
@@ -60,7 +67,8 @@ class InspectPlanOptions(PageOptions, ImportOptions, ExportOptions):
     front: str | None = None
     """Folder of moa-search whose front the HTML page shows; by default the one that the plan lies in."""
     profile: Any = None
-    """Profile file that predicts, on the HTML page, what each layer loses."""
+    """Profile file that predicts what each layer loses, on the HTML page, and with format modelopt or kvtuner what
+    these change."""
     vllm: bool = False
     """Show how much of a dense cache vLLM holds under the plan, by the number of groups of KV heads."""
     save: str | None = None

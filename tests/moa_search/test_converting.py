@@ -1,14 +1,16 @@
 """Plans of other tools through the Python interface, down to a model that runs one."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, MistralConfig, MistralForCausalLM
 
-from moa_search import Plan, apply_plan, export_plan, import_plan, load_model
+from moa_search import Plan, Profile, apply_plan, export_plan, import_plan, load_model, search_plan
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats import ModelSignature
+from moa_search.search.comparing import predicted_losses
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MOA = str(GOLDEN / "moa-alphas-betas.json")
@@ -95,3 +97,66 @@ def test_imported_plans_run(tiny_model_dir):
     assert kept["duo"] < kept["moa"] < kept["dense"]
     with pytest.raises(ConfigError, match="anchored_at"):
         apply_plan(model, import_plan(MOA, model=model))
+
+
+PROFILE = str(GOLDEN / "moa-profile-2.safetensors")
+
+
+@pytest.fixture
+def coded_plan():
+    """Short spans in few bits, from the profile that measured the transforms."""
+    return search_plan(PROFILE, kv_share=0.62)
+
+
+def test_a_precision_per_layer_is_priced_by_a_profile_and_comes_back_through_it(tmp_path, coded_plan):
+    kept = export_plan(coded_plan, str(tmp_path / "out"), format="kvtuner", profile=PROFILE)
+    first, last = kept.provenance.notes[0], kept.provenance.notes[-1]
+    assert first.endswith("the least that is enough for every KV head")
+    losses = re.fullmatch(r"predicted loss, signed, of other tokens than the first ones: (\S+) -> (\S+) at .*", last)
+    before, after = map(float, losses.groups())
+    profile = Profile.load(PROFILE)
+    length = profile.lengths[0]
+    assert before == pytest.approx(next(m.loss for m in coded_plan.predicted if m.length == length), rel=1e-3)
+    assert after == pytest.approx(predicted_losses(profile, kept, "signed")[length][0], rel=1e-3)
+    assert import_plan(str(tmp_path / "out"), model=PROFILE).tiers == kept.tiers
+    assert import_plan(str(tmp_path / "out"), model=coded_plan).key_transforms == coded_plan.key_transforms
+    with pytest.raises(ConfigError, match="profile: it predicts what modelopt or kvtuner change, not onnx"):
+        export_plan(coded_plan, str(tmp_path / "new"), format="onnx", profile=PROFILE)
+
+
+def test_bits_that_a_profile_does_not_know_are_not_priced(tmp_path, coded_plan):
+    kept = export_plan(coded_plan, str(tmp_path / "out"), format="modelopt", profile=PROFILE)
+    assert kept.provenance.notes[-1] == "no predicted loss: the profile knows nothing of 4 bits (moa-profile --tiers)"
+
+
+def test_plans_of_others_get_a_precision(tiny_model_dir, tmp_path):
+    plan = import_plan(DUO, model=str(tiny_model_dir), sink=4, recent=28, bits=8)
+    assert plan.tiers == [[(8, 8)] * 2] * 2
+    model, _ = load_model(str(tiny_model_dir), dtype="float32")
+    apply_plan(model, plan)
+    made = model.generate(torch.arange(2, 66)[None], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    apply_plan(model, import_plan(DUO, model=model, sink=4, recent=28))
+    whole = model.generate(torch.arange(2, 66)[None], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert made.past_key_values.nbytes < 0.6 * whole.past_key_values.nbytes
+    for bits, message in (([4, 8], "keys in 4 bits need transforms"), ([5], "bits: 5 can't be stored")):
+        with pytest.raises(ConfigError, match=message):
+            import_plan(MOA, model=str(tiny_model_dir), bits=bits)
+    for bits in ([8, 8, 8], "eight", 8.5):
+        with pytest.raises(ConfigError, match="bits: "):
+            import_plan(MOA, model=str(tiny_model_dir), bits=bits)
+    with pytest.raises(ConfigError, match="bits: it is for plans of other tools"):
+        import_plan(plan, bits=8)
+
+
+def test_what_an_engine_attends_runs_here(tiny_model_dir, tmp_path):
+    """A plan cut down to windows gives the tokens of a model whose own sliding window is as long."""
+    model, _ = load_model(str(tiny_model_dir), dtype="float32")
+    windows = tmp_path / "windows.json"
+    windows.write_text('{"GroupQueryAttention": {"local_window_size": [24]}}')
+    config = MistralConfig(**{**model.config.to_dict(), "sliding_window": 24})
+    apply_plan(model, import_plan(str(windows), model=model))
+    prompt = torch.arange(2, 102)[None]
+    mistral = MistralForCausalLM(config).eval()
+    mistral.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt).logits, mistral(prompt).logits, atol=1e-5, rtol=1e-5)

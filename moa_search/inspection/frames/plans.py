@@ -14,6 +14,7 @@ import pandas as pd
 from moa_search.errors import ConfigError
 from moa_search.formats import Plan, Profile
 from moa_search.formats.paged import grouped
+from moa_search.formats.plan import Budget
 from moa_search.head_groups import GROUPS
 from moa_search.inspection.printing import (
     Column,
@@ -264,10 +265,17 @@ def plan_facts(plan: Plan) -> dict[str, str]:
     origin = plan.provenance
     if origin is not None:
         how = f"{origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "")
-        budgets = ", ".join(b.asked or f"density at most {b.density:.4g} at {b.length}" for b in origin.budgets)
+        budgets = ", ".join(map(_budget_text, origin.budgets))
         gap = "" if origin.gap is None else f"; proven within {origin.gap:.2%} of the optimum"
         facts["found by"] = how + (f"; {budgets}" if budgets else "") + gap
     return facts
+
+
+def _budget_text(budget: Budget) -> str:
+    if budget.asked is not None:
+        return budget.asked
+    what, most = ("density", budget.density) if budget.share is None else ("share of bytes", budget.share)
+    return f"{what} at most {most:.4g} at {budget.length}"
 
 
 def provenance_facts(plan: Plan) -> dict[str, str]:

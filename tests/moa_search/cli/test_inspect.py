@@ -182,3 +182,38 @@ class TestBadInput:
         for words in says:
             assert words in err, err
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+class TestEngines:
+    def test_written_with_what_is_lost_and_read_back(self, call, folder):
+        plan, windows = folder / "out" / "plan.json", folder / "windows.yaml"
+        status, out, err = call(plan, "--save", windows, "--format", "tensorrt-llm", "--window-length", 1024)
+        assert status == 0, err
+        assert "as TensorRT-LLM runs it: one constant window per layer" in out
+        assert f"plan written to {windows}" in out
+        status, out, err = call(windows, "--model", plan, "--bits", 4, 8, "--save", folder / "run.json")
+        assert (status, out) == (2, "")
+        assert "keys in 4 bits need transforms that were measured on it" in err
+        status, out, err = call(windows, "--model", plan, "--bits", 8, "--save", folder / "run.json")
+        assert status == 0, err
+        assert Plan.load(folder / "run.json").tiers[0] == [(8, 8)] * 2
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--window-length", 5), "window_length: it is for writing; give save, too"),
+            (("--format", "mlxx", "--save", "x"), "format: 'mlxx' is unknown (did you mean 'mlx'?)"),
+            (
+                ("--format", "kvtuner", "--window-length", 5, "--save", "x"),
+                "window_length: it is for formats of engines",
+            ),
+            (("--format", "mlx", "--window-length", 0, "--save", "x"), "window_length: 0 is out of range"),
+            (("--format", "mlx", "--save", "x", "--profile", "p.safetensors"), "profile: it is for a page"),
+            (("--bits", 8), "bits: it is for plans of other tools"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, call, folder, words, message):
+        status, out, err = call(folder / "uniform.json", *words)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1

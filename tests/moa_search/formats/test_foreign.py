@@ -67,7 +67,29 @@ def test_nothing_is_written_where_a_format_cannot_express_a_plan(tmp_path, tiny_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["moa-alphas-betas.json", "duo-attention/full_attention_heads.tsv"])
+LAYER_FILES = {path.stem: path for path in (GOLDEN / "layers").iterdir()}
+
+
+@pytest.mark.parametrize("name", LAYER_FILES)
+def test_files_of_other_tools_stay_readable(name):
+    assert find_format(LAYER_FILES[name]) == name
+    plan = read_foreign(LAYER_FILES[name], MODEL)
+    if name in ("modelopt", "kvtuner"):
+        assert plan.tiers == [[(16, 16)] * 2, [(8, 8)] * 2]
+        assert plan.density(1000) == 1
+    else:
+        assert plan.spans(1000) == [[320] * 2, [1000] * 2]
+        assert plan.sink == (64 if name == "mlx" else 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moa-alphas-betas.json",
+        "duo-attention/full_attention_heads.tsv",
+        *(f"layers/{p.name}" for p in LAYER_FILES.values()),
+    ],
+)
 def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, name):
     original, rng = (GOLDEN / name).read_bytes(), random.Random(0)
     messages = []
@@ -81,7 +103,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, name):
         (tmp_path / "file").write_bytes(mutated)
         try:
             plan = Plan.load(tmp_path / "file") if find_format(tmp_path / "file") == "plan" else None
-            plan = plan or read_foreign(tmp_path / "file", MODEL, **({} if "moa" in name else {"sink": 4, "recent": 9}))
+            plan = plan or read_foreign(tmp_path / "file", MODEL, **({"sink": 4, "recent": 9} if "duo" in name else {}))
         except MoAError as error:
             messages.append(str(error))
         else:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from moa_search.formats import Plan
-from moa_search.formats.plan import LengthMetrics
+from moa_search.formats.plan import Budget, LengthMetrics, Provenance
 from moa_search.inspection.frames.plans import plan_facts, plan_frame, rule_frame, span_frame
 from moa_search.inspection.frames.searches import front_frame
 from moa_search.inspection.printing import fact_lines, to_rich
@@ -87,6 +87,13 @@ class TestSpans:
         text = console.file.getvalue()
         bold = re.findall(r"\x1b\[1m\s*(\d+)\x1b\[0m", text)
         assert bold == ["1024"]
+
+
+def test_facts_name_budgets_of_every_kind(tiny_signature):
+    budgets = (Budget(length=64, density=0.5), Budget(length=64, share=0.25), Budget(length=64, asked="kv=1MiB@64"))
+    origin = Provenance(searcher="exact", budgets=budgets)
+    facts = plan_facts(Plan.uniform(DENSE, tiny_signature, provenance=origin))
+    assert facts["found by"].endswith("; density at most 0.5 at 64, share of bytes at most 0.25 at 64, kv=1MiB@64")
 
 
 def test_commonest_rules_first(tiny_signature):

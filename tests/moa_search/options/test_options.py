@@ -43,7 +43,7 @@ ONE = {
     "predict_lengths": 4096,
     "layer_floor": "0=1.0", "searchers": "moa", "lengths": 512, "sources": "copy", "criteria": "signed",
     "devices": "cuda:0", "tasks": "copy", "plan": "plan.json", "baselines": "dense", "depths": 0.5, "against": "dense",
-    "ways": "plan", "batch": "1", "tiers": 8, "heads": "7:2", "fold_lengths": 1024, "samples": 7,
+    "ways": "plan", "batch": "1", "tiers": 8, "heads": "7:2", "fold_lengths": 1024, "samples": 7, "bits": 8,
 }  # fmt: skip
 
 
