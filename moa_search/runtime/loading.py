@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moa_search.formats import Plan
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE, PLAN_FILE, read_saved_plan
 from moa_search.formats.transforms import KeyTransforms
+from moa_search.modeling.adapters import adapter_tokens, load_adapter
 from moa_search.modeling.generation import settings_of
 from moa_search.modeling.private import optional_file
+from moa_search.modeling.source import find_adapted
 from moa_search.modeling.text import text_config
 from moa_search.runtime.apply import apply_plan
 from moa_search.runtime.rules import layer_rules
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from moa_search.formats.plan import PlanLike
 
+OF_ONE_REPOSITORY = ("revision", "subfolder")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -32,10 +35,10 @@ def from_pretrained(
     """Load a model that `save_pretrained` wrote under a plan, and put it under that plan again.
 
     The plan is that of ``moa_plan.json`` beside the weights, or else the one in the configuration, and is checked
-    before any weights are read.
+    before any weights are read. An adapter of PEFT's is put into the base model that it names.
 
     Args:
-        name: Folder or hub id.
+        name: Folder or hub id, of a model or an adapter.
         plan: The plan to use instead, as in `apply_plan`.
         impl: What attends, as in `apply_plan`.
         **options: For transformers' ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``device_map``.
@@ -48,25 +51,37 @@ def from_pretrained(
         ConfigError: There is no plan, there are two different ones, or its rules aren't anchored at positions.
         PlanFormatError: The plan is damaged.
         ModelMismatchError: It was made for another model.
-        ModelUnsupportedError: The model's attention can't be replaced.
+        ModelUnsupportedError: The model's attention can't be replaced, or an adapter adds virtual tokens.
+        ModelNotFoundError: An adapter's base model can't be found.
         BackendUnavailableError: Triton was asked for and can't run on the model's device or type.
     """
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    name = os.fspath(name)
+    source = find_adapted(name, **hub)
+    of_base = hub
+    if source.adapter is not None:  # its revision is none of its base model's
+        options = {key: value for key, value in options.items() if key not in OF_ONE_REPOSITORY} | source.options
+        of_base = {key: value for key, value in hub.items() if key not in OF_ONE_REPOSITORY}
     config = options.get("config")
     if config is None:
-        trusted = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
-        config = AutoConfig.from_pretrained(name, **hub, **trusted)
+        keys = ("trust_remote_code", "code_revision", "gguf_file")
+        config = AutoConfig.from_pretrained(
+            source.name, **of_base, **{key: options[key] for key in keys if key in options}
+        )
     if plan is None:
-        file = optional_file(os.fspath(name), PLAN_FILE, **hub)
+        file = optional_file(name, PLAN_FILE, **hub)
         if file is not None:
-            _fetch_transforms(os.fspath(name), file, hub)
-        plan = read_saved_plan(os.fspath(name), file, getattr(text_config(config), CONFIG_ATTRIBUTE, None))
+            _fetch_transforms(name, file, hub)
+        plan = read_saved_plan(name, file, getattr(text_config(config), CONFIG_ATTRIBUTE, None))
     else:
         plan = Plan.of(plan)
     layer_rules(plan, config)
-    options = {**settings_of(os.fspath(name), **hub), **options}
+    options = {**settings_of(source.name, **of_base), **options}
     options.setdefault("attn_implementation", None)  # not what the configuration says, which is the plan's
-    return apply_plan(AutoModelForCausalLM.from_pretrained(name, **options), plan, impl=impl)
+    model = AutoModelForCausalLM.from_pretrained(source.name, **options)
+    if source.adapter is not None:
+        model = load_adapter(model, source.adapter, adapter_tokens(source.adapter, **hub), **hub)
+    return apply_plan(model, plan, impl=impl)
 
 
 def _fetch_transforms(name: str, file: str, hub: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from moa_search.errors import UnsupportedInputError
 from moa_search.runtime import MoACache, apply_plan
 
 from .explicit import explicit, logits, tiny_model, tiny_plan, tokens
+from .test_coded import mixed_plan
 
 LENS = (7, 130, 55)
 MORE = 50
@@ -71,6 +72,16 @@ def test_a_merged_batch_answers_as_its_requests_do_alone(model):
     for single, ids in zip(singles, prompts, strict=True):  # they stayed as they were
         found = answers(model, single, [ids]).sequences
         assert torch.equal(found[:, -MORE:], logits(reference, found)[:, -MORE - 1 : -1].argmax(-1))
+
+
+def test_caches_of_codes_are_merged_and_taken_apart():
+    model = tiny_model()
+    apply_plan(model, mixed_plan(model))
+    prompts = [tokens(1, n, seed=n) for n in LENS]
+    batch = MoACache.merge([filled(model, ids) for ids in prompts])
+    one = batch.take(2)
+    compare(model, batch, prompts)
+    compare(model, one, prompts[2:])
 
 
 def test_one_taken_out_goes_on_as_it_would_have_alone_in_the_memory_it_needs(model):

@@ -21,6 +21,7 @@ from moa_search.errors import (
 from moa_search.runtime import MoACache, applied, apply_plan
 
 from .explicit import tiny_model, tiny_plan, tokens
+from .test_coded import mixed_plan
 
 MORE = 50
 
@@ -102,6 +103,17 @@ def test_generate_answers_from_a_file_what_it_answers_from_memory(model, plan, t
     for _ in range(2):
         kept = MoACache.load(tmp_path / "document.safetensors", plan, model=model)
         assert torch.equal(model.generate(ids, past_key_values=kept, **options), whole)
+
+
+def test_codes_are_equal_to_the_bit_too(tmp_path):
+    model = tiny_model()
+    plan = mixed_plan(model)
+    apply_plan(model, plan)
+    cache = filled(model, tokens(2, 90))
+    cache.save(tmp_path / "cache.safetensors", model=model)
+    back = MoACache.load(tmp_path / "cache.safetensors", plan, model=model)
+    assert back.nbytes == cache.nbytes < filled(apply_plan(tiny_model(), tiny_plan(model)), tokens(2, 90)).nbytes
+    assert torch.equal(going_on(model, back), going_on(model, cache))
 
 
 def test_bfloat16_stays_bfloat16(plan, tmp_path):

@@ -9,12 +9,23 @@ import torch
 from transformers import DynamicCache
 
 import moa_search
-from moa_search.errors import ConfigError, ModelUnsupportedError, PlanFormatError
+from moa_search import from_pretrained
+from moa_search.errors import (
+    ConfigError,
+    ModelMismatchError,
+    ModelNotFoundError,
+    ModelUnsupportedError,
+    PlanFormatError,
+)
 from moa_search.runtime import MoACache, applied, apply_plan, remove_plan
 
 from .explicit import explicit, greedy, tiny_model, tiny_plan, tokens
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+
+
+def answer(model):
+    return model.generate(input_ids=tokens(1, 60), **GREEDY).sequences
 
 
 def forms(plan, folder):
@@ -108,6 +119,44 @@ class TestPeft:
         assert type(result.past_key_values) is MoACache
         assert type(adapted(input_ids=tokens(1, 60)).past_key_values) is MoACache
         assert torch.equal(adapted.merge_and_unload().generate(tokens(1, 60), **GREEDY).sequences, expected)
+
+    @pytest.fixture
+    def folders(self, peft, tmp_path):
+        """An adapter's folder, its base model's folder, a plan made for the base, and what it generates under it."""
+        model = tiny_model()
+        plan = tiny_plan(model)
+        model.save_pretrained(tmp_path / "base")
+        adapted = self.lora(peft, model, r=4, init_lora_weights=False)
+        adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        adapted.save_pretrained(tmp_path / "adapter")
+        with applied(adapted, plan):
+            return tmp_path / "adapter", tmp_path / "base", plan, answer(adapted)
+
+    @pytest.mark.parametrize("where", ["given", "beside the adapter", "beside the base"])
+    def test_an_adapters_folder_is_loaded_under_a_plan_for_its_base(self, peft, folders, where):
+        adapter, base, plan, expected = folders
+        options = {"plan": plan} if where == "given" else {}
+        if where == "beside the adapter":
+            plan.save(adapter / "moa_plan.json")
+        elif where == "beside the base":
+            with applied(tiny_model(), plan) as model:
+                model.save_pretrained(base)
+        loaded = from_pretrained(adapter, dtype=torch.float64, **options)
+        assert torch.equal(answer(loaded), expected)
+        assert not torch.equal(expected, answer(apply_plan(tiny_model(), plan)))
+
+    def test_an_adapters_folder_that_cant_be_loaded(self, peft, folders, tmp_path):
+        adapter, base, plan, _ = folders
+        with pytest.raises(ConfigError, match=r"neither moa_plan\.json nor its config\.json"):
+            from_pretrained(adapter)
+        with pytest.raises(ModelMismatchError, match="num_hidden_layers: 2 != 3"):
+            from_pretrained(adapter, plan=tiny_plan(tiny_model(num_hidden_layers=2)))
+        base.rename(tmp_path / "elsewhere")
+        with pytest.raises(ModelNotFoundError, match="its base model can't be found"):
+            from_pretrained(adapter, plan=plan)
+        (adapter / "adapter_config.json").write_text("{}")
+        with pytest.raises(ModelNotFoundError, match="names no base_model_name_or_path"):
+            from_pretrained(adapter, plan=plan)
 
     def test_a_plan_comes_off_an_adapters_model_again(self, peft):
         adapted = self.lora(peft, tiny_model(), r=4, init_lora_weights=False)
