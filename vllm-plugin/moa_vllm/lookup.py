@@ -47,6 +47,11 @@ def names_plan(config: Any) -> bool:
     return bool(os.environ.get(VARIABLE)) or any(_saved(config))
 
 
+def declines_plan(config: Any) -> bool:
+    """Whether a saved folder's plan is to be left out."""
+    return _options(config).get(OPTION) is False
+
+
 def find_plan(config: Any) -> Named | None:
     """The plan for a configuration: of ``--additional-config``, of the environment, or saved with the model.
 

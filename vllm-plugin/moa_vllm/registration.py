@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from moa_search.errors import BackendUnavailableError
-from moa_vllm.lookup import find_plan, names_plan
+from moa_vllm.generation import read_settings_as_saved
+from moa_vllm.lookup import declines_plan, find_plan, names_plan
 from moa_vllm.refusals import require_platform, require_servable
 from moa_vllm.versions import MINORS, is_tested, require_tested
 
@@ -55,6 +56,8 @@ def switch_on(config: Any) -> None:
     from vllm.platforms import current_platform
 
     if not names_plan(config):
+        if declines_plan(config):
+            read_settings_as_saved(config.model_config)
         return
     require_tested(vllm.__version__)
     require_platform(current_platform)
@@ -63,6 +66,7 @@ def switch_on(config: Any) -> None:
     named = find_plan(config)
     assert named is not None
     require_servable(named.plan, named.source, config)
+    read_settings_as_saved(config.model_config)
     config.attention_config.backend = AttentionBackendEnum.CUSTOM
     cache = config.cache_config
     if not cache.user_specified_block_size:

@@ -11,11 +11,13 @@ import pytest
 import vllm
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.transformers_utils.config import try_get_generation_config
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import get_attn_backend
 
 from moa_search import Plan, SpanRule
 from moa_search.formats.checkpoint import CONFIG_ATTRIBUTE
+from moa_search.modeling.generation import refuse_plain_reload
 from moa_vllm import registration
 from moa_vllm.backend import SpanBackend
 
@@ -47,6 +49,7 @@ def backend(config: Any) -> type:
 
 
 def save_plan_in(folder: Path, plan: Plan) -> None:
+    refuse_plain_reload(folder)
     config = json.loads((folder / "config.json").read_text())
     config[CONFIG_ATTRIBUTE] = json.loads(plan.dumps())
     (folder / "config.json").write_text(json.dumps(config))
@@ -69,9 +72,20 @@ def test_a_plan_takes_its_backend_and_small_blocks(folder: Path, quarter: str) -
 
 
 def test_a_folder_saved_under_a_plan_is_served_under_it(folder: Path, quarter: str) -> None:
+    before = configured(folder, quarter).model_config.try_get_generation_config()
     save_plan_in(folder, Plan.load(quarter))
-    assert backend(configured(folder)) is SpanBackend
-    assert backend(configured(folder, False)) is not SpanBackend
+    planned, dense = configured(folder), configured(folder, False)
+    assert backend(planned) is SpanBackend
+    assert backend(dense) is not SpanBackend
+    for config in (planned, dense):
+        assert config.model_config.try_get_generation_config() == before
+        assert config.model_config.get_diff_sampling_param() == {}
+
+
+def test_a_vllm_without_the_plug_in_refuses_such_a_folder(folder: Path, quarter: str) -> None:
+    save_plan_in(folder, Plan.load(quarter))
+    with pytest.raises(ValueError, match="this model was saved under a KV cache plan"):
+        try_get_generation_config(str(folder), trust_remote_code=False)
 
 
 def test_an_environment_variable(folder: Path, quarter: str, monkeypatch: pytest.MonkeyPatch) -> None:
