@@ -211,6 +211,47 @@ def influence_cases(arch: str) -> Iterator[Case]:
 CASES["influence"] = influence_cases
 
 
+def pages_cases(arch: str) -> Iterator[Case]:
+    """The vLLM plug-in's: prefill and decoding steps of Llama-3's shape and others, the merge, the store."""
+    from moa_kernels.launch import padded
+
+    from moa_vllm.kernel import attend_kernel, merge_kernel, store_kernel
+    from moa_vllm.launch import QUERIES, SPLITS, TILE, warps
+
+    tables = dict.fromkeys(("pages", "tables", "table_strides", "slots"), "*i64")
+    pointers = tables | dict.fromkeys(("partial", "tops", "totals"), "*fp32")
+    pointers |= dict.fromkeys(("starts", "lengths", "rules"), "*i32")
+    pointers |= dict.fromkeys(("output", "query", "keys", "values"), "*bf16") | {"scale": "fp32"}
+
+    def types_of(kernel: Any) -> dict[str, str]:
+        return {name: pointers.get(name, "i32") for name in kernel.arg_names if name.islower()}
+
+    def aligned(kernel: Any) -> tuple[str, ...]:
+        strides = [name for name in kernel.arg_names if name.endswith("_stride")]
+        return (*strides, *(name for name in ("output", "query", "keys", "values") if name in kernel.arg_names))
+
+    for dim in HEAD_DIMS:
+        shape = {"HEAD_DIM": dim, "BLOCK_D": padded(dim)}
+        for name, queries, splits in (("prefill", QUERIES, 1), ("decoding", 1, SPLITS)):
+            constants = {"GROUP": 4, "PAGE": 16, "QUERIES": queries, "ROWS": max(16, 4 * queries), "TILE": TILE}
+            constants |= shape | {"SPLITS": splits, "PRECISION": "tf32"}
+            yield Case(
+                f"pages-{name}-{dim}", attend_kernel, types_of(attend_kernel), constants, aligned(attend_kernel),
+                num_warps=warps(padded(dim)),
+            )  # fmt: skip
+        yield Case(
+            f"pages-merge-{dim}", merge_kernel, types_of(merge_kernel), shape | {"SPLITS": SPLITS},
+            aligned(merge_kernel), tensor_cores=False,
+        )  # fmt: skip
+        yield Case(
+            f"pages-store-{dim}", store_kernel, types_of(store_kernel), shape | {"PAGE": 16},
+            aligned(store_kernel), tensor_cores=False,
+        )  # fmt: skip
+
+
+CASES["pages"] = pages_cases
+
+
 def compiled(case: Case, arch: str) -> dict[str, Any]:
     """Registers, spills, shared memory and counts of instructions."""
     import triton
@@ -268,8 +309,8 @@ def _environment() -> dict[str, str]:
     import os
 
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    kernels = str(Path(__file__).parents[2] / "kernels")
-    return {**clean, "PYTHONPATH": os.pathsep.join([kernels, clean.get("PYTHONPATH", "")])}
+    folders = [str(Path(__file__).parents[2] / name) for name in ("kernels", "vllm-plugin", ".")]
+    return {**clean, "PYTHONPATH": os.pathsep.join([*folders, clean.get("PYTHONPATH", "")])}
 
 
 if __name__ == "__main__":
