@@ -67,8 +67,8 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
     modules = _attention_modules(model)
     if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
         chosen(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
-    if impl not in ("auto", "torch") and any(layer.codecs is not None for layer in rules):
-        raise BackendUnavailableError(f"impl is {impl}, but heads that store fewer than 16 bits run in torch only")
+    if impl == "triton" and any(layer.codecs is not None for layer in rules):
+        raise BackendUnavailableError("impl is triton, which reads no codes yet; take auto, cpu or torch")
     register()
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:

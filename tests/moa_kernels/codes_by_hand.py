@@ -20,17 +20,17 @@ def random_turns(generator: torch.Generator, key_bits: list[int], value_bits: li
     """Transforms that differ in every head, with means and, mostly, rotary embedding."""
     heads = len(key_bits)
     rotation, plain = hadamard(width), torch.eye(width, dtype=torch.float64)
-    shear = plain + 0.3 * width**-0.5 * torch.randn(heads, width, width, generator=generator, dtype=torch.float64)
+    sizes = (0.3 * torch.randn(heads, 1, width, generator=generator, dtype=torch.float64)).exp()
     turned = torch.tensor([bits < 8 for bits in key_bits])[:, None, None]
-    into = torch.where(turned, shear @ rotation, plain)
+    into = torch.where(turned, (rotation.mT * sizes) @ rotation, plain)
+    back = torch.where(turned, (rotation.mT / sizes) @ rotation, plain)
     mean = torch.where(turned[..., 0], torch.randn(heads, width, generator=generator, dtype=torch.float64), 0)
     frequencies = torch.rand(width // 2, generator=generator, dtype=torch.float64)
     if torch.rand((), generator=generator) < 0.2:
         frequencies = torch.zeros_like(frequencies)
     order = torch.randperm(width, generator=generator)
     spun = torch.where(torch.tensor([bits < 8 for bits in value_bits])[:, None, None], rotation, plain)
-    back = spun.mT.contiguous()
-    return Turns(into, torch.linalg.inv(into), mean, frequencies, order, spun, back).to(DEVICE)
+    return Turns(into, back, mean, frequencies, order, spun, spun.mT.contiguous()).to(DEVICE)
 
 
 @dataclass

@@ -15,14 +15,12 @@ from moa_kernels.decode.op import MOST_NEW_TOKENS
 from moa_kernels.spans import HeadSpans
 
 IMPLEMENTED: dict[str, tuple[Backend, ...]] = {
-    "append_codes": (Backend.TORCH,),
-    "decode_codes": (Backend.TORCH,),
-    "see_tokens": (Backend.TORCH,),
-    "stored_states": (Backend.TORCH,),
+    "append_codes": (Backend.CPU, Backend.TORCH),
+    "decode_codes": (Backend.CPU, Backend.TORCH),
+    "see_tokens": (Backend.CPU, Backend.TORCH),
+    "stored_states": (Backend.CPU, Backend.TORCH),
 }
 """By operation, what has an implementation of it."""
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def append_codes(
@@ -206,8 +204,7 @@ def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 def _choose(operation: str, impl: str, *states: Tensor, layout: CodeLayout) -> Backend:
     """As `backends.choose`, among what has an implementation."""
-    takes = DTYPES if operation == "decode_codes" else (*DTYPES, torch.float64)
-    backend = choose(impl, *states, head_dim=layout.width, dtypes=takes)
+    backend = choose(impl, *states, head_dim=layout.width)
     if backend in IMPLEMENTED[operation]:
         return backend
     if impl != "auto":

@@ -48,6 +48,26 @@ class Influence(Structure):
     )
 
 
+class Coded(Structure):
+    """``struct Coded`` of source/coded.h."""
+
+    _fields_ = (
+        ("call", Call),
+        *((name, c_void_p) for name in ("key_codes", "value_codes", "key_scales", "value_scales")),
+        *((name, c_int64) for name in ("key_bytes", "value_bytes", "key_slots", "value_slots")),
+        *((name, c_void_p) for name in ("sides", "key_into", "key_mean", "frequencies", "value_into", "order")),
+        *((name, c_void_p) for name in ("key_back", "mean", "value_back", "near", "far")),
+        ("blocks", c_int64),
+        ("positions", c_void_p),
+    )
+
+
+FUNCTIONS = (
+    "prefill", "append", "decode", "step", "influence",
+    "append_codes", "decode_codes", "step_codes", "see_tokens", "stored_states",
+)  # fmt: skip
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library of this process.
@@ -86,12 +106,12 @@ def _loaded() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"{path} can't be loaded: {error}") from None
-    sizes = loaded.moa_call_bytes(), loaded.moa_influence_bytes()
-    if sizes != (ctypes.sizeof(Call), ctypes.sizeof(Influence)):
+    sizes = loaded.moa_call_bytes(), loaded.moa_influence_bytes(), loaded.moa_coded_bytes()
+    if sizes != tuple(map(ctypes.sizeof, (Call, Influence, Coded))):
         raise UnavailableError(f"{path} belongs to another version")
     if loaded.moa_tiles() < 0:
         raise UnavailableError("the system doesn't let this process use AMX; compile without -DMOA_AMX")
-    for name in ("moa_prefill", "moa_append", "moa_decode", "moa_step", "moa_influence"):
-        function = getattr(loaded, name)
+    for name in FUNCTIONS:
+        function = getattr(loaded, f"moa_{name}")
         function.argtypes, function.restype = [c_void_p], None
     return loaded

@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from moa_kernels.cpu.calls import LayerCall, place_rings, rows_contiguous, strided
+from moa_kernels.cpu.coded import append_codes, decode_codes, see_tokens, stored_states
 from moa_kernels.cpu.library import DTYPES, Call, Influence, Strided, library
+
+__all__ = [
+    "append_codes",
+    "append_tokens",
+    "coded_changes",
+    "decode_codes",
+    "influence_totals",
+    "see_tokens",
+    "span_decode",
+    "span_prefill",
+    "stored_states",
+]
 
 if TYPE_CHECKING:
     from moa_kernels.append.reference import Append

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from moa_kernels.codes.storage import ALIGNMENT
+from moa_kernels.cpu.library import unavailable
 from torch._dynamo.utils import counters
 
 from moa_search import from_pretrained
@@ -31,6 +32,9 @@ def mixed_plan(model, tiers=TIERS, **sizes):
 def model():
     model = tiny_model()
     return apply_plan(model, mixed_plan(model))
+
+
+NEEDS_LIBRARY = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
 @torch.no_grad()
@@ -118,13 +122,15 @@ def test_a_copied_prefix_and_a_rollback_go_on_as_if_nothing_had_happened(model):
         torch.testing.assert_close(run(model, branch, ending[:, 18:]), expected[:, 18:])
 
 
+@pytest.mark.parametrize("impl", ["torch", pytest.param("cpu", marks=NEEDS_LIBRARY)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_chunks_give_what_one_pass_gives_in_any_type(dtype):
+def test_chunks_give_what_one_pass_gives_in_any_type(dtype, impl):
     model = tiny_model(dtype=dtype)
     plan = mixed_plan(model)
-    apply_plan(model, plan)
+    apply_plan(model, plan, impl="torch")
     sequence = tokens(2, 90)
     whole = run(model, MoACache(model.config, plan), sequence)
+    apply_plan(model, plan, impl=impl)
     cache = MoACache(model.config, plan)
     parts = torch.cat([run(model, cache, part) for part in sequence.split([1, 40, 1, 1, 30, 17], 1)], 1)
     assert parts.dtype == dtype
@@ -164,6 +170,34 @@ def test_not_a_number_shows_instead_of_hiding(model):
     keys, _ = layer.states()
     assert keys[0, layer.layout.offsets[0] + 7].isnan().all()
     assert not keys[0, layer.layout.offsets[0] + 8].isnan().any()
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("static", [False, True])
+def test_the_library_stores_and_attends_a_padded_batch_as_torch_does(static):
+    model = tiny_model(dtype=torch.float32)
+    plan, found = mixed_plan(model), []
+    real = torch.ones(3, 50, dtype=torch.int64)
+    real[0, :13] = 0
+    real[1, :40] = 0
+    options = {"cache_implementation": "static"} if static else {}
+    for impl in ("cpu", "torch"):
+        apply_plan(model, plan, impl=impl)
+        out = model.generate(
+            tokens(3, 50),
+            attention_mask=real,
+            max_new_tokens=40,
+            do_sample=False,
+            return_dict_in_generate=True,
+            **options,
+        )
+        found.append(out)
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    layers = [out.past_key_values.layers[0] for out in found]
+    assert torch.equal(layers[0].lens, layers[1].lens)
+    # Inputs of a layer differ by rounding; hardly a code does.
+    codes = [layer.key_codes for layer in layers]
+    assert (codes[0] != codes[1]).float().mean() < 0.01
 
 
 def test_saved_joined_and_taken_apart(model, tmp_path):
@@ -230,11 +264,10 @@ def test_a_compiled_step_of_fixed_size_is_one_graph():
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("impl", ["triton", "cpu"])
-    def test_kernels_that_read_no_codes(self, impl):
+    def test_kernels_that_read_no_codes(self):
         model = tiny_model(dtype=torch.float32)
         with pytest.raises(BackendUnavailableError):
-            apply_plan(model, mixed_plan(model), impl=impl)
+            apply_plan(model, mixed_plan(model), impl="triton")
         assert model.config._attn_implementation != "moa"
 
     def test_a_plan_without_its_transforms(self):

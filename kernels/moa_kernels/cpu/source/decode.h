@@ -224,7 +224,7 @@ struct Decoding {
   }
 
   // Joins the results `parts` of an output's items.
-  void merge(int64_t output, const float* parts, int64_t count) const {
+  void merge(int64_t output, const Item*, const float* parts, int64_t count) const {
     const int64_t kv = kv_head(output), b = sample(output), t = token(output), size = part_size();
     for (int64_t g = 0; g < group; g++) {
       const int64_t head = kv * group + g;
@@ -267,9 +267,9 @@ INLINE V* kept(int64_t count) {
 
 constexpr int64_t FEWEST_KEYS = 256;  // of an item: fewer aren't worth a thread
 
-template <class T>
-void decode(const Call& a) {
-  const Decoding<T> work(a);
+template <class Work>
+void decode_by(const Work& work) {
+  const Call& a = work.a;
   const int64_t outputs = work.outputs();
   int64_t all = 0, sink[2], window[2];
   for (int64_t o = 0; o < outputs; o++) {
@@ -297,8 +297,13 @@ void decode(const Call& a) {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < count; i++) work.attend(items[i], parts + i * size);
 #pragma omp for
-    for (int64_t o = 0; o < outputs; o++) work.merge(o, parts + starts[o] * size, starts[o + 1] - starts[o]);
+    for (int64_t o = 0; o < outputs; o++)
+      work.merge(o, items + starts[o], parts + starts[o] * size, starts[o + 1] - starts[o]);
   }
+}
+template <class T>
+void decode(const Call& a) {
+  decode_by(Decoding<T>(a));
 }
 
 }  // namespace moa

@@ -1,5 +1,6 @@
 // Attention under per-head spans over a ragged ring cache, on CPUs: a plain C interface, nothing of torch or Python.
 #include "append.h"
+#include "coded.h"
 #include "decode.h"
 #include "influence.h"
 #include "prefill.h"
@@ -7,9 +8,13 @@
 namespace moa {
 namespace {
 
+int32_t type_of(const Call& a) { return a.dtype; }
+int32_t type_of(const Influence& a) { return a.dtype; }
+int32_t type_of(const Coded& a) { return a.call.dtype; }
+
 template <template <class> class Run, class C>
 void by_type(const C& a) {
-  switch (a.dtype) {
+  switch (type_of(a)) {
     case 0: return Run<float>::run(a);
     case 1: return Run<bf16>::run(a);
     default: return Run<fp16>::run(a);
@@ -29,6 +34,23 @@ struct Statistics {
   static void run(const Influence& a) { influence<T>(a); }
 };
 
+template <class T>
+struct AppendCoded {
+  static void run(const Coded& a) { append_coded<T>(a); }
+};
+template <class T>
+struct DecodeCoded {
+  static void run(const Coded& a) { decode_by(CodedDecoding<T>(a)); }
+};
+template <class T>
+struct SeeCoded {
+  static void run(const Coded& a) { see_coded<T>(a); }
+};
+template <class T>
+struct CodedStates {
+  static void run(const Coded& a) { coded_states<T>(a); }
+};
+
 void advance(const Call& a) {
   for (int64_t b = 0; b < a.batch; b++) a.lens[b] += a.counts ? a.counts[b] : a.new_keys;
 }
@@ -41,6 +63,7 @@ extern "C" {
 
 EXPORT int moa_call_bytes() { return sizeof(moa::Call); }
 EXPORT int moa_influence_bytes() { return sizeof(moa::Influence); }
+EXPORT int moa_coded_bytes() { return sizeof(moa::Coded); }
 EXPORT int moa_lanes() { return moa::L; }
 EXPORT int moa_multiplies_bf16() { return moa::Pairs::PER == 2; }
 
@@ -69,6 +92,19 @@ EXPORT void moa_step(const moa::Call* a) {
   moa::advance(*a);
   moa::by_type<moa::Decode>(*a);
 }
+
+// As moa_append, moa_decode and moa_step, of rings of codes.
+EXPORT void moa_append_codes(const moa::Coded* a) { moa::by_type<moa::AppendCoded>(*a); }
+EXPORT void moa_decode_codes(const moa::Coded* a) { moa::by_type<moa::DecodeCoded>(*a); }
+EXPORT void moa_step_codes(const moa::Coded* a) {
+  moa::by_type<moa::AppendCoded>(*a);
+  moa::advance(a->call);
+  moa::by_type<moa::DecodeCoded>(*a);
+}
+
+// New tokens, and all that rings of codes hold, as they come back from codes.
+EXPORT void moa_see_tokens(const moa::Coded* a) { moa::by_type<moa::SeeCoded>(*a); }
+EXPORT void moa_stored_states(const moa::Coded* a) { moa::by_type<moa::CodedStates>(*a); }
 
 // What shorter windows would cost.
 EXPORT void moa_influence(const moa::Influence* a) { moa::by_type<moa::Statistics>(*a); }
