@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moa_search.errors import ConfigError
-from moa_search.options import SearchOptions
+from moa_search.options import BudgetOptions, SearchOptions
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
@@ -54,6 +54,39 @@ def with_a_budget(options: SearchKind) -> SearchKind:
     return (
         options if options.density or options.kv_share or options.budget else options.replace(density=[DEFAULT_DENSITY])
     )
+
+
+def note_missing_bits(profile: Profile, options: BudgetOptions) -> None:
+    """Say how to get a choice of bits where a share of bytes is asked for and the profile knows of 16 alone."""
+    if options.kv_share and options.tiers is None and profile.header.tiers is None:
+        logger.warning(
+            "kv_share: the profile knows no fewer than 16 bits, so spans alone have to keep it; moa-profile --tiers "
+            "16 8 4 2 measures fewer"
+        )
+
+
+def require_replaceable(output: str | None) -> None:
+    """Refuse to replace a plan.json that took a model to choose; what the search itself finds is soon found again.
+
+    Raises:
+        ConfigError: The folder holds one; the message names ``overwrite``.
+    """
+    from moa_search.errors import PlanFormatError
+    from moa_search.formats import Plan
+
+    file = None if output is None else Path(output) / "plan.json"
+    if file is None or not file.is_file():
+        return
+    try:
+        plan = Plan.load(file)
+    except PlanFormatError:
+        return  # damaged, or another version's: nothing to lose
+    tuned = plan.provenance is not None and plan.provenance.searcher == "tune"
+    if tuned or plan.validated:
+        how = "tuned" if tuned else "chosen on held-out samples"
+        raise ConfigError(
+            f"output: {file} was {how} and would be replaced; name another folder, or give overwrite: true"
+        )
 
 
 def require_plans_fit(plans: Mapping[str, Plan], network: Any) -> None:

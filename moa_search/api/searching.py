@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from moa_search.api.common import (
     load_profile,
     model_and_tokenizer,
+    note_missing_bits,
     require_profile_fits,
+    require_replaceable,
     require_writable_folder,
     with_a_budget,
 )
@@ -40,12 +42,15 @@ def search_front(profile: str | Profile, options: FrontOptions) -> Front:
     if options.densities and options.density:
         raise ConfigError("density asks for one plan, densities for one each: give one of them")
     require_writable_folder(options.output)
+    if not options.overwrite and options.validate is None:
+        require_replaceable(options.output)
     statistics = load_profile(profile)
     network = None
     if options.validate is not None:  # before the search: a wrong model is told at once, and nothing is written
         network = model_and_tokenizer(options.validate, trust_remote_code=options.trust_remote_code)
         require_profile_fits(statistics, network[0])
     options = with_a_budget(options)
+    note_missing_bits(statistics, options)
     if options.densities:
         front = search_densities(statistics, options, list(options.densities))
     else:

@@ -100,12 +100,12 @@ def build_parser(
     )
     main = parser.add_argument_group("input" if parameter.name != "output" else "output")
     _add(main, parameter.name, _documented(function, parameter.name), _kind_of(parameter))
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for home in options.__mro__:
-        heading = (home.__doc__ or "").split("\n")[0].rstrip(".").lower()
+    headings = {home: (home.__doc__ or "").split("\n")[0].rstrip(".").lower() for home in options.__mro__}
+    home_of = {name: _home(options, name) for name in fields}
+    for heading in dict.fromkeys(headings[home] for home in options.__mro__ if home in home_of.values()):
+        group = parser.add_argument_group(heading)
         for name, field in fields.items():
-            if _home(options, name) is home:
-                group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
+            if headings[home_of[name]] == heading:
                 default = None if field.is_required() else field.get_default(call_default_factory=True)
                 _add(group, name, field.description or "", _kind(field.annotation), default)
     general = parser.add_argument_group("general")

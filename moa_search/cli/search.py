@@ -20,13 +20,13 @@ def show(front: Front, *, output: str, validate: str | None, **options: Any) -> 
     """Print the front and where the plans are."""
     from rich.markup import escape
 
-    from moa_search.inspection.frames.searches import budget_lines, front_frame
+    from moa_search.inspection.frames.searches import budget_lines, explanation, front_frame
     from moa_search.inspection.printing import to_rich
 
     console = open_console()
     console.print(to_rich(front_frame(front)))
-    for line in budget_lines(front):
-        console.print(escape(line), highlight=False)
+    for line in [explanation(front), *budget_lines(front)]:
+        console.print(escape(line), highlight=False, soft_wrap=True)
     why = "all lengths weigh the same"
     if validate is not None:
         why = "the best on held-out samples"
@@ -52,10 +52,15 @@ def show_validation(table: pd.DataFrame, *, folder: str, **options: Any) -> None
 
 def show_comparison(table: pd.DataFrame, *, output: str | None, criterion: str, **options: Any) -> None:
     """Print the searchers side by side."""
-    from moa_search.inspection.frames.searches import comparison_frame
+    from rich.markup import escape
+
+    from moa_search.inspection.frames.searches import comparison_frame, comparison_lines
     from moa_search.inspection.printing import to_rich
 
-    open_console().print(to_rich(comparison_frame(table, criterion)))
+    console = open_console()
+    console.print(to_rich(comparison_frame(table, criterion)))
+    for line in comparison_lines(table):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if output is not None:
         print(f"a plan of each and compare.csv are in {output}")
 
@@ -82,7 +87,7 @@ def show_study(summary: Summary, *, output: str, **options: Any) -> None:
     console = open_console()
     console.print(to_rich(study_frame(summary)))
     for line in study_lines(summary):
-        console.print(escape(line), highlight=False)
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if summary.best:
         print(f"{output}/plan.json is the best plan; all of the last front in {output}/front")
 

@@ -97,7 +97,25 @@ def parse_plan_json(text: str | bytes, source: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
+        kind = file_kind(text) if isinstance(text, bytes) else None
+        if kind is not None:
+            raise PlanFormatError(f"{source}: it is a {kind}, no plan; {MAKES_A_PLAN[kind]}") from None
         raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
+
+
+MAKES_A_PLAN = {
+    "profile": "moa-search makes plans from it",
+    "file of transforms": "give the plan beside it, a .json",
+}
+
+
+def file_kind(raw: bytes) -> str | None:
+    """What the bytes of a file are of ours: a ``plan``, a ``profile`` or a ``file of transforms``; None if nothing."""
+    if raw.lstrip()[:1] == b"{":
+        return "plan" if b'"moa-plan/' in raw[:400] else None
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    kinds = {b"moa-profile/": "profile", b"moa-transforms/": "file of transforms"}
+    return next((kind for schema, kind in kinds.items() if schema in header), None)
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -37,6 +37,7 @@ from moa_search.formats.files import (
     atomic_write,
     canonical_json,
     describe_invalid,
+    file_kind,
     one_line,
     parse_json,
     sha256_of,
@@ -267,6 +268,11 @@ class Profile:
             content = parse_json(outer["__metadata__"][METADATA_KEY])
             schema = content["schema"]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            kind = file_kind(raw)
+            if kind not in (None, "profile"):
+                raise ProfileFormatError(
+                    f"{path}: it is a {kind}, no profile; give the file that moa-profile wrote"
+                ) from None
             raise ProfileFormatError(
                 f"{path}: not a moa-search profile, or a truncated one ({type(error).__name__}: {one_line(error)})"
             ) from None

@@ -197,7 +197,21 @@ def _describe(error: ValidationError, options: type[Options]) -> str:
     bounds = {"gt": "over {}", "ge": "at least {}", "lt": "under {}", "le": "at most {}"}
     for bound, words in bounds.items():
         if bound in limits:
-            return f"{name}: {shown} is out of range; it must be {words.format(f'{limits[bound]:.15g}')}"
+            share = _as_share(value) if limits[bound] == 1 else None
+            hint = "" if share is None else f"; {shown} % is {share:g}"
+            return f"{name}: {shown} is out of range; it must be {words.format(f'{limits[bound]:.15g}')}{hint}"
     nouns = {"int": "whole number", "float": "number", "string": "text"}
     noun = nouns.get(kind.partition("_")[0])
+    part = re.fullmatch(r"\s*(\d*\.?\d+)\s*%\s*", value) if isinstance(value, str) and noun == "number" else None
+    if part:
+        return f"{name}: {shown!r} is no number; write {float(part[1]) / 100:g}"
     return f"{name}: {shown!r} is no {noun}" if noun else f"{name}: {shown!r} can't be used ({one_line(first['msg'])})"
+
+
+def _as_share(value: Any) -> float | None:
+    """The share that a number too large for one may mean in percent."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number / 100 if 1 < number <= 100 else None

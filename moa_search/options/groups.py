@@ -10,7 +10,19 @@ from pydantic import Field
 from moa_search.options.base import Count, Lengths, ListOrNone, Options, Several, Share
 
 Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
-Searcher = Literal["exact", "moa", "duo", "per-layer", "recall", "uniform"]
+Searcher = Literal[
+    "exact",
+    "moa",
+    "duo",
+    "per-layer",
+    "recall",
+    "uniform",
+    "spans",
+    "one-bits",
+    "uniform-bits",
+    "layer-bits",
+    "dense-bits",
+]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -89,3 +101,10 @@ class BudgetOptions(Options):
     """Device that times are of: a100-80g, h100-sxm, h200, l40s, rtx4090, or a .yaml from moa-search hardware."""
     weights_bytes: Count | None = None
     """Size of the model's weights, for budgets that count them; by default as profiled."""
+
+
+class DensitiesOptions(BudgetOptions):
+    """Budgets."""
+
+    densities: Several[Share] = ()
+    """Several densities instead of one: the best plan for each, and the one where keeping more stops paying."""

@@ -25,6 +25,7 @@ from moa_search.options.base import (
 from moa_search.options.groups import (
     BudgetOptions,
     Criterion,
+    DensitiesOptions,
     Device,
     HeldOutLengths,
     HeldOutOptions,
@@ -77,7 +78,9 @@ class SearchOptions(BudgetOptions):
     searcher: Searcher = "exact"
     """exact chooses a rule per KV head. Baselines: moa searches as MoA does, duo makes heads dense or short as
     DuoAttention does, per-layer has one rule a layer, recall keeps most attention mass, uniform has one rule for
-    all, as StreamingLLM does."""
+    all, as StreamingLLM does. Under a budget in bytes also: spans chooses no bits, one-bits the same for all heads,
+    uniform-bits one rule and bits for all, layer-bits drops no token and chooses bits per layer, dense-bits one for
+    all."""
     anchor: Anchor = "position"
     rules_per_layer: Annotated[int, Field(ge=1, le=2)] | None = None
     """Most different rules in one layer, 1 or 2; any number by default."""
@@ -105,23 +108,24 @@ with warnings.catch_warnings():
     # `validate` is also a method of pydantic's models, deprecated and not used here.
     warnings.filterwarnings("ignore", message='Field name "validate"')
 
-    class FrontOptions(SearchOptions):
+    class FrontOptions(SearchOptions, DensitiesOptions):
         """Result."""
 
-        densities: Several[Share] = ()
-        """Several densities instead of one: the best plan for each, and the one where keeping more stops paying."""
         validate: str | None = None  # type: ignore[assignment]
         """Model to try every plan of the front on, at an unseen, longer length; the best becomes plan.json (moa-search
         validate has more options)."""
         output: str | None = None
-        """Folder to write plan.json and front/ to."""
+        """Folder to write plan.json and front/ to; what an older search left there is replaced."""
+        overwrite: bool = False
+        """Replace an older plan.json in the output folder even where it was tuned, or chosen on held-out samples."""
         trust_remote_code: TrustRemoteCode = False
 
     class CompareOptions(BudgetOptions):
         """Comparison."""
 
-        searchers: Several[Searcher] = ("exact", "moa", "duo", "per-layer", "recall", "uniform")
-        """Which to compare."""
+        searchers: Several[Searcher] = ()
+        """Which to compare; by default exact, moa, duo, per-layer, recall and uniform, and where bits are chosen, too,
+        spans, one-bits, uniform-bits, layer-bits and dense-bits."""
         criterion: Criterion = "signed"
         """What all plans are judged by, and chosen by where a searcher has no criterion of its own."""
         anchor: Anchor = "position"
@@ -154,7 +158,7 @@ class ValidateOptions(ValidationOptions, ModelOptions):
     """A Hub id, a model folder, a .gguf file, or "demo"."""
 
 
-class TuneOptions(BudgetOptions, HeldOutOptions, LoadingOptions):
+class TuneOptions(DensitiesOptions, HeldOutOptions, LoadingOptions):
     """Study."""
 
     model: str

@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moa_search.errors import BudgetInfeasibleError
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
 from moa_search.options import SearchOptions
 from moa_search.progress import progress
 from moa_search.search.losses import plan_losses
-from moa_search.search.searchers import find_searcher
-from moa_search.search.searching import search_profile
+from moa_search.search.searchers import BIT_SEARCHERS, SEARCHERS, find_searcher
+from moa_search.search.searching import candidate_tiers, search_profile
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,26 @@ class Candidate:
 
     Attributes:
         searcher: Its name.
-        plan: Its chosen plan.
+        plan: Its chosen plan; None where it can't keep the budgets.
         losses: Predicted loss and its standard error by length, by the criterion of the comparison.
         seconds: CPU time of the search.
+        note: Why there is no plan.
     """
 
     searcher: str
-    plan: Plan
+    plan: Plan | None
     losses: dict[int, tuple[float, float]]
     seconds: float
+    note: str = ""
+
+
+def default_searchers(profile: Profile, options: SearchOptions) -> list[str]:
+    """All that the budget leaves room for: those that choose bits only where there are any to choose.
+
+    Raises:
+        ConfigError: The profile doesn't know the bits that are asked for.
+    """
+    return [*SEARCHERS, *(BIT_SEARCHERS if len(candidate_tiers(profile, options)) > 1 else ())]
 
 
 def compare_searchers(
@@ -42,20 +54,28 @@ def compare_searchers(
     Args:
         profile: Influence statistics.
         options: Budgets and all else; ``searcher`` doesn't count.
-        searchers: Names of searchers.
+        searchers: Names of searchers. One that can't keep the budgets stays without a plan, unless none can.
 
     Raises:
         MoAError: As `search_profile`.
     """
     for name in searchers:
         find_searcher(name)
-    candidates = []
+    candidates: list[Candidate] = []
+    refused: list[BudgetInfeasibleError] = []
     for name in progress(searchers, what="Searching", unit="searcher"):
         began = time.process_time()
-        plan = search_profile(profile, options.replace(searcher=name)).chosen
+        try:
+            plan = search_profile(profile, options.replace(searcher=name)).chosen
+        except BudgetInfeasibleError as error:
+            refused.append(error)
+            candidates.append(Candidate(name, None, {}, time.process_time() - began, str(error)))
+            continue
         seconds = time.process_time() - began
         losses = predicted_losses(profile, plan, options.criterion)
         candidates.append(Candidate(name, plan, losses, seconds))
+    if len(refused) == len(candidates):
+        raise refused[0]
     return candidates
 
 

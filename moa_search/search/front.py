@@ -90,12 +90,17 @@ class Front:
         return self.chosen_index is not None and self.plans[index].fingerprint == self.chosen.fingerprint
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per plan: its file, and density, attention density and predicted loss at each length."""
+        """One row per plan: its file, and density, attention density and predicted loss at each length.
+
+        Where some plan stores fewer than 16 bits also the share of a 16-bit cache's bytes.
+        """
+        coded = not all(plan.is_plain for plan in self.plans)
         rows = []
         for file, plan in zip(self.files, self.plans, strict=True):
             row: dict[str, Any] = {"plan": Path(file).name}
             for metrics in plan.predicted:
                 row[f"density@{metrics.length}"] = metrics.density
+                row |= {f"share@{metrics.length}": plan.share(metrics.length)} if coded else {}
                 row[f"attention_density@{metrics.length}"] = metrics.attention_density
                 row[f"loss@{metrics.length}"] = metrics.loss
                 row[f"loss_error@{metrics.length}"] = metrics.loss_error

@@ -96,8 +96,7 @@ def trade_off(
     """
     worst = _worst(losses, problem)
     solved: list[FrontPoint] = []
-    asked = [1.0] * len(losses) if weights is None else weights
-    first = tuple(weight / sum(asked) for weight in asked)
+    first = _normal([1.0] * len(losses) if weights is None else weights)
     steps = default_steps(len(losses)) if steps is None else steps
     vectors = list(dict.fromkeys([first, *(lattice(len(losses), steps) if steps else ())]))
     for vector in progress(vectors, what="Searching", unit="plan"):
@@ -169,6 +168,17 @@ def epsilon_cells(
     return _undominated(solved)
 
 
+def weigh(losses: Sequence[Doubles], problem: Problem, weights: Sequence[float]) -> tuple[tuple[float, ...], Doubles]:
+    """The weights of losses that ``weights`` in units of the worst mean, as in `trade_off`, and the weighted losses."""
+    found = _weights(_normal(weights), _worst(losses, problem))
+    return found, np.asarray(sum(w * loss for w, loss in zip(found, losses, strict=True)))
+
+
+def point_of(losses: Sequence[Doubles], weights: tuple[float, ...], solution: Solution) -> FrontPoint:
+    """The point of a solution for losses weighted so."""
+    return FrontPoint(weights, _values(losses, solution.choice), solution)
+
+
 def unweighted(losses: Sequence[Doubles], choice: npt.NDArray[np.int64]) -> FrontPoint:
     """The point of a choice that no weighted sum led to, without a proof."""
     return FrontPoint(tuple([1 / len(losses)] * len(losses)), _values(losses, choice), Solution(choice, 0.0, 0.0))
@@ -208,6 +218,10 @@ def _worst(losses: Sequence[Doubles], problem: Problem) -> list[float]:
     """What the worst choice loses at each length; a length where nothing is lost has no unit of its own."""
     totals = [float(np.where(problem.choices, loss, 0).max(1).sum()) for loss in losses]
     return [total or max(totals) or 1.0 for total in totals]
+
+
+def _normal(weights: Sequence[float]) -> tuple[float, ...]:
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 def _values(losses: Sequence[Doubles], choice: npt.NDArray[np.int64]) -> tuple[float, ...]:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from moa_search.inspection.frames.bits import bits_lines
 from moa_search.inspection.frames.plans import predicted_text
-from moa_search.inspection.printing import Column, Table, column, digits, is_missing, percent, with_error
+from moa_search.inspection.printing import Column, Table, column, digits, is_missing, percent, plain, with_error
+from moa_search.search.budgets.specs import BYTE_KINDS
 
 if TYPE_CHECKING:
     from moa_search.search import Front
@@ -29,7 +31,9 @@ def front_frame(front: Front) -> Table:
     columns = [Column("plan", lambda row: row["plan"], left=True)]
     columns += [column("asked", None, "{:.4g}".format)] if front.densities else []
     for length in dict.fromkeys(metrics.length for plan in front.plans for metrics in plan.predicted):
-        columns += [column(f"density@{length}", f"kept @{length}", percent), _predicted(length)]
+        columns.append(column(f"density@{length}", f"kept @{length}", percent))
+        columns += [column(f"share@{length}", f"bytes @{length}", percent)] if f"share@{length}" in frame else []
+        columns.append(_predicted(length))
     for length in dict.fromkeys(entry.length for plan in front.plans for entry in plan.validated):
         columns.append(_held_out(length))
     columns += [column("gap", None, "{:.2%}".format)] if frame["gap"].notna().any() else []
@@ -55,13 +59,28 @@ def _held_out(length: int) -> Column:
     return Column(f"held-out loss @{length}", show)
 
 
+EXPLANATION = "predicted loss: estimated rise of the answers' loss over full attention, ± its error"
+GAP = "; gap: the best plan loses at most that much less"
+
+
+def explanation(front: Front) -> str:
+    """What the numbers of `front_frame` mean, in one line."""
+    proven = any(plan.provenance is not None and plan.provenance.gap is not None for plan in front.plans)
+    return EXPLANATION + (GAP if proven else "")
+
+
 def budget_lines(front: Front) -> list[str]:
-    """For each budget of the chosen plan what was asked and what it uses, densities in the front's table aside."""
+    """What the chosen plan stores in which bits, and for each budget what was asked and what it uses.
+
+    Densities and shares that the front's table shows are left out.
+    """
     shown = {metrics.length for metrics in front.chosen.predicted}
-    return [
+    in_table = ("density",) if front.chosen.is_plain else ("density", "share")
+    lengths = [use.asked.length for use in front.usage if use.asked.kind in BYTE_KINDS] or front.chosen.lengths
+    return bits_lines(front.chosen, max(lengths)) + [
         f"{use.asked.text}: uses {use.used}"
         for use in front.usage
-        if use.asked.kind != "density" or use.asked.length not in shown
+        if use.asked.kind not in in_table or use.asked.length not in shown
     ]
 
 
@@ -89,11 +108,21 @@ def validation_frame(rows: pd.DataFrame) -> Table:
 def comparison_frame(rows: pd.DataFrame, criterion: str) -> Table:
     """Searchers side by side, as `moa_search.api.compare_searchers` returns them."""
     columns = [column("searcher", left=True)]
+    in_bits = rows["bits"].notna().any()
     for length in rows.attrs["lengths"]:
-        columns += [column(f"density@{length}", f"kept @{length}", percent), _loss(length)]
+        columns.append(column(f"density@{length}", f"kept @{length}", percent))
+        columns += [column(f"share@{length}", f"bytes @{length}", percent)] if in_bits else []
+        columns.append(_loss(length))
     columns += [_true_loss(length) for length in rows.attrs["true_lengths"]]
     columns.append(column("cpu_s", "CPU s", digits(1)))
     return Table(rows, columns, f"Searchers at the same budget, predicted loss by {criterion}")
+
+
+def comparison_lines(rows: pd.DataFrame) -> list[str]:
+    """The bits that each searcher chose, where it did, and why one has no plan."""
+    shown = [(row["searcher"], plain(row["bits"]), plain(row["note"])) for row in rows.to_dict("records")]
+    chosen = [f"{name}: key/value bits {bits} KV heads" for name, bits, _ in shown if bits]
+    return chosen + [f"{name}: no plan, {note}" for name, _, note in shown if note]
 
 
 def _loss(length: int) -> Column:

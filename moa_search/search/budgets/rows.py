@@ -132,7 +132,8 @@ class _Measures:
         if limit < heads * min(measure.costs):
             least = spec.show(self.least(measure), up=True)
             fixed = f" ({spec.show(measure.fixed, up=False)} whatever the plan)" if measure.fixed else ""
-            raise BudgetInfeasibleError(f"{spec.text} can't be met: the smallest spans already take {least}{fixed}")
+            smallest = "the smallest spans" + ("" if self.tiers == (PLAIN,) else " in the fewest bits")
+            raise BudgetInfeasibleError(f"{spec.text} can't be met: {smallest} already take {least}{fixed}")
         costs = np.array(measure.costs, dtype=np.int64)
         return BudgetRow(self._budget(spec, limit), costs, min(limit, most), spec, measure.fixed, measure.step)
 

@@ -6,9 +6,16 @@ from moa_search.search.searchers.base import Searcher
 from moa_search.search.searchers.duo import DuoSearcher
 from moa_search.search.searchers.exact import ExactSearcher, PerLayerSearcher, RecallSearcher
 from moa_search.search.searchers.moa import MoASearcher
+from moa_search.search.searchers.precision import (
+    DenseBitsSearcher,
+    LayerBitsSearcher,
+    OneBitsSearcher,
+    SpansSearcher,
+    UniformBitsSearcher,
+)
 from moa_search.search.searchers.uniform import UniformSearcher
 
-__all__ = ["SEARCHERS", "Searcher", "find_searcher"]
+__all__ = ["BIT_SEARCHERS", "SEARCHERS", "Searcher", "find_searcher"]
 
 SEARCHERS: dict[str, Searcher] = {
     searcher.name: searcher
@@ -23,6 +30,18 @@ SEARCHERS: dict[str, Searcher] = {
 }
 """By name; none touches heads of native layers, which keep the model's own sliding window."""
 
+BIT_SEARCHERS: dict[str, Searcher] = {
+    searcher.name: searcher
+    for searcher in (
+        SpansSearcher(),
+        OneBitsSearcher(),
+        UniformBitsSearcher(),
+        LayerBitsSearcher(),
+        DenseBitsSearcher(),
+    )
+}
+"""Further ones, by name, for budgets in bytes from a profile that knows several precisions."""
+
 
 def find_searcher(name: str) -> Searcher:
     """The searcher of this name.
@@ -30,6 +49,7 @@ def find_searcher(name: str) -> Searcher:
     Raises:
         ConfigError: There is none.
     """
-    if name not in SEARCHERS:
-        raise ConfigError(f"searcher {name!r} is unknown{nearest(name, SEARCHERS)}; choose from {', '.join(SEARCHERS)}")
-    return SEARCHERS[name]
+    known = SEARCHERS | BIT_SEARCHERS
+    if name not in known:
+        raise ConfigError(f"searcher {name!r} is unknown{nearest(name, known)}; choose from {', '.join(known)}")
+    return known[name]

@@ -1,6 +1,7 @@
 """``moa-search`` and its other commands, run as a user runs them, on a tiny model."""
 
 import json
+import re
 from functools import partial
 
 import pandas as pd
@@ -9,12 +10,22 @@ import pytest
 from moa_search import Plan, api
 from moa_search.cli import search
 from moa_search.errors import ConfigError
+from moa_search.formats.plan import Validation
+from tests.moa_search.formats.test_tiers import tiered
 
 
 @pytest.fixture
 def call(run_main):
     """Run ``moa-search``; returns exit status, output and errors."""
     return partial(run_main, search.main, "moa-search")
+
+
+@pytest.fixture
+def tiered_file(tiny_profile, tmp_path):
+    """A profile that knows 16, 8, 4 and 2 bits."""
+    path = tmp_path / "tiers.safetensors"
+    tiered(tiny_profile).save(path)
+    return path
 
 
 def one_line(result):
@@ -68,11 +79,71 @@ class TestSearch:
             (["--robust=-1"], "robust: -1 is out of range"),
             (["--searcher", "moar"], "did you mean 'moa'"),
             (["--front-steps", 10**8], "take fewer steps"),
+            (["--density", "25%"], "density: '25%' is no number; write 0.25"),
+            (["--kv-share", "12.5 %"], "kv_share: '12.5 %' is no number; write 0.125"),
+            (["--density", "25"], "density: 25 is out of range; it must be at most 1; 25 % is 0.25"),
+            (["--tiers", 16, 4, "--kv-share", 0.5], "measure them with moa-profile --tiers 16 4"),
+            (["--kv-share", 0.001], "can't be met: the smallest spans already take 0."),
         ],
     )
     def test_wrong_input_is_one_line(self, call, profiled, tmp_path, arguments, words):
         assert words in one_line(call(profiled, *arguments, "--output", tmp_path / "out"))
         assert not (tmp_path / "out").exists()
+
+    def test_numbers_are_explained_and_missing_bits_are_told_once(self, call, profiled, tmp_path, caplog):
+        status, out, err = call(profiled, "--kv-share", 0.5, "--output", tmp_path)
+        assert status == 0, err
+        assert "predicted loss: estimated rise of the answers' loss over full attention" in out
+        assert "; gap: the best plan loses at most that much less" in out
+        notes = [record.getMessage() for record in caplog.records if "kv_share" in record.getMessage()]
+        assert notes == [
+            "kv_share: the profile knows no fewer than 16 bits, so spans alone have to keep it; moa-profile --tiers "
+            "16 8 4 2 measures fewer"
+        ]
+
+    def test_bits_that_were_chosen_are_shown(self, call, tiered_file, tmp_path):
+        status, out, err = call(tiered_file, "--kv-share", 0.3, "--output", tmp_path)
+        assert status == 0, err
+        assert "bits of keys/values: " in out
+        assert re.search(r"bytes at \d+ tokens: \d+\.\d% of a 16-bit cache \(codes ", out)
+        shares = pd.read_csv(tmp_path / "front" / "front.csv")["share@512"]
+        assert (shares <= 0.3).all()
+        assert f"{shares[0]:.1%}" in out
+
+    def test_what_a_model_chose_is_replaced_on_request_alone(self, call, profiled, tmp_path, tiny_model_dir):
+        search = [profiled, "--density", 0.5, "--front-steps", 0, "--output", tmp_path]
+        assert call(*search)[0] == 0
+        assert call(*search)[0] == 0, "what the search found itself is found again"
+        plan = Plan.load(tmp_path / "plan.json")
+        validated = plan.model_copy(update={"validated": (Validation(length=600, data="x", samples=2, loss=1.0),)})
+        tuned = plan.model_copy(update={"provenance": plan.provenance.model_copy(update={"searcher": "tune"})})
+        for kept, how in ((validated, "chosen on held-out samples"), (tuned, "tuned")):
+            kept.save(tmp_path / "plan.json")
+            assert f"plan.json was {how} and would be replaced" in one_line(call(*search))
+            assert Plan.load(tmp_path / "plan.json") == kept
+            assert call(*search, "--overwrite", "true")[0] == 0
+            assert Plan.load(tmp_path / "plan.json") == plan
+
+    def test_a_plan_is_no_profile(self, call, tmp_path, tiny_plan):
+        tiny_plan.save(tmp_path / "plan.json")
+        for command in ([], ["compare"], ["tune"]):
+            extra = ["--model", "demo", "--output", tmp_path / "out"] if command == ["tune"] else []
+            extra = ["--output", tmp_path / "out"] if not command else extra
+            said = one_line(call(*command, tmp_path / "plan.json", "--density", 0.5, *extra))
+            assert "plan.json: it is a plan, no profile; give the file that moa-profile wrote" in said
+
+
+def test_compare_shows_bits_and_who_has_no_plan(call, tiered_file, tmp_path):
+    status, out, err = call("compare", tiered_file, "--kv-share", 0.1, "--output", tmp_path)
+    assert status == 0, err
+    rows = pd.read_csv(tmp_path / "compare.csv").set_index("searcher")
+    assert {"exact", "spans", "one-bits", "uniform-bits", "layer-bits", "dense-bits"} <= set(rows.index)
+    assert "exact: key/value bits " in out
+    assert "dense-bits: no plan, share=0.1@" in out
+    assert rows["loss@512"].isna()["dense-bits"]
+    assert rows.loc["exact", "share@512"] <= 0.1
+    assert Plan.load(tmp_path / "one-bits.json").share(512) == rows.loc["one-bits", "share@512"]
+    assert not (tmp_path / "dense-bits.json").exists()
 
 
 def test_compare_prints_and_keeps_every_searcher(call, profiled, tmp_path, tiny_model_dir):

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from moa_search.errors import ConfigError
-from moa_search.formats.files import atomic_write, canonical_json, nearest, one_line, parse_json, sha256_of
+from moa_search.errors import ConfigError, PlanFormatError, ProfileFormatError
+from moa_search.formats import Plan, Profile
+from moa_search.formats.files import (
+    atomic_write,
+    canonical_json,
+    file_kind,
+    nearest,
+    one_line,
+    parse_json,
+    sha256_of,
+)
 
 
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -101,3 +110,16 @@ def test_parse_json_reads_ordinary_json() -> None:
 def test_one_line() -> None:
     assert one_line("a\nb\x1b[0m\ud800ä") == "a\\nb\\x1b[0m\\ud800ä"
     assert len(one_line("x" * 10_000)) < 400
+
+
+def test_files_of_ours_are_told_apart_by_what_they_hold(tiny_profile: Profile, tiny_plan: Plan, tmp_path: Path) -> None:
+    tiny_profile.save(tmp_path / "profile")
+    tiny_plan.save(tmp_path / "plan")
+    assert file_kind((tmp_path / "profile").read_bytes()) == "profile"
+    assert file_kind((tmp_path / "plan").read_bytes()) == "plan"
+    for other in (b"", b"{", b"{}", b"\x00" * 20, b"\xff" * 4):
+        assert file_kind(other) is None
+    with pytest.raises(PlanFormatError, match="profile: it is a profile, no plan; moa-search makes plans from it"):
+        Plan.load(tmp_path / "profile")
+    with pytest.raises(ProfileFormatError, match="plan: it is a plan, no profile"):
+        Profile.load(tmp_path / "plan")

@@ -44,6 +44,7 @@ ONE = {
     "layer_floor": "0=1.0", "searchers": "moa", "lengths": 512, "sources": "copy", "criteria": "signed",
     "devices": "cuda:0", "tasks": "copy", "plan": "plan.json", "baselines": "dense", "depths": 0.5, "against": "dense",
     "ways": "plan", "batch": "1", "tiers": 8, "heads": "7:2", "fold_lengths": 1024, "samples": 7, "bits": 8,
+    "rivals": "int4", "questions": "unknown",
 }  # fmt: skip
 
 
@@ -141,6 +142,18 @@ def test_what_cannot_be_used_is_one_line(kind, given, says):
         kind(**given)
     assert str(caught.value).startswith(says)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [FrontOptions, TuneOptions])
+def test_one_density_and_several_stand_together(kind):
+    from moa_search.cli import search
+    from moa_search.cli.command import parser_of
+
+    command = search.MAIN if kind is FrontOptions else search.COMMANDS["tune"]
+    groups = [group for group in parser_of("moa-search", command)._action_groups if group.title == "budgets"]
+    (budgets,) = groups
+    named = {action.dest for action in budgets._group_actions}
+    assert {"density", "densities", "kv_share", "budget"} <= named
 
 
 def test_options_travel_and_change():

@@ -169,7 +169,11 @@ def test_baselines_without_tiers_store_sixteen_bits(profile, searcher):
         ({"tiers": []}, ConfigError, "tiers names no bits"),
         ({"kv_share": [1.5]}, ConfigError, "kv_share: 1.5 is out of range"),
         ({"kv_share": [0.5], "criterion": "absolute"}, ConfigError, "criterion absolute isn't measured for fewer bits"),
-        ({"kv_share": [0.001]}, BudgetInfeasibleError, "can't be met: the smallest spans already take"),
+        (
+            {"kv_share": [0.001]},
+            BudgetInfeasibleError,
+            "can't be met: the smallest spans in the fewest bits already take 0.0",
+        ),
         ({"budget": ["share=0.5@512x2"]}, ConfigError, "doesn't depend on the batch"),
         (
             {"budget": ["decode=12ms@512"], "tiers": [16, 4], "weights_bytes": 1},
