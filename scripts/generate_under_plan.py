@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers.utils import logging
 
-from moa_search import Plan, apply_plan, load_model
+from moa_search import MoACache, Plan, apply_plan, load_model
 from moa_search.tasks import build_samples
 
 
@@ -31,8 +31,8 @@ def generate(model: torch.nn.Module, tokenizer: object, prompt: torch.Tensor, na
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, return_dict_in_generate=True
     )
     answer = tokenizer.decode(out.sequences[0, prompt.shape[1] :]).splitlines()[0].strip()
-    layers = out.past_key_values.layers
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    cache = out.past_key_values
+    held = cache.nbytes if isinstance(cache, MoACache) else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     print(f"{name:>14}: {answer!r}, KV cache {held / 2**20:.1f} MiB")
 
 

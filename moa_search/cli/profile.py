@@ -28,7 +28,8 @@ def show(profile: Profile, *, output: str, **options: Any) -> None:
     if advice is not None:
         console.print(f"[yellow]more samples?[/yellow] {advice}", highlight=False)
     print(f"profile written to {output}")
-    print(f"next: moa-search {output} --density 0.25 --output plans")
+    budget = "--density 0.25" if profile.tiers is None else "--kv-share 0.25"
+    print(f"next: moa-search {output} {budget} --output plans")
 
 
 def show_merged(profile: Profile, /, *, output: str, **options: Any) -> None:

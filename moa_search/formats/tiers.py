@@ -145,6 +145,18 @@ class TierLength:
         like = next(iter(self.keys.values()))[statistic]
         return sum(parts, np.zeros_like(like))
 
+    def rounding(self, key_bits: int, value_bits: int) -> npt.NDArray[np.float64]:
+        """Squared change of the loss by rounding in heads that see everything, ``[sample, layer, kv_head]``.
+
+        What rounding does to one token is random and adds up to nothing over tokens, heads and samples; its square
+        stays. In nats it raises the mean loss of T answer tokens by half of T times this, as the Fisher information
+        has it. With gradients of the given labels alone, which is all a profile has, half of that was found
+        (docs/results-precision.md): so `answer_tokens` times this is what it is taken for.
+        """
+        change = self.change("squared", key_bits, value_bits)[..., -1].astype(np.float64).sum(-1)
+        squared: npt.NDArray[np.float64] = np.maximum(change, 0)
+        return squared
+
 
 @dataclass(frozen=True, eq=False)
 class TierStatistics:

@@ -178,34 +178,30 @@ def losses_from(
         return RuleLosses(length, mean, samples, error)
     coded = _coded(profile, entry.header.length, criterion)
     assert samples is not None
-    options = [_added(samples, _noise(coded, tier, layers), coded.answer_tokens, criterion) for tier in tiers]
+    noises = [coded.rounding(*tier).take(layers, axis=1).reshape(len(samples), -1) for tier in tiers]
+    options = [_added(samples, noise, coded.answer_tokens, criterion) for noise in noises]
     of_options = np.concatenate(options, axis=-1)
     return RuleLosses(length, of_options.mean(0), of_options, None)
-
-
-def _noise(coded: TierLength, tier: Tier, layers: Sequence[int]) -> Doubles:
-    """Squared change of the loss by rounding in a head that sees everything, ``[sample, searchable head, 1]``.
-
-    What rounding does to one sample is random and adds up to nothing over samples, tokens and heads; its square stays.
-    A short window's change beside that by dropped tokens would be the noise of a few samples, so there is one for all.
-    """
-    change = coded.change("squared", *tier)[..., -1].astype(np.float64).sum(-1)  # [sample, layer, kv_head]
-    noise: Doubles = np.maximum(change.take(layers, axis=1), 0).reshape(len(change), -1, 1)
-    return noise
 
 
 def _added(samples: Doubles, noise: Doubles, answer_tokens: npt.NDArray[np.float32], criterion: str) -> Doubles:
     """Losses of dropped tokens and of rounding together, ``[sample, searchable head, rule]``.
 
-    In nats, rounding raises the mean loss of T answer tokens by half of T times its squared change, as the Fisher
-    information has it; with gradients of the given labels alone, which is all a profile has, about half of that was
-    found (docs/results-precision.md).
+    Rounding counts as in a head that sees everything, whatever the rule: its change beside that by dropped tokens would
+    be the noise of a few samples.
+
+    Args:
+        samples: Of rules, ``[sample, searchable head, rule]``.
+        noise: `TierLength.rounding` of a tier, ``[sample, searchable head]``.
+        answer_tokens: ``[sample]``.
+        criterion: Which is kept by sample.
     """
+    added = noise[..., None]
     if criterion == "signed":
-        return samples + answer_tokens[:, None, None] * noise
+        return samples + answer_tokens[:, None, None] * added
     if criterion == "squared":
-        return samples + noise
-    return np.sqrt(samples**2 + noise)
+        return samples + added
+    return np.sqrt(samples**2 + added)
 
 
 def _coded(profile: Profile, length: int, criterion: str) -> TierLength:

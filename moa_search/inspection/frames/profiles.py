@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from moa_search.formats import Profile
+from moa_search.formats.tiers import PLAIN_BITS
 from moa_search.inspection.printing import Column, Table, column, digits, percent, with_error
 from moa_search.inspection.quality import heaviest_heads, profile_quality
 
@@ -31,7 +32,7 @@ def profile_frame(profile: Profile) -> Table:
 
 
 def tier_frame(profile: Profile) -> Table:
-    """What fewer bits add to the loss of heads that see the whole context: absolute net changes, summed over heads.
+    """What fewer bits add to the loss, in nats, in heads that see the whole context, all heads together.
 
     Args:
         profile: With tiers.
@@ -40,9 +41,8 @@ def tier_frame(profile: Profile) -> Table:
     rows = []
     for length, entry in profile.tiers.by_length.items():
         for bits in entry.keys:
-            # [sample, layer, kv_head, bucket, window] -> [sample, layer, kv_head]
-            added = [np.abs(side[bits]["signed"][..., -1].sum(-1)) for side in (entry.keys, entry.values)]
-            keys, values = (float(change.mean(0).sum()) for change in added)
+            by_sample = (entry.rounding(*tier).sum((1, 2)) for tier in ((bits, PLAIN_BITS), (PLAIN_BITS, bits)))
+            keys, values = (float((entry.answer_tokens * squared).mean()) for squared in by_sample)
             rows.append({"length": length, "bits": bits, "keys": keys, "values": values})
     columns = [
         column("length", "tokens"),

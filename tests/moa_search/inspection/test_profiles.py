@@ -127,14 +127,13 @@ def test_tiers_are_told_with_what_they_add(tiny_profile):
     for entry in profile.tiers.by_length.values():
         for side in (entry.keys, entry.values):
             for statistics in side.values():
-                statistics["signed"][:] = 0
-    keys = profile.tiers.by_length[1024].keys[2]["signed"]
-    keys[:, 1, 0, :, -1] = 0.25  # a head that loses in every bucket of every sample
-    keys[0, 2, 1, 0, -1] = -1  # one that gains in one of them
+                statistics["squared"][:] = 0
+    entry = profile.tiers.by_length[1024]
+    keys = entry.keys[2]["squared"]
+    keys[:, 1, 0, :, -1] = 0.25  # a head that changes in every bucket of every sample
     keys[:, 0, 0, :, 0] = 9  # short windows don't count
-    table = tier_frame(profile)
-    buckets, samples = keys.shape[3], keys.shape[0]
+    table, tokens = tier_frame(profile), entry.answer_tokens.mean()
     assert [(row["length"], row["bits"]) for row in table.rows] == [(512, 8), (512, 2), (1024, 8), (1024, 2)]
-    assert table.rows[-1]["keys"] == pytest.approx(0.25 * buckets + 1 / samples)
+    assert table.rows[-1]["keys"] == pytest.approx(0.25 * keys.shape[3] * tokens)
     assert [row["values"] for row in table.rows] == [0] * 4
-    assert f"{0.25 * buckets + 1 / samples:.3g}" in text_of(to_rich(table))
+    assert f"{0.25 * keys.shape[3] * tokens:.3g}" in text_of(to_rich(table))
