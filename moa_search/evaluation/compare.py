@@ -135,11 +135,11 @@ def require_baselines(baselines: Sequence[str], *, any_plan: bool) -> None:
 
 
 def uniform_like(plan: Plan, length: int) -> Plan:
-    """The plan with one constant span for all heads that keeps as many tokens as ``plan`` does at ``length``.
+    """The plan with one constant span for all heads, in 16 bits, that takes as many bytes as ``plan`` at ``length``.
 
     Native layers stay native.
     """
-    return constant_like(plan, kept_tokens(plan, length))
+    return constant_like(plan, round(plan.share(length) * length))
 
 
 def constant_like(plan: Plan, tokens: int) -> Plan:

@@ -12,6 +12,7 @@ from moa_search.evaluation.compare import Variant, uniform_like
 from moa_search.formats import ModelSignature, Plan
 from moa_search.spans import DENSE, SpanRule
 from moa_search.tasks import TASKS
+from tests.moa_search.runtime.explicit import key_transforms
 
 LENGTHS = [300, 500]
 
@@ -210,3 +211,20 @@ def test_the_model_is_dense_again_even_after_an_error(tiny_model, short, monkeyp
     assert model.config._attn_implementation == attention
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_uniform_takes_the_bytes_of_a_plan_in_few_bits(short, bits):
+    tiers = [[(bits, bits)] * len(heads) for heads in short.patterns]
+    coded = Plan.from_rules(
+        [[SpanRule(400, 0)] * len(heads) for heads in short.patterns],
+        short.model,
+        tiers=tiers,
+        transforms=key_transforms(short.model),
+        sink=short.sink,
+        block=short.block,
+    )
+    uniform = uniform_like(coded, 500)
+    assert uniform.is_plain
+    assert uniform.share(500) == pytest.approx(coded.share(500), abs=1 / 500)
+    assert uniform.density(500) < coded.density(500)
