@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ class Sample:
         supervised: Which of the answer's tokens count, ``[answer_tokens]``; None for all of them.
         question_tokens: How many of the prompt's last tokens ask the question, so that what is before them can be read
             without knowing it; 0 where nothing tells them apart.
+        room: Tokens that a model may take for an answer of its own, where that is scored by ``grade``.
+        grade: Scores an answer of the model's own, token ids ``[token]``, 0 to 1; None where it has to be the answer
+            token by token.
     """
 
     ids: npt.NDArray[np.int64]
@@ -38,6 +41,8 @@ class Sample:
     source: str = ""
     supervised: npt.NDArray[np.bool_] | None = None
     question_tokens: int = 0
+    room: int = 0
+    grade: Callable[[npt.NDArray[np.int64]], float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.target_length:
@@ -50,6 +55,11 @@ class Sample:
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.ids)
+
+    @property
+    def generated_tokens(self) -> int:
+        """How many tokens a model answers with, where it does so by itself."""
+        return self.room if self.grade is not None else self.answer_tokens
 
     @property
     def prompt(self) -> npt.NDArray[np.int64]:

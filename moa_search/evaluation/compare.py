@@ -248,9 +248,10 @@ def measure(
     Returns:
         The columns of `compare_variants` from ``metric`` on, in the order of the items.
     """
-    rows = []
+    rows, mode = [], task.answer_mode(answers)
+    metric = task.metric_of(mode)
     for item, sample in enumerate(samples):
         for score in score_item(model, task, sample, answers):
-            rows.append({"metric": task.metric, "answers": task.answer_mode(answers), "item": item, **asdict(score)})
+            rows.append({"metric": metric, "answers": mode, "item": item, **asdict(score)})
         report(sample.target_length)
     return rows

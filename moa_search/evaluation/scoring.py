@@ -6,6 +6,7 @@ event as greedy decoding printing the answer; a plan anchored at positions makes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,12 @@ class AnswerScore:
         losses: Negative log-likelihood in nats of each supervised answer token, ``[answer]``; not numbers where it was
             generated.
         correct: Whether each answer token is ranked first, or was generated, ``[answer]``.
+        given: Token ids of a generated answer that is scored as a whole.
     """
 
     losses: npt.NDArray[np.float64]
     correct: npt.NDArray[np.bool_]
+    given: npt.NDArray[np.int64] | None = None
 
     @property
     def nll(self) -> float:
@@ -77,6 +80,8 @@ def readings(task: Task, sample: Sample, answer: AnswerScore) -> list[Score]:
         sample: The item.
         answer: However it came about.
     """
+    if answer.given is not None and sample.grade is not None:
+        return [Score(sample.depth, math.nan, sample.grade(answer.given))]
     if task.slices == 1:
         return [Score(sample.depth, answer.nll, task.score(answer.correct))]
     parts = zip(np.array_split(answer.losses, task.slices), np.array_split(answer.correct, task.slices), strict=True)
@@ -101,9 +106,21 @@ def score_answer(model: Any, sample: Sample) -> AnswerScore:
 
 
 def generate_answer(model: Any, sample: Sample) -> AnswerScore:
-    """Greedy decoding of as many tokens as the answer has."""
-    given = generate_tokens(model, sample.prompt, sample.answer_tokens)
-    return AnswerScore(np.full(sample.answer_tokens, np.nan), given == sample.answer)
+    """Greedy decoding of as many tokens as the answer has, or its room."""
+    return generated(sample, generate_tokens(model, sample.prompt, sample.generated_tokens))
+
+
+def generated(sample: Sample, given: npt.NDArray[np.int64]) -> AnswerScore:
+    """A generated answer as compared with the sample's own.
+
+    Args:
+        sample: The item.
+        given: As many tokens as `Sample.generated_tokens`.
+    """
+    if sample.grade is not None:
+        return AnswerScore(np.empty(0), np.empty(0, bool), given)
+    counts = slice(None) if sample.supervised is None else sample.supervised
+    return AnswerScore(np.full(sample.answer_tokens, np.nan)[counts], (given == sample.answer)[counts])
 
 
 @torch.no_grad()

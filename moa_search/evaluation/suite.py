@@ -102,7 +102,7 @@ class Evaluator:
         """Rows of one cell, as `compare_variants` returns them."""
         samples, answers = self.items(task, length, grid), task.answer_mode(grid.answers)
         described = {"task": task.name, "length": length, "variant": variant.name, **variant.costs(length)}
-        described |= {"metric": task.metric, "answers": answers}
+        described |= {"metric": task.metric_of(answers), "answers": answers}
         key = self._key(variant, task, length, samples, answers)
         parts = None if self._kept is None else self._kept.read(key)
         if parts is None:
@@ -126,7 +126,7 @@ class Evaluator:
             "weights": self._weights,
             "dtype": dtype_name(self.model),
             "task": task.name,
-            "metric": task.metric,
+            "metric": task.metric_of(answers),
             "items": hash_samples(samples),
             "length": length,
             "answers": answers,

@@ -77,8 +77,8 @@ class TaskOptions(Options):
     """Tasks."""
 
     tasks: Several[str] = ("passkey", "copy")
-    """passkey, multikey, question, lines and lookup (exact match), copy and tracking (token accuracy), perplexity;
-    perplexity:TEXTS and nll:SOURCE over data of yours."""
+    """passkey, multikey, question, lines, lookup and turns (exact match), copy and tracking (token accuracy),
+    perplexity; ruler or ruler:TASK for RULER's; perplexity:TEXTS, nll:SOURCE and ruler:FILE over data of yours."""
     lengths: Several[Tokens] = Field(default=(1024,), min_length=1)
     """Tokens per item, answer included."""
     samples: Count = 10

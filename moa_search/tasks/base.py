@@ -68,6 +68,10 @@ class Task(ABC):
             correct: For each answer token, whether it is the one that the model gave or ranks first.
         """
 
+    def metric_of(self, answers: AnswerMode) -> str:
+        """What the score of answers that came about so is; see `answer_mode`."""
+        return self.metric
+
     def places(self, depths: Sequence[float]) -> int:
         """At how many places the sought text is put where ``depths`` are asked for; each has a count of items."""
         return max(1, len(depths)) if self.at_depths else 1

@@ -12,12 +12,13 @@ from moa_search.tasks.answers import AnswersTask
 from moa_search.tasks.base import AnswerMode, Task
 from moa_search.tasks.perplexity import PerplexityTask
 from moa_search.tasks.registry import TASKS
+from moa_search.tasks.ruler import RECIPES, ruler_task
 from moa_search.tasks.sources import parse_source
 
 ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
 
-TASKS_OVER = {"nll": "SOURCE", "perplexity": "TEXTS"}
-"""Tasks over data of the user's, which follow the name and a colon."""
+TASKS_OVER = {"nll": "SOURCE", "perplexity": "TEXTS", "ruler": "TASK"}
+"""Tasks that take something after their name and a colon: data of the user's, or one of RULER's tasks."""
 
 
 def require_tasks(names: Sequence[str]) -> list[Task]:
@@ -28,7 +29,13 @@ def require_tasks(names: Sequence[str]) -> list[Task]:
     """
     if not names:
         raise ConfigError(f"no task is named; {_choices()}")
-    return [_task(name) for name in dict.fromkeys(names)]
+    each = [f"ruler:{task}" if name == "ruler" else name for name in names for task in _parts(name)]
+    return [_task(name) for name in dict.fromkeys(each)]
+
+
+def _parts(name: str) -> Sequence[str]:
+    """What a name stands for: ``ruler`` for all of RULER's tasks."""
+    return list(RECIPES) if name == "ruler" else [name]
 
 
 def _task(name: str) -> Task:
@@ -43,6 +50,8 @@ def _task(name: str) -> Task:
         raise ConfigError(f"task {one_line(name)!r} is unknown{nearest(name, [*TASKS, *TASKS_OVER])}; {_choices()}")
     if not data:
         raise ConfigError(f"task {name!r} lacks its data; write {kind}:{TASKS_OVER[kind]}")
+    if kind == "ruler":
+        return ruler_task(data)
     if kind == "nll":
         return AnswersTask(parse_source(data))
     # A source whose texts are filler is one whose texts are documents here.

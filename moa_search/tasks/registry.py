@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moa_search.tasks.base import DrawnTask
+from moa_search.tasks.conversing import TurnsTask
 from moa_search.tasks.copying import CopyTask
 from moa_search.tasks.lists import LinesTask, LookupTask
 from moa_search.tasks.needles import MultikeyTask, PasskeyTask, QuestionTask, TrackingTask
@@ -18,6 +19,7 @@ TASKS: dict[str, DrawnTask] = {
         LinesTask(),
         LookupTask(),
         TrackingTask(),
+        TurnsTask(),
         PerplexityTask(),
     )
 }

@@ -46,7 +46,7 @@ def item_of(sample: Sample, *, generated: bool) -> dict[str, Any]:
         "context": sample.prompt[:-asked].tolist(),
         "question": sample.prompt[-asked:].tolist(),
     }
-    item |= {"generate": sample.answer_tokens} if generated else {"answer": sample.answer.tolist()}
+    item |= {"generate": sample.generated_tokens} if generated else {"answer": sample.answer.tolist()}
     return {"id": sha256_of(canonical_json(item)).removeprefix("sha256:")[:24], "task": sample.task, **item}
 
 

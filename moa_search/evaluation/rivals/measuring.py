@@ -21,7 +21,7 @@ from moa_search.evaluation.rivals import worker
 from moa_search.evaluation.rivals.codes import SCHEMES, coded
 from moa_search.evaluation.rivals.exchange import item_of, read_answers, write_items
 from moa_search.evaluation.rivals.naming import QUESTIONS, Rival
-from moa_search.evaluation.scoring import AnswerScore, readings
+from moa_search.evaluation.scoring import AnswerScore, generated, readings
 from moa_search.evaluation.suite import Evaluator, Grid
 from moa_search.formats.files import sha256_of
 from moa_search.modeling.loading import weights_hash
@@ -123,11 +123,12 @@ class Elsewhere:
             for task, length, sample, item in drawn:
                 number = count.setdefault((task.name, length), 0)
                 count[task.name, length] += 1
+                mode = task.answer_mode(grid.answers)
                 answer = answers[rival.typed, question, item["id"]]
                 described = {"task": task.name, "length": length, "variant": rival.variant(question)}
                 described |= {"density": answer["kept"], "attention_density": 1.0, "kv_share": answer["held"]}
                 described |= {"kv_peak": answer["peak"], "extra_passes": answer["extra_passes"]}
-                described |= {"metric": task.metric, "answers": task.answer_mode(grid.answers), "item": number}
+                described |= {"metric": task.metric_of(mode), "answers": mode, "item": number}
                 rows += [{**described, **vars(score)} for score in readings(task, sample, _scored(sample, answer))]
         found = pd.DataFrame(rows)
         _require_the_same(dense, found)
@@ -145,9 +146,11 @@ class Elsewhere:
         self, rivals: Sequence[Rival], evaluator: Evaluator, items: Sequence[Mapping[str, Any]]
     ) -> dict[tuple[str, str, str], dict[str, Any]]:
         dtype = dtype_name(evaluator.model)
-        of = sha256_of(weights_hash(evaluator.model).encode(), dtype.encode(), *(item["id"].encode() for item in items))
-        name = of.removeprefix("sha256:")[:12]
-        paths = self.folder / f"items-{name}.jsonl", self.folder / f"answers-{name}.jsonl"
+        # One file of answers for a model: items are known by what they hold, so longer lists find the old ones there.
+        paths = (
+            self.folder / f"items-{_short(*(item['id'] for item in items))}.jsonl",
+            self.folder / f"answers-{_short(weights_hash(evaluator.model), dtype)}.jsonl",
+        )
         needs_texts = any(rival.name == "duo-attention" for rival in rivals)
         write_items(items, _texts(evaluator.tokenizer) if needs_texts else [], paths[0])
         by_question: dict[str, list[str]] = {}
@@ -193,6 +196,10 @@ class Elsewhere:
             raise MoAError(f"rivals: {self.python} failed: {last}")
 
 
+def _short(*parts: str) -> str:
+    return sha256_of(*(part.encode() for part in parts)).removeprefix("sha256:")[:12]
+
+
 def _with_context(task: Task, samples: Sequence[Sample]) -> Sequence[Sample]:
     if any(len(sample.prompt) <= max(1, sample.question_tokens) for sample in samples):
         raise ConfigError(f"rivals that compress a context can't be measured on {task.name}, whose items have none")
@@ -203,8 +210,7 @@ def _scored(sample: Sample, answer: Mapping[str, Any]) -> AnswerScore:
     """An answer of the other environment as one of this."""
     counts = slice(None) if sample.supervised is None else sample.supervised
     if "generated" in answer:
-        right = np.array(answer["generated"]) == sample.answer
-        return AnswerScore(np.full(right.shape, np.nan)[counts], right[counts])
+        return generated(sample, np.array(answer["generated"], dtype=np.int64))
     return AnswerScore(np.array(answer["nll"], dtype=float)[counts], np.array(answer["correct"], dtype=bool)[counts])
 
 

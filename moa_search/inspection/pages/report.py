@@ -161,9 +161,13 @@ def _task_blocks(report: Report, task: str, summary: pd.DataFrame) -> list[str]:
         )
     blocks.append(to_html(table))
     in_parts = items.groupby(["variant", "length", "item"]).size().max() > 1
-    if in_parts:
+    if in_parts and task.startswith("perplexity"):
         blocks.append(_by_position(items, task))
-    elif items["depth"].nunique() <= 20 and items.groupby(["variant", "length", "depth"]).size().min() > 1:
+    elif (
+        not in_parts
+        and items["depth"].nunique() <= 20
+        and items.groupby(["variant", "length", "depth"]).size().min() > 1
+    ):
         blocks.append(_by_depth(items, task))
     return blocks
 
