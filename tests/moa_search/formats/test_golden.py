@@ -140,6 +140,27 @@ def profile_2() -> Profile:
     return Profile(header, profile.by_length, tiers=TierStatistics(transforms, by_length))
 
 
+def plan_2() -> Plan:
+    """Bits per head; its transforms of keys are those of `profile_2`."""
+    tiers = profile_2().tiers
+    assert tiers is not None
+    assert PLAN_1.provenance is not None
+    return Plan.from_rules(
+        PLAN_1.rules,
+        MODEL,
+        tiers=[[(8, 4), (16, 16)], [(2, 2), (16, 8)]],
+        transforms=tiers.transforms,
+        library_version="0.1.0",
+        sink=64,
+        block=64,
+        anchor="position",
+        provenance=PLAN_1.provenance.model_copy(update={"budgets": (Budget(length=1024, share=0.25),)}),
+        predicted=(
+            LengthMetrics(length=1024, density=0.5625, share=0.25, attention_density=0.75, loss=0.5, loss_error=0.125),
+        ),
+    )
+
+
 def native_profile_1() -> Profile:
     """The same with nothing measured in the first layer."""
     profile = profile_1()
@@ -165,6 +186,17 @@ def test_plan_1_with_native_layers(tmp_path: Path) -> None:
     assert loaded == NATIVE_PLAN_1
     loaded.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == golden.read_bytes()
+
+
+def test_plan_2(tmp_path: Path) -> None:
+    golden = GOLDEN / "moa-plan-2.json"
+    loaded = Plan.load(golden)
+    assert loaded == plan_2()
+    assert loaded.key_transforms == plan_2().key_transforms
+    loaded.save(tmp_path / "again.json")
+    for name in ("again.json", KeyTransforms.file_name(str(loaded.transforms))):
+        kept = golden if name == "again.json" else GOLDEN / name
+        assert (tmp_path / name).read_bytes() == kept.read_bytes()
 
 
 def test_moas_alphas_and_betas(tmp_path: Path) -> None:

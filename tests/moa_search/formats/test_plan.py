@@ -441,7 +441,14 @@ def test_the_json_schema_in_docs_is_current() -> None:
 def test_the_json_schema_accepts_plans_and_nothing_else(tiny_plan: Plan) -> None:
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
     validator.check_schema(validator.schema)
-    validator.validate(json.loads(GOLDEN.read_text()))
+    golden = sorted(GOLDEN.parent.glob("moa-plan-*.json"))
+    assert {"moa-plan-1.json", "moa-plan-2.json"} <= {file.name for file in golden}
+    for file in golden:
+        validator.validate(json.loads(file.read_text()))
+    for wrong in (5, 32, "8"):
+        bits = json.loads((GOLDEN.parent / "moa-plan-2.json").read_text())
+        put(wrong, "patterns", 0, 0, "key_bits")(bits)
+        assert not validator.is_valid(bits)
     validator.validate(json.loads(tiny_plan.dumps()))
     validator.validate(without_checksum(tiny_plan))
     for change in (
