@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from moa_search.runtime.attention import IMPL_ATTRIBUTE, NAME, RULES_ATTRIBUTE, 
 from moa_search.runtime.hooks import HOOKS, STATE_ATTRIBUTE, Applied, Hook, give_cache
 from moa_search.runtime.kernels import chosen
 from moa_search.runtime.rules import layer_rules
+from moa_search.runtime.streaming import stream_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +39,7 @@ With it, the reload asks for `NAME`: an error where nobody has registered that, 
 otherwise, since no plan is applied."""
 
 
-def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
+def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto", streaming: bool | int = False) -> Any:
     """Make a model attend as a plan says, in place.
 
     From then on `generate` and forward passes build a `MoACache` by themselves, and `save_pretrained` writes the plan
@@ -50,6 +52,9 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
         impl: What attends: ``"triton"`` kernels, the ``"cpu"`` library, plain ``"torch"``, or ``"auto"``, which is
             Triton on CUDA devices and the library on CPUs for whatever they can do and no gradient is asked of, and
             torch otherwise. The library is compiled at first use where the package doesn't carry it.
+        streaming: Whether text may grow past the model's context, or past so many tokens of it: the sink's positions
+            then move along with the newest tokens. Needs a plan in which every span is fixed, such as
+            ``plan.anchored_at(length)`` is. It isn't saved with the model.
 
     Returns:
         ``model``.
@@ -64,6 +69,9 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
     plan, given, model = Plan.of(plan), model, decoder_within(model)
     text = text_config(model.config)
     rules = layer_rules(plan, model.config)
+    stream = stream_of(model, rules, streaming, impl)
+    if stream is not None:
+        rules = tuple(replace(layer, stream=stream) for layer in rules)
     modules = _attention_modules(model)
     if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
         chosen(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
@@ -76,10 +84,18 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Any:
             set_attention(model, None)
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         state = Applied(
-            plan, rules, plan.fingerprint, impl, attention=attention_of(text), parameters=names, overridden={}
+            plan,
+            rules,
+            plan.fingerprint,
+            impl,
+            streaming,
+            attention=attention_of(text),
+            parameters=names,
+            overridden={},
         )
     set_attention(model, NAME)
-    state.plan, state.rules, state.fingerprint, state.impl = plan, rules, plan.fingerprint, impl
+    state.plan, state.rules, state.fingerprint = plan, rules, plan.fingerprint
+    state.impl, state.streaming = impl, streaming
     for module in modules:
         setattr(module, RULES_ATTRIBUTE, rules[module.layer_idx])
         setattr(module, IMPL_ATTRIBUTE, impl)
@@ -126,13 +142,14 @@ def remove_plan(model: Any) -> Any:
 
 
 @contextmanager
-def applied(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Iterator[Any]:
+def applied(model: Any, plan: PlanLike, *, impl: Impl = "auto", streaming: bool | int = False) -> Iterator[Any]:
     """Put a model under a plan for the duration of a ``with`` block, then under what it had before.
 
     Args:
         model: As in `apply_plan`.
         plan: As in `apply_plan`.
         impl: As in `apply_plan`.
+        streaming: As in `apply_plan`.
 
     Raises:
         ConfigError: The plan's rules aren't anchored at positions.
@@ -140,15 +157,15 @@ def applied(model: Any, plan: PlanLike, *, impl: Impl = "auto") -> Iterator[Any]
         ModelUnsupportedError: The model's attention can't be replaced.
     """
     state: Applied | None = getattr(decoder_within(model), STATE_ATTRIBUTE, None)
-    before = None if state is None else (state.plan, state.impl)
-    apply_plan(model, plan, impl=impl)
+    before = None if state is None else (state.plan, state.impl, state.streaming)
+    apply_plan(model, plan, impl=impl, streaming=streaming)
     try:
         yield model
     finally:
         if before is None:
             remove_plan(model)
         else:
-            apply_plan(model, before[0], impl=before[1])
+            apply_plan(model, before[0], impl=before[1], streaming=before[2])
 
 
 def _attention_modules(model: Any) -> list[Any]:

@@ -176,6 +176,8 @@ def _attend(
             f"queries, keys and values are {query.dtype}, {key.dtype} and {value.dtype}; they must be of one type, or "
             "autocast on"
         )
+    if torch.compiler.is_compiling() and rules.stream is not None:
+        raise UnsupportedInputError("streaming can't be compiled; apply the plan without it, or don't compile")
     if not torch.compiler.is_compiling():
         return dispatch.attend(query, key, value, valid, rules, past, impl, **options)
     if past is None and rules.codecs is not None:  # which tokens are the sink's depends on padding

@@ -9,6 +9,7 @@ from moa_kernels import span_attention
 
 from moa_search.runtime import unmasked
 from moa_search.runtime.padding import real_first
+from moa_search.runtime.streaming import by_part
 
 if TYPE_CHECKING:
     from moa_search.runtime.layer import MoACacheLayer
@@ -48,7 +49,8 @@ def attend(
     Returns:
         ``[batch, heads, query, value_dim]``; anything for padding.
     """
-    if valid is None and (past is None or past.is_empty) and unmasked.applies(query, rules, softcap, sink_logits):
+    fresh = valid is None and (past is None or past.is_empty) and not rules.streams(key.shape[2])
+    if fresh and unmasked.applies(query, rules, softcap, sink_logits):
         return unmasked.attend(query, key, value, rules, scale=scale)
     rows, keys = query.shape[2], key.shape[2]
     group = query.shape[1] // key.shape[1]
@@ -59,6 +61,7 @@ def attend(
         key, value = real_first(key, valid), real_first(value, valid)
         # Padding rows take their predecessor's position: nobody reads them, and positions stay sorted.
         query_at = start[:, None] + (valid.cumsum(1) - 1)[:, keys - rows :].clamp(min=0)
+    at_sink = rules.stream.at_sink(query, query_at) if rules.stream is not None else None
     ring = None if past is None or past.is_empty else past
     ring_key, ring_value, ring_at = (None,) * 3 if ring is None else (*ring.states(), ring.positions())
     tops = list(range(0, rows, ROW_BLOCK))
@@ -79,9 +82,13 @@ def attend(
             mask = _mask(query_at[:, block], oldest[:, block], at, rules)
             for head in heads:
                 group_heads = slice(head * group, (head + 1) * group)
+                rows_query, rows_key = query[:, group_heads, block], _join(ring_key, old[head], key[:, head], new)
+                if at_sink is not None:
+                    rows_query = torch.cat([rows_query, at_sink[:, group_heads, block]], -1)
+                    rows_key = by_part(rows_key, at < rules.sink)
                 out = span_attention(
-                    query[:, group_heads, block],
-                    _join(ring_key, old[head], key[:, head], new),
+                    rows_query,
+                    rows_key,
                     _join(ring_value, old[head], value[:, head], new),
                     mask,
                     scale=scale,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moa_kernels.backends import Backend
 
+from moa_search.errors import UnsupportedInputError
 from moa_search.runtime import blockwise, coded, decoding, kernels, native
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def _attend(
 ) -> torch.Tensor:
     if rules.codecs is not None:
         return coded.attend(query, key, value, valid, rules, past, impl, **options)
+    if rules.streams(key.shape[2] + (0 if past is None else past.longest)):
+        return _beyond(query, key, value, valid, rules, past, **options)
     decodes = past is not None and past.decodes(query.shape[2], valid)
     if past is not None and decodes and past.is_compileable:
         # Operators decode whatever runs them: in a compiled step, nothing may depend on what they find.
@@ -82,4 +85,24 @@ def _attend(
             out = kernels.prefill(query, key, value, valid, rules, past, impl=backend, **options)
         if past is not None:
             past.commit(key, value, valid, backend)
+    return out.transpose(1, 2).contiguous()
+
+
+def _beyond(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    rules: LayerRules,
+    past: MoACacheLayer | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention past the context, which plain torch alone can."""
+    if past is not None and past.is_compileable:
+        raise UnsupportedInputError(
+            "streaming needs a cache that grows; leave max_length, or cache_implementation, unset"
+        )
+    out = blockwise.attend(query, key, value, valid, rules, past, **options)
+    if past is not None:
+        past.commit(key, value, valid)
     return out.transpose(1, 2).contiguous()

@@ -49,6 +49,7 @@ class Applied:
         rules: What it says, layer by layer.
         fingerprint: Of the plan.
         impl: What attends, as in `apply_plan`.
+        streaming: As in `apply_plan`.
         attention: The attention implementation before.
         parameters: Of the model's ``forward``, in order.
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
@@ -60,6 +61,7 @@ class Applied:
     rules: tuple[LayerRules, ...]
     fingerprint: str
     impl: Impl
+    streaming: bool | int
     attention: str | None
     parameters: tuple[str, ...]
     overridden: dict[str, Any]

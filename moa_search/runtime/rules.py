@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import sub
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from moa_search.formats import ModelSignature, Plan
 from moa_search.modeling.support import require_own_keys
 from moa_search.modeling.text import text_config
 from moa_search.runtime.codecs import LayerCodecs, layer_codecs
+from moa_search.runtime.streaming import Stream
 from moa_search.spans import BETA_ONE, SpanRule, span
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class LayerRules:
         block: Tokens by which the layer's cache grows; also the smallest window.
         sliding_window: The model's own window in tokens, applied on top of the rules; None where it has none.
         codecs: How precisely the heads store keys and values; None where all store 16 bits.
+        stream: What happens beyond the context; None where nothing special does. Caches don't depend on it.
     """
 
     rules: tuple[SpanRule, ...]
@@ -41,6 +43,11 @@ class LayerRules:
     block: int
     sliding_window: int | None = None
     codecs: LayerCodecs | None = None
+    stream: Stream | None = field(default=None, compare=False)
+
+    def streams(self, length: int) -> bool:
+        """Whether one of ``length`` tokens may be beyond the context of a stream."""
+        return self.stream is not None and length > self.stream.context
 
     @cached_property
     def heads_by_rule(self) -> dict[SpanRule, tuple[int, ...]]:
