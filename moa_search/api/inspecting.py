@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moa_search.api.common import load_profile, require_writable
 from moa_search.api.converting import export_plan, import_plan
@@ -18,6 +18,7 @@ from moa_search.options import (
     ImportOptions,
     InspectPlanOptions,
     InspectProfileOptions,
+    MemoryOptions,
     takes,
 )
 
@@ -49,7 +50,7 @@ def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
     shown = _heads(options.heads)
     priced = options.format in ("modelopt", "kvtuner") and options.profile is not None
     for name, value in (("heads", options.heads), ("front", options.front), ("profile", options.profile)):
-        if value and options.html is None and not (name == "profile" and priced):
+        if value and options.html is None and not (name == "profile" and (priced or options.memory)):
             raise ConfigError(f"{name}: it is for a page; give html, too")
     writing = {"reanchor": options.reanchor, "format": options.format != "plan", "window_length": options.window_length}
     for name, given in writing.items():
@@ -58,7 +59,8 @@ def inspect_plan(plan: str | PlanLike, options: InspectPlanOptions) -> Plan:
     plan = _named(plan)
     _require_plan(plan)
     loaded: Plan = import_plan.__wrapped__(plan, options.part(ImportOptions))  # type: ignore[attr-defined]
-    if options.vllm:
+    _require_memory_options(options)
+    if options.vllm or (options.memory and options.engine == "vllm"):
         require_paged(loaded, plan if isinstance(plan, str) else "plan")
     require_writable(options.output)
     require_writable(options.html, "html")
@@ -182,6 +184,40 @@ def inspect_front(folder: str, options: FrontPageOptions) -> Front:
     if options.output is not None:
         save_front_plot(loaded, options.output)
     return loaded
+
+
+def weights_of(model: Any, profile: Any, weights_bytes: int | None, trust_remote_code: bool = False) -> int:
+    """Bytes of the weights of the model that a plan is for: as told, or of the profile or model at 16 bits each.
+
+    Args:
+        model: A hub id, a folder or a profile's file; others don't tell.
+        profile: Profile, or its file.
+        weights_bytes: As told.
+        trust_remote_code: As for `load_config`.
+
+    Raises:
+        ConfigError: None of them tells.
+    """
+    if weights_bytes is not None:
+        return weights_bytes
+    is_profile = isinstance(model, str) and model.endswith(".safetensors")
+    for file in (profile, model if is_profile else None):
+        if file is not None and (known := load_profile(file).header.weights_bytes) is not None:
+            return known
+    if isinstance(model, str) and not is_profile and not model.endswith(".json") and "=" not in model:
+        from moa_search.modeling.loading import count_parameters
+
+        return 2 * count_parameters(model, trust_remote_code=trust_remote_code)
+    raise ConfigError(
+        "memory: nothing tells the size of the weights; give model, or a profile that does, or weights_bytes"
+    )
+
+
+def _require_memory_options(options: InspectPlanOptions) -> None:
+    """Refuse options of the memory table without it."""
+    for name, field in MemoryOptions.model_fields.items():
+        if not options.memory and getattr(options, name) != field.default:
+            raise ConfigError(f"{name}: it is for the table of memory; give memory, too")
 
 
 def kind_of(path: str) -> Literal["plan", "profile", "front", "plans"]:

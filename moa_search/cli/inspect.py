@@ -17,10 +17,12 @@ CHANGES = 12
 
 if TYPE_CHECKING:
     from moa_search.formats import Plan, Profile
+    from moa_search.formats.memory import Engine
+    from moa_search.inspection.printing import Table
     from moa_search.search import Front
 
 
-def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, vllm: bool, **options: Any) -> None:
+def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, vllm: bool, memory: bool, **options: Any) -> None:
     """Print origin, densities, rules and spans."""
     from moa_search.inspection.frames.plans import held_frame, plan_facts, plan_frame, rule_frame, span_frame
     from moa_search.inspection.printing import fact_lines, to_rich
@@ -30,13 +32,35 @@ def show(plan: Plan, /, *, lengths: Sequence[int], save: str | None, vllm: bool,
     notes = plan.provenance.notes if plan.provenance else ()
     for line in [*fact_lines(plan_facts(plan)), *(fact_lines({"note": note})[0] for note in notes)]:
         console.print(line, highlight=False)
-    for table in (plan_frame(plan, shown), rule_frame(plan), span_frame(plan, max(shown))):
+    tables = [plan_frame(plan, shown), rule_frame(plan), span_frame(plan, max(shown))]
+    for table in _memory_tables(plan, shown, **options) if memory else tables:
         console.print(to_rich(table))
     if vllm:
         console.print(to_rich(held_frame(plan, shown)))
     _say_written("heat map", **options)
     if save is not None:
         print(f"plan written to {save}")
+
+
+def _memory_tables(
+    loaded: Plan,
+    lengths: Sequence[int],
+    *,
+    context: Sequence[int],
+    batch: int,
+    engine: Engine,
+    card: Sequence[float],
+    model: Any,
+    profile: Any,
+    weights_bytes: int | None,
+    trust_remote_code: bool,
+    **_: Any,
+) -> Sequence[Table]:
+    from moa_search.api.inspecting import weights_of
+    from moa_search.inspection.frames.memory import card_frame, memory_frame
+
+    at, weights = list(context) or list(lengths), weights_of(model, profile, weights_bytes, trust_remote_code)
+    return memory_frame(loaded, at, batch, weights, engine), card_frame(loaded, at, batch, weights, engine, card)
 
 
 def show_profile(profile: Profile, /, *, lengths: Sequence[int], criterion: str, **options: Any) -> None:

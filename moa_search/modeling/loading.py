@@ -162,6 +162,27 @@ def random_model(
     return model.eval().requires_grad_(False)
 
 
+def count_parameters(spec: str, *, trust_remote_code: bool = False) -> int:
+    """Numbers in a model's weights, shared ones once, told from its configuration alone.
+
+    Args:
+        spec: As for `load_config`.
+        trust_remote_code: As for `load_model`.
+
+    Raises:
+        ModelNotFoundError: ``spec`` names nothing that can be loaded.
+        ModelUnsupportedError: It isn't a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(spec, trust_remote_code=trust_remote_code)
+    require_causal(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _main_memory() -> int:
     """Bytes of main memory, used or not; where the system doesn't say, no bound."""
     try:

@@ -22,6 +22,7 @@ from moa_search.options.inspecting import (
     InspectPlanOptions,
     InspectPlansOptions,
     InspectProfileOptions,
+    MemoryOptions,
     PushOptions,
 )
 from moa_search.options.running import (
@@ -60,6 +61,7 @@ __all__ = [
     "InspectPlanOptions",
     "InspectPlansOptions",
     "InspectProfileOptions",
+    "MemoryOptions",
     "MergeOptions",
     "ModelOptions",
     "Options",

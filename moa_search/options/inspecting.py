@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from moa_search.formats.foreign import PlanFormat
-from moa_search.options.base import Options, Several, Tokens
+from moa_search.options.base import Count, Options, Positive, Several, Tokens, as_list
 from moa_search.options.groups import Criterion, TrustRemoteCode
 
 
@@ -58,7 +62,34 @@ class PageOptions(Options):
     """File for a page with all there is to see; it needs no network."""
 
 
-class InspectPlanOptions(PageOptions, ImportOptions, ExportOptions):
+def read_tokens(value: Any) -> Any:
+    """Numbers of tokens, ``32k`` for 32 times 1024."""
+
+    def read(text: Any) -> Any:
+        short = re.fullmatch(r"(\d+)k", text.strip().lower()) if isinstance(text, str) else None
+        return 1024 * int(short[1]) if short else text
+
+    return [read(entry) for entry in as_list(value)]
+
+
+class MemoryOptions(Options):
+    """Memory."""
+
+    memory: bool = False
+    """Show what weights, keys and values take, dense and under the plan, and what fits cards; nothing is loaded."""
+    context: Annotated[Sequence[Tokens], BeforeValidator(read_tokens)] = ()
+    """With memory: contexts in tokens, such as 8192 or 32k; by default those that the plan was made for."""
+    batch: Count = 1
+    """With memory: sequences at a time."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """With memory: what runs the plan; vllm holds in a group of heads what any of them attends."""
+    weights_bytes: Count | None = None
+    """With memory: size of the weights where it isn't what the model, or the profile, has at 16 bits each."""
+    card: Several[Positive] = (24.0, 48.0, 80.0)
+    """With memory: sizes of GPUs in GiB."""
+
+
+class InspectPlanOptions(PageOptions, ImportOptions, ExportOptions, MemoryOptions):
     """Writing."""
 
     heads: Several[str] = ()
@@ -68,7 +99,7 @@ class InspectPlanOptions(PageOptions, ImportOptions, ExportOptions):
     """Folder of moa-search whose front the HTML page shows; by default the one that the plan lies in."""
     profile: Any = None
     """Profile file that predicts what each layer loses, on the HTML page, and with format modelopt or kvtuner what
-    these change."""
+    these change; with memory it tells the size of the weights."""
     vllm: bool = False
     """Show how much of a dense cache vLLM holds under the plan, by the number of groups of KV heads."""
     save: str | None = None

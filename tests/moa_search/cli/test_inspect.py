@@ -217,3 +217,33 @@ class TestEngines:
         assert (status, out) == (2, "")
         assert message in err
         assert len(err.splitlines()) == 1
+
+
+class TestMemory:
+    def test_dense_and_under_the_plan_and_what_fits(self, call, folder):
+        words = ("--memory", "true", "--weights-bytes", 2**30, "--context", "1k", 2048, "--batch", 8, "--card", 1, 2)
+        status, out, err = call(folder / "uniform.json", *words)
+        assert status == 0, err
+        assert "GiB for 8 sequences, dense and under the plan in transformers" in out
+        assert [line.split("│")[1].strip() for line in out.splitlines() if "│" in line] == ["1024", "2048", *"1122"]
+        assert "none" in out, "1 GiB is full of weights"
+        assert "Span in tokens" not in out
+        assert call(folder / "uniform.json", *words, "--engine", "vllm")[0] == 0
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--memory", "true"), "memory: nothing tells the size of the weights"),
+            (("--memory", "true", "--profile", "p.safetensors"), "No such file"),
+            (("--context", "32k"), "context: it is for the table of memory; give memory, too"),
+            (("--batch", 2), "batch: it is for the table of memory"),
+            (("--memory", "true", "--weights-bytes", 1, "--context", "32kk"), "context: '32kk' is no whole number"),
+            (("--memory", "true", "--weights-bytes", 1, "--card", 0), "card: 0 is out of range"),
+            (("--memory", "true", "--weights-bytes", 1, "--engine", "sglang"), "engine: 'sglang' is unknown"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, call, folder, words, message):
+        status, _, err = call(folder / "uniform.json", *words)
+        assert status == 2
+        assert message in err
+        assert len(err.splitlines()) == 1

@@ -45,6 +45,7 @@ ONE = {
     "devices": "cuda:0", "tasks": "copy", "plan": "plan.json", "baselines": "dense", "depths": 0.5, "against": "dense",
     "ways": "plan", "batch": "1", "tiers": 8, "heads": "7:2", "fold_lengths": 1024, "samples": 7, "bits": 8,
     "rivals": "int4", "questions": "unknown",
+    "context": 1024, "card": 24.0,
 }  # fmt: skip
 
 
