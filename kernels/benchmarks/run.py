@@ -1,7 +1,8 @@
 """Every kernel beside its references: correctness first, then medians, in one run on one device.
 
 Usage:
-    python kernels/benchmarks/run.py --output FOLDER [--kernels prefill decode influence] [--lengths 32768 131072]
+    python kernels/benchmarks/run.py --output FOLDER [--kernels prefill decode coded_decode influence]
+        [--lengths 32768 131072]
     python kernels/benchmarks/run.py --tiny --output FOLDER    # the same code in Triton's interpreter, no GPU needed
 
 Writes FOLDER/benchmarks.jsonl (one object per kernel, case and reference) and FOLDER/benchmarks.md, and prints the
@@ -24,7 +25,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-KERNELS = ("prefill", "decode", "influence")
+KERNELS = ("prefill", "decode", "coded_decode", "influence")
 COLUMNS = ("kernel", "case", "ms", "reference", "reference_ms", "ratio")
 
 

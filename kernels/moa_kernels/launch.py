@@ -61,7 +61,7 @@ def launch_config(kernel: str, device: torch.device, head_dim: int, itemsize: in
     """The settings to launch a kernel with.
 
     Args:
-        kernel: ``"prefill"``, ``"decode"`` or ``"influence"``.
+        kernel: ``"prefill"``, ``"decode"``, ``"coded_decode"`` or ``"influence"``.
         device: Where it runs.
         head_dim: Of keys.
         itemsize: Bytes per element; tiles of 4-byte elements hold half as many keys.
@@ -163,9 +163,14 @@ _fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4,
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 3)}, "sm_90")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 2)}, "sm_80")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 2)) | {256: (32, 32, 4, 2)}, "sm_86")
+# coded_decode: a block's decoded keys and their turns lie in registers, whence fewer keys to a block.
+for _arch_ in ("sm_90", "sm_80", "sm_86"):
+    _fill("coded_decode", dict.fromkeys((16, 32, 64), (16, 64, 4, 3)), _arch_)
+    _fill("coded_decode", {128: (16, 32, 8, 3), 256: (16, 32, 8, 2)}, _arch_)
 # 128 registers, so that one program's products run beside the other's arithmetic.
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (128, 32, 8, 3, 128)) | {256: (128, 32, 8, 2)}, "sm_90")
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 3)) | {256: (64, 16, 4, 2)}, "sm_80")
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)) | {256: (32, 16, 4, 2)}, "sm_86")
-for _kernel in ("prefill", "decode", "influence"):
-    _fill(_kernel, dict.fromkeys((16, 32, 64, 128, 256), (32 if _kernel != "decode" else 16, 32, 4, 2)), "interpreter")
+for _kernel in ("prefill", "decode", "coded_decode", "influence"):
+    _block_m = 16 if _kernel.endswith("decode") else 32
+    _fill(_kernel, dict.fromkeys((16, 32, 64, 128, 256), (_block_m, 32, 4, 2)), "interpreter")

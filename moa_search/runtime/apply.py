@@ -75,8 +75,11 @@ def apply_plan(model: Any, plan: PlanLike, *, impl: Impl = "auto", streaming: bo
     modules = _attention_modules(model)
     if model.device.type != "meta":  # as offloaded weights are: then the first forward pass tells
         chosen(impl, torch.empty(0, plan.model.head_dim, dtype=model.dtype, device=model.device))
-    if impl == "triton" and any(layer.codecs is not None for layer in rules):
-        raise BackendUnavailableError("impl is triton, which reads no codes yet; take auto, cpu or torch")
+    coded = any(layer.codecs is not None for layer in rules)
+    if impl == "triton" and coded and model.dtype not in (torch.float16, torch.bfloat16):
+        raise BackendUnavailableError(
+            f"impl is triton, whose kernels read codes in float16 and bfloat16, not {model.dtype}; take auto or torch"
+        )
     register()
     state: Applied | None = getattr(model, STATE_ATTRIBUTE, None)
     if state is None:

@@ -171,6 +171,76 @@ CASES["decode"] = decode_cases
 CASES["append"] = append_cases
 
 
+CODED = [
+    (128, "bf16", 4, 1, "4-4"),
+    (64, "bf16", 4, 1, "4-4"),
+    (128, "bf16", 4, 1, "8-4 2-2"),
+]
+"""Head dimension, type, query heads per KV head, new tokens, and the layer's tiers."""
+
+
+def coded_decode_cases(arch: str) -> Iterator[Case]:
+    """Tiers alone and many in one launch; few rows, and so many that they fill several tiles."""
+    from moa_kernels.coded.decode_kernel import merge_kernel, split_kernel
+    from moa_kernels.coded.launch import MERGED_AT_ONCE, OVERHEAD_BYTES, RADIX, tier_mask
+    from moa_kernels.launch import padded, table_config
+
+    pointers = dict.fromkeys(("layout", "spans", "ends", "order"), "*i32") | {"lens": "*i64", "codes": "*i64"}
+    floats = ("back_sizes", "means", "angles", "partial", "tops", "totals", "sink_logits", "plain", "coded", "lse")
+    pointers |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("back", "key_scales", "value_scales"), "*fp16")
+    pointers |= dict.fromkeys(("key_codes", "value_codes"), "*u8")
+    tensors = ("query", "plain_keys", "plain_values", "key_sinks", "value_sinks")
+    aligned = (*tensors, "key_codes", "value_codes", "back", "means", "angles", "partial", "key_codes_stride")
+    for head_dim, dtype, group, new, tiers in CODED:
+        config = table_config("coded_decode", arch, head_dim, 2)
+        block_m = min(config.block_m, max(16, group * new))
+        types = pointers | dict.fromkeys(tensors, f"*{dtype}") | {"scale": "fp32"}
+        shape = {"GROUP": group, "NEW": new, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+        constants = {
+            "TIERS": tier_mask(tuple(map(int, tier.split("-"))) for tier in tiers.split()),  # type: ignore[misc]
+            "TARGET_TILES": 792, "PLANS": 1, "OVERHEAD": OVERHEAD_BYTES, "BLOCK_P": 128, "ITEMSIZE": 2,
+            "SOFTCAP": 30.0 if new > 1 else 0.0, "RADIX": RADIX, "UPCAST": False, "STAGES": config.num_stages,
+            "BLOCK_M": block_m, "BLOCK_N": config.block_n,
+        }  # fmt: skip
+        yield Case(
+            f"coded-decode-{head_dim}-{dtype}-{group}x{new}-{tiers}", split_kernel,
+            {name: types.get(name, "i32") for name in split_kernel.arg_names if name.islower()}, shape | constants,
+            (*aligned, "value_codes_stride"), config.num_warps * (2 if block_m > 16 else 1), config.num_stages,
+        )  # fmt: skip
+        if tiers == "4-4":
+            names = [name for name in merge_kernel.arg_names if name.islower()]
+            yield Case(
+                f"coded-merge-{head_dim}", merge_kernel, {name: types.get(name, "i32") for name in names},
+                shape | {"HAS_SINK_LOGITS": True, "BLOCK_T": MERGED_AT_ONCE}, ("partial", "plain", "coded"),
+                tensor_cores=False,
+            )  # fmt: skip
+
+
+def coded_append_cases(arch: str) -> Iterator[Case]:
+    """A decoding step, with padding."""
+    from moa_kernels.coded.append_kernel import append_kernel
+    from moa_kernels.coded.launch import RADIX, ROWS_AT_ONCE
+    from moa_kernels.launch import padded
+
+    names = [name for name in append_kernel.arg_names if name.islower()]
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(("lens", "counts", "codes"), "*i64") | {"layout": "*i32"}
+    types |= dict.fromkeys(("key_into", "value_into", "mean", "angles"), "*fp64") | {"order": "*i32"}
+    types |= dict.fromkeys(("key_codes", "value_codes"), "*u8") | dict.fromkeys(("key_scales", "value_scales"), "*fp16")
+    states = ("new_keys", "new_values", "plain_keys", "plain_values", "key_sinks", "value_sinks")
+    types |= dict.fromkeys(states, "*bf16")
+    for width in HEAD_DIMS:
+        constants = {"HAS_COUNTS": True, "WIDTH": width, "ITEMSIZE": 2, "RADIX": RADIX, "BLOCK_D": padded(width)}
+        constants |= {"BLOCK_E": padded(width) // 8, "BLOCK_R": ROWS_AT_ONCE}
+        yield Case(
+            f"coded-append-{width}", append_kernel, types, constants, (*states, "key_into", "value_into"),
+            tensor_cores=False,
+        )  # fmt: skip
+
+
+CASES["coded_decode"] = coded_decode_cases
+CASES["coded_append"] = coded_append_cases
+
+
 def influence_cases(arch: str) -> Iterator[Case]:
     """All three kernels as for long samples; at head_dim 128 as for short ones, and with each option, too."""
     from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel

@@ -28,7 +28,15 @@ def test_all_kernels_tiny(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "benchmarks.jsonl").read_text().splitlines()]
-    assert {row["kernel"] for row in rows} == {"copy", "prefill", "decode", "append", "influence"}
+    assert {row["kernel"] for row in rows} == {
+        "copy",
+        "prefill",
+        "decode",
+        "append",
+        "coded_decode",
+        "coded_append",
+        "influence",
+    }
     assert not [row for row in rows if "wrong" in row or "skipped" in row]
     for row in rows[1:]:
         assert {"kernel", "case", "ms", "reference", "reference_ms", "ratio", "device", "torch", "shapes"} <= set(row)

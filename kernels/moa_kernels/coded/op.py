@@ -8,19 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_kernels.backends import Backend, BackendUnavailableError, choose, run
+from moa_kernels.backends import DTYPES, Backend, choose, run
 from moa_kernels.coded.reference import AppendCodes, DecodeCodes, SeeTokens, StoredStates
 from moa_kernels.codes.storage import CodeLayout, Stored, Turns
 from moa_kernels.decode.op import MOST_NEW_TOKENS
 from moa_kernels.spans import HeadSpans
-
-IMPLEMENTED: dict[str, tuple[Backend, ...]] = {
-    "append_codes": (Backend.CPU, Backend.TORCH),
-    "decode_codes": (Backend.CPU, Backend.TORCH),
-    "see_tokens": (Backend.CPU, Backend.TORCH),
-    "stored_states": (Backend.CPU, Backend.TORCH),
-}
-"""By operation, what has an implementation of it."""
 
 
 def append_codes(
@@ -203,13 +195,10 @@ def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _choose(operation: str, impl: str, *states: Tensor, layout: CodeLayout) -> Backend:
-    """As `backends.choose`, among what has an implementation."""
-    backend = choose(impl, *states, head_dim=layout.width)
-    if backend in IMPLEMENTED[operation]:
-        return backend
-    if impl != "auto":
-        raise BackendUnavailableError(f'{operation} has no implementation by {backend}; use impl="torch" or "auto"')
-    return Backend.TORCH
+    """As `backends.choose`; Triton multiplies codes on tensor cores, which takes 16-bit types."""
+    tensor_cores = impl == Backend.TRITON or (impl == "auto" and states[0].is_cuda)
+    takes = DTYPES[:2] if operation == "decode_codes" and tensor_cores else DTYPES
+    return choose(impl, *states, head_dim=layout.width, dtypes=takes)
 
 
 def _check_append(call: AppendCodes) -> None:

@@ -264,9 +264,9 @@ def test_a_compiled_step_of_fixed_size_is_one_graph():
 
 
 class TestRefusals:
-    def test_kernels_that_read_no_codes(self):
+    def test_tensor_cores_in_a_type_that_they_do_not_take(self):
         model = tiny_model(dtype=torch.float32)
-        with pytest.raises(BackendUnavailableError):
+        with pytest.raises(BackendUnavailableError, match=r"float16 and bfloat16, not torch\.float32"):
             apply_plan(model, mixed_plan(model), impl="triton")
         assert model.config._attn_implementation != "moa"
 
