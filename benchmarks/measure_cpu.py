@@ -1,7 +1,10 @@
 """Prefill and decoding on a CPU, under plans and dense: the tables of docs/throughput.md.
 
     OMP_NUM_THREADS=1 python benchmarks/measure_cpu.py decode --lengths 1024 4096 --dtypes bfloat16 --output cpu.jsonl
+    python benchmarks/measure_cpu.py decode --plans plan.json plain:plan.json --output cpu.jsonl
     python benchmarks/measure_cpu.py table --output cpu.jsonl
+
+A plan in few bits is given as a file, its spans in 16 bits as ``plain:FILE``.
 
 Dense is transformers' SDPA with a DynamicCache. The cells of a row take turns in one process, so that a busy machine
 slows all of them; with one thread, that thread's CPU time counts, with several the clock on the wall. Times are minima.
@@ -73,6 +76,12 @@ def parsed() -> argparse.Namespace:
 
 
 def plan_named(name: str, model: Any) -> Plan:
+    """A shipped plan, one that keeps all, or a file's (``plain:FILE``: its spans, all in 16 bits)."""
+    if name.endswith(".json"):
+        plan = Plan.load(name.removeprefix("plain:"))
+        if not name.startswith("plain:"):
+            return plan
+        return Plan.from_rules(plan.rules, plan.model, sink=plan.sink, block=plan.block)
     if name == "all-dense":
         return Plan.uniform(DENSE, ModelSignature.of(model.config))
     return Plan.load(PLANS / f"{name}.json")
@@ -170,7 +179,7 @@ def fill(cache: Any, model: Any, case: dict[str, Any]) -> None:
         states = torch.randn(shape, generator=generator, dtype=torch.float32).to(model.dtype).transpose(1, 2)
         cache.update(states.contiguous(), states.contiguous(), index)
         if isinstance(cache, MoACache):
-            cache.layers[index].commit(states, states, None)
+            cache.layers[index].commit(states, states, None, "auto")
 
 
 if __name__ == "__main__":
