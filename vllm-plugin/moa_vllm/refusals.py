@@ -42,7 +42,7 @@ def require_platform(platform: Any) -> None:
         platform: vLLM's ``current_platform``.
 
     Raises:
-        BackendUnavailableError: Not on a CPU: there is no kernel for pages of single heads on GPUs yet.
+        BackendUnavailableError: Not on a CPU: the kernel for GPUs (`moa_vllm.kernel`) has never run on one.
     """
     if not platform.is_cpu():
         raise BackendUnavailableError(

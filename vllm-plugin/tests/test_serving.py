@@ -72,7 +72,7 @@ def blocks_used(address: str) -> float:
     return float(next(line for line in lines if line.startswith("vllm:kv_cache_usage_perc")).split()[-1])
 
 
-def test_two_conversations_at_once(server: Any, folder: Path) -> None:
+def test_two_conversations_at_once(server: Any, folder: Path, demo_folder: str) -> None:
     client, address, log = server
     assert f"serves {folder} under the plan of {folder}" in log.read_text()
     talks: list[list[dict[str, str]]] = [[], []]
@@ -100,7 +100,7 @@ def test_two_conversations_at_once(server: Any, folder: Path) -> None:
 
     from transformers import AutoTokenizer
 
-    reference, tokenizer = Reference(str(folder), folder / "moa_plan.json"), AutoTokenizer.from_pretrained(folder)
+    reference, tokenizer = Reference(demo_folder, folder / "moa_plan.json"), AutoTokenizer.from_pretrained(demo_folder)
     for talk in talks:
         assert len(talk) == 2 * TURNS
         for turn in range(0, len(talk), 2):
