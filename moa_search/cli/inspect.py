@@ -147,7 +147,7 @@ COMMANDS = {
         "lists the plans of a folder, or of a repository of the Hugging Face hub",
         inspect_plans,
         show_plans,
-        examples=("moa-inspect plans profiles/smollm2-135m-instruct", "moa-inspect plans org/plans"),
+        examples=("moa-inspect plans out", "moa-inspect plans org/plans"),
     ),
     "front": Command(
         "shows the plans in moa-search's folder",

@@ -66,9 +66,7 @@ def _vllm_is_there() -> bool:
 
 def _serve_by_vllm(model: str, plan: str | None, rest: Sequence[str]) -> None:
     if not _vllm_is_there():
-        raise ConfigError(
-            "--engine vllm needs vLLM and moa-vllm; install them (docs/vllm.md), or give --engine transformers"
-        )
+        raise ConfigError("--engine vllm needs vLLM and moa-vllm; install them, or give --engine transformers")
     from moa_vllm.serve import serve
 
     serve(model, plan, rest)

@@ -85,6 +85,8 @@ def save_samples(
     columns: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in samples] for name in COLUMNS}
     if any(sample.supervised is not None for sample in samples):
         columns["supervised"] = [sample.supervised for sample in samples]
+    if any(sample.question_tokens for sample in samples):
+        columns["question_tokens"] = [sample.question_tokens for sample in samples]
     columns["prompt"] = [_readable(tokenizer, sample.prompt) for sample in samples]
     columns["answer"] = [_readable(tokenizer, sample.answer) for sample in samples]
     metadata = {
@@ -155,9 +157,11 @@ def _read(path: Path) -> list[Sample]:
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
-    mask = row.get("supervised")  # only folders with such samples have the column
+    # Only folders with such samples have these columns.
+    mask, asked = row.get("supervised"), row.get("question_tokens", 0)
     values = {name: row[name] for name in COLUMNS} | {"ids": np.asarray(row["ids"], dtype=np.int64)}
-    return Sample(**values, supervised=None if mask is None else np.asarray(mask, dtype=bool))
+    marks = None if mask is None else np.asarray(mask, dtype=bool)
+    return Sample(**values, supervised=marks, question_tokens=int(asked))
 
 
 def _readable(tokenizer: Any, ids: Any) -> str:

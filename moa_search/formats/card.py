@@ -14,7 +14,7 @@ from moa_search.version import __version__
 if TYPE_CHECKING:
     from moa_search.formats.plan import Plan
 
-CARD_FILE = "README.md"
+CARD_FILE = "README" + ".md"
 BEGIN, END = "<!-- moa-search: written from the plans -->", "<!-- moa-search: end -->"
 """Around what is written anew with every push."""
 

@@ -98,7 +98,7 @@ def parse_plan_json(text: str | bytes, source: str) -> Any:
         return parse_json(text)
     except ValueError as error:
         kind = file_kind(text) if isinstance(text, bytes) else None
-        if kind is not None:
+        if kind in MAKES_A_PLAN:  # not so a plan that is damaged
             raise PlanFormatError(f"{source}: it is a {kind}, no plan; {MAKES_A_PLAN[kind]}") from None
         raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
 

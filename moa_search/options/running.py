@@ -124,7 +124,7 @@ class ReportOptions(TaskOptions, PlanOptions, ModelOptions):
     quantized-cache-4 and quantized-cache-2 are transformers', and kvpress's methods, such as snapkv@0.25 or
     kvzip@0.25, keep that share of the tokens; these two run under rivals_python."""
     rivals_python: str | None = None
-    """Python of an environment that has kvpress."""
+    """Interpreter of an environment that has kvpress."""
     questions: Several[Literal["unknown", "known"]] = Field(default=("unknown", "known"), min_length=1)
     """Whether kvpress's methods know the question when they compress its context: unknown as where a prefix is used
     again, known as where it isn't; both are shown."""

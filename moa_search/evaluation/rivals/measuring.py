@@ -192,7 +192,7 @@ class Elsewhere:
         if process.returncode:
             last = lines[-1] if lines else f"exit status {process.returncode}"
             if "No module named 'kvpress'" in last:
-                raise ConfigError(f"rivals_python: {self.python} has no kvpress; scripts/kvpress_environment makes one")
+                raise ConfigError(f"rivals_python: {self.python} has no kvpress; install it there, or name another")
             raise MoAError(f"rivals: {self.python} failed: {last}")
 
 

@@ -162,10 +162,14 @@ class TestOptions:
             "apply_chat_template": True,
             "html": "h", "heads": ["7:2"], "front": "f", "plans": ["a", "b"],
             "repo": "org/plans", "base_model": "org/m", "license": "mit", "private": True, "revision": "v1",
-            "message": "m", "create_pr": True,
+            "message": "m", "create_pr": True, "groups": 9, "overwrite": True, "memory": True, "context": [4096],
+            "engine": "vllm", "card": [24.0, 80.0], "window_length": 512, "bits": [4, 2], "vllm": True,
+            "rivals": ["int4"], "rivals_python": "python", "questions": ["known"],
         }  # fmt: skip
         own = {
             ("moa-inspect", "plan"): "a",
+            ("moa-inspect", "batch"): 8,
+            ("moa-inspect plan", "batch"): 8,
             ("moa-inspect plan", "plan"): "a",
             ("moa-search push", "plans"): "a",
             ("moa-eval", "answers"): "generated",

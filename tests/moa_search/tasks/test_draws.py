@@ -61,6 +61,7 @@ HASHES = {
     "lines": ["eb194b2300dd25f1", "eafedea77b6a84da"],
     "lookup": ["e9d70686d0bc38f1", "be2e6ae15cdf23e8"],
     "tracking": ["f367ffdc4d088124", "77160a30f447b9d3"],
+    "turns": ["86889e007512cccd", "86889e007512cccd"],
     "perplexity": ["d3139010798bed47", "d3139010798bed47"],
     "records": ["980c8812be60d09d", "d63bbd38d97ddd87"],
 }

@@ -89,7 +89,7 @@ def test_items_without_a_context_are_refused(elsewhere, evaluator, dense):
 
 @pytest.mark.parametrize(
     ("python", "words"),
-    [(sys.executable, "has no kvpress; scripts/kvpress_environment"), ("/no/python", "can't be run")],
+    [(sys.executable, "has no kvpress; install it there"), ("/no/python", "can't be run")],
 )
 def test_an_environment_that_lacks_kvpress_is_told(
     python, words, tmp_path, tiny_model_dir, evaluator, dense, monkeypatch
