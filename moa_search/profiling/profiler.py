@@ -248,8 +248,7 @@ def _pool(
         )
         pool.add(result.loss, result.statistics)
         if tiers is not None:
-            counted = sample.answer_tokens if sample.supervised is None else int(sample.supervised.sum())
-            tiers.add(length, counted, result.statistics)
+            tiers.add(length, int(sample.counted.sum()), result.statistics)
     by_length: dict[int, LengthProfile] = {length: pool.result() for length, pool in sorted(gathered.items())}
     header = ProfileHeader(
         schema=PROFILE_SCHEMAS[meter.tiers is not None],

@@ -21,6 +21,9 @@ TOKENS = 256
 LEAST_LEFT = 0.05
 """Share of a layer's keys, squared, that no turn explains, above which they count as not turned."""
 
+STILL = 1e-12
+"""Radians per position up to which a frequency is the rounding of sums, and no turn at any position."""
+
 
 def rotary_of(keys: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
     """Frequencies and order of `moa_kernels.codes.Rotary`, of every layer.
@@ -34,13 +37,25 @@ def rotary_of(keys: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
     """
     width = keys[0].shape[-1]
     orders = [_halves(width, turned) for turned in range(width, 1, -2)] + [_neighbours(width)]
-    left, order = min(((_left(keys, order), order) for order in orders), key=lambda found: float(found[0].sum()))
-    phases = {shift: turned.angle() for shift, turned, _ in _turns(keys, order)}
+    squares = {shift: _products(moved, moved).diagonal(dim1=-2, dim2=-1).sum(-1) for shift, moved in keys.items()}
+    products = {shift: _products(keys[0], moved) for shift, moved in keys.items() if shift}
+
+    def left(order: Tensor) -> Tensor:
+        """Largest share over shifts that turns of these pairs don't explain, ``[layer]``."""
+        explained = [
+            2 * _turned(product, order).abs().sum(-1) / (squares[0] + squares[shift])
+            for shift, product in products.items()
+        ]
+        return 1 - torch.stack(explained).amin(0)
+
+    best = min(orders, key=lambda order: float(left(order).sum()))
     frequencies = torch.zeros(len(keys[0]), width // 2, dtype=torch.float64)
-    for shift, phase in phases.items():
+    for shift, product in products.items():
+        phase = _turned(product, best).angle()
         whole = torch.round((frequencies * shift - phase) / (2 * torch.pi))
         frequencies = (phase + 2 * torch.pi * whole) / shift
-    return torch.where((left < LEAST_LEFT)[:, None], frequencies, 0.0), order
+    turns = (left(best) < LEAST_LEFT)[:, None] & (frequencies.abs() > STILL)
+    return torch.where(turns, frequencies, 0.0), best
 
 
 def _halves(width: int, turned: int) -> Tensor:
@@ -55,24 +70,14 @@ def _neighbours(width: int) -> Tensor:
     return torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2)])
 
 
-def _turns(keys: Mapping[int, Tensor], order: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """By shift: ``sum conj(z) z'`` of each pair as a complex number, ``[layer, width / 2]``, and both's mean square."""
-
-    def pairs(x: Tensor) -> Tensor:
-        first, second = x.double()[..., order].chunk(2, -1)
-        return torch.complex(first, second).flatten(1, 2)  # [layer, kv_heads * tokens, width / 2]
-
-    still = pairs(keys[0])
-    found = []
-    for shift, moved in keys.items():
-        if shift:
-            z = pairs(moved)
-            square = (still.abs().square().sum(1) + z.abs().square().sum(1)) / 2
-            found.append((shift, (still.conj() * z).sum(1), square))
-    return found
+def _products(still: Tensor, moved: Tensor) -> Tensor:
+    """``sum x_i x'_j`` over heads and tokens, ``[layer, width, width]``: enough for pairs of any channels."""
+    one, two = (x.double().flatten(1, 2) for x in (still, moved))  # [layer, kv_heads * tokens, width]
+    return one.mT @ two
 
 
-def _left(keys: Mapping[int, Tensor], order: Tensor) -> Tensor:
-    """Largest share over shifts that turns of these pairs don't explain, ``[layer]``."""
-    shares = [1 - turned.abs().sum(-1) / square.sum(-1) for _, turned, square in _turns(keys, order)]
-    return torch.stack(shares).amax(0)
+def _turned(product: Tensor, order: Tensor) -> Tensor:
+    """``sum conj(z) z'`` of each pair as a complex number, ``[layer, width / 2]``, of what `_products` gives."""
+    first, second = order.chunk(2)
+    real = product[:, first, first] + product[:, second, second]
+    return torch.complex(real, product[:, first, second] - product[:, second, first])

@@ -30,6 +30,8 @@ IMPLEMENTATION = "moa_moments"
 
 MOMENT_SAMPLES = 16
 
+UNMEASURED = "keys don't turn with positions as rotary embedding does; bits will keep them less precisely"
+
 
 def measure_transforms(model: Any, samples: Sequence[Sample], *, sink: int, native: dict[int, int]) -> KeyTransforms:
     """Rotary embedding, means and balancing matrices of keys, by forward passes alone.
@@ -85,8 +87,12 @@ def _rotary(
     ids = sample.ids[:TOKENS]
     tokens = (constant_rope_tokens(model.config), context_length(model.config), len(ids) + SHIFTS[-1])
     context = min(limit for limit in tokens if limit is not None)
+    shifts = [shift for shift in SHIFTS if shift + len(ids) <= context]
+    if not shifts:
+        logger.warning(UNMEASURED)
+        return none
     keys: dict[int, dict[int, Tensor]] = {}
-    for shift in (0, *(shift for shift in SHIFTS if shift + len(ids) <= context)):
+    for shift in (0, *shifts):
         seen = keys.setdefault(shift, {})
 
         def observe(layer: int, query: Tensor, key: Tensor, value: Tensor, seen: dict[int, Tensor] = seen) -> None:
@@ -98,7 +104,7 @@ def _rotary(
     found, order = rotary_of({shift: torch.stack([seen[layer] for layer in which]) for shift, seen in keys.items()})
     frequencies = none[0].index_copy(0, torch.tensor(which), found)
     if not found.any():
-        logger.warning("keys don't turn with positions as rotary embedding does; bits will keep them less precisely")
+        logger.warning(UNMEASURED)
     return frequencies, order
 
 

@@ -103,6 +103,12 @@ def test_transforms_are_those_of_keys_before_rotary_embedding(config):
         torch.testing.assert_close(found * signs, balance, rtol=5e-2, atol=5e-3)
 
 
+def test_a_context_without_room_to_move_samples_still_has_transforms():
+    known = profile_samples(make_model(max_position_embeddings=150), make_samples(), tiers=[4]).tiers.transforms
+    assert not known.frequencies.any()
+    assert known.mean.any()
+
+
 def test_a_model_without_positions_still_has_transforms():
     model = make_model()
     model.config.rope_parameters = None
