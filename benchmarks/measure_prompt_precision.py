@@ -9,6 +9,7 @@ precise within one forward pass, and gives another answer for every way to cut i
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -55,10 +56,7 @@ def answer_nll(model: Any, sample: Any, options: dict[str, Any], precise: bool =
     ids = torch.from_numpy(sample.ids)[None]
     cut = ids.shape[1] - sample.answer_tokens
     unchanged = mock.patch.object(LayerCodecs, "seen", lambda self, key, value, *args: (key, value))
-    if precise:
-        with unchanged:
-            first = model(ids[:, :cut], logits_to_keep=1, use_cache=True, **options)
-    else:
+    with unchanged if precise else nullcontext():
         first = model(ids[:, :cut], logits_to_keep=1, use_cache=True, **options)
     rest = model(ids[:, cut:-1], past_key_values=first.past_key_values, use_cache=True)
     logits = torch.cat([first.logits[0], rest.logits[0]]).float()

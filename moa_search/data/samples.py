@@ -62,6 +62,11 @@ class Sample:
         return self.room if self.grade is not None else self.answer_tokens
 
     @property
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """Which of the answer's tokens count, ``[answer_tokens]``."""
+        return np.ones(self.answer_tokens, dtype=bool) if self.supervised is None else self.supervised
+
+    @property
     def prompt(self) -> npt.NDArray[np.int64]:
         """Token ids before the answer."""
         return self.ids[: -self.answer_tokens]

@@ -101,7 +101,7 @@ def score_answer(model: Any, sample: Sample) -> AnswerScore:
     for rows, wanted in zip(predicted.split(ROWS_AT_ONCE), answer.split(ROWS_AT_ONCE), strict=True):
         losses.append(torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="none").double())
         correct.append(rows.argmax(-1) == wanted)
-    counts = slice(None) if sample.supervised is None else sample.supervised
+    counts = sample.counted
     return AnswerScore(torch.cat(losses).cpu().numpy()[counts], torch.cat(correct).cpu().numpy()[counts])
 
 
@@ -119,7 +119,7 @@ def generated(sample: Sample, given: npt.NDArray[np.int64]) -> AnswerScore:
     """
     if sample.grade is not None:
         return AnswerScore(np.empty(0), np.empty(0, bool), given)
-    counts = slice(None) if sample.supervised is None else sample.supervised
+    counts = sample.counted
     return AnswerScore(np.full(sample.answer_tokens, np.nan)[counts], (given == sample.answer)[counts])
 
 

@@ -14,7 +14,6 @@ from moa_search.version import __version__
 if TYPE_CHECKING:
     from moa_search.formats.plan import Plan
 
-CARD_FILE = "README" + ".md"
 BEGIN, END = "<!-- moa-search: written from the plans -->", "<!-- moa-search: end -->"
 """Around what is written anew with every push."""
 
@@ -40,6 +39,7 @@ def write_card(
         PlanFormatError: The head of ``old`` isn't YAML.
     """
     from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.constants import REPOCARD_NAME
 
     text = ""
     data: Any = ModelCardData()
@@ -47,7 +47,7 @@ def write_card(
         try:
             card = ModelCard(old)
         except (ValueError, yaml.YAMLError) as error:
-            raise PlanFormatError(f"{repo}: the head of its {CARD_FILE} is no YAML ({one_line(error)})") from None
+            raise PlanFormatError(f"{repo}: the head of its {REPOCARD_NAME} is no YAML ({one_line(error)})") from None
         text, data = card.text, card.data
     data.library_name = "moa-search"
     data.base_model = base_model or data.base_model

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_search.errors import ConfigError, HubError, MoAError
-from moa_search.formats.card import CARD_FILE, write_card
+from moa_search.formats.card import write_card
 from moa_search.formats.files import nearest, one_line
 from moa_search.formats.plan import Plan
 from moa_search.formats.transforms import KeyTransforms
@@ -129,10 +129,11 @@ def fetch_folder(repo: str, **options: Any) -> Path:
         HubError: There is no such repository, or it can't be reached.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import REPOCARD_NAME
 
     with _told(repo):
         return Path(
-            snapshot_download(repo, allow_patterns=["*.json", CARD_FILE], ignore_patterns=list(OTHERS), **options)
+            snapshot_download(repo, allow_patterns=["*.json", REPOCARD_NAME], ignore_patterns=list(OTHERS), **options)
         )
 
 
@@ -173,6 +174,7 @@ def push_plans(
         HubError: The repository can't be written.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.constants import REPOCARD_NAME
 
     plans = {_require_name(name): plan for name, plan in plans.items()}
     if not plans:
@@ -190,11 +192,13 @@ def push_plans(
     with _told(repo, "written"):
         api.create_repo(repo, private=private or None, exist_ok=True)
         old, there = None, {}
-        if any(name.endswith(".json") or name == CARD_FILE for name in api.list_repo_files(repo, revision=revision)):
+        if any(
+            name.endswith(".json") or name == REPOCARD_NAME for name in api.list_repo_files(repo, revision=revision)
+        ):
             folder = fetch_folder(repo, revision=revision, token=token)
             there = {name: _read(repo, file) for name, file in plan_files(folder).items()}
-            if (folder / CARD_FILE).is_file():
-                old = (folder / CARD_FILE).read_text(encoding="utf-8")
+            if (folder / REPOCARD_NAME).is_file():
+                old = (folder / REPOCARD_NAME).read_text(encoding="utf-8")
         for name in there.keys() - plans.keys():
             plans[first].model.require(there[name].model, f"plan {first} (beside {name} in {repo})")
         card = write_card(
@@ -204,7 +208,7 @@ def push_plans(
             license=license,
             old=old,
         )
-        files[CARD_FILE] = card.encode()
+        files[REPOCARD_NAME] = card.encode()
         done = api.create_commit(
             repo,
             [CommitOperationAdd(file, content) for file, content in files.items()],

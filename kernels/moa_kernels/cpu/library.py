@@ -64,7 +64,7 @@ class Coded(Structure):
 
 FUNCTIONS = (
     "prefill", "append", "decode", "step", "influence",
-    "append_codes", "decode_codes", "step_codes", "see_tokens", "stored_states",
+    "append_codes", "decode_codes", "see_tokens", "stored_states",
 )  # fmt: skip
 
 

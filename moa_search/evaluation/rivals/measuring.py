@@ -208,7 +208,7 @@ def _with_context(task: Task, samples: Sequence[Sample]) -> Sequence[Sample]:
 
 def _scored(sample: Sample, answer: Mapping[str, Any]) -> AnswerScore:
     """An answer of the other environment as one of this."""
-    counts = slice(None) if sample.supervised is None else sample.supervised
+    counts = sample.counted
     if "generated" in answer:
         return generated(sample, np.array(answer["generated"], dtype=np.int64))
     return AnswerScore(np.array(answer["nll"], dtype=float)[counts], np.array(answer["correct"], dtype=bool)[counts])

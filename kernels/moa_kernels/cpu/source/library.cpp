@@ -93,14 +93,9 @@ EXPORT void moa_step(const moa::Call* a) {
   moa::by_type<moa::Decode>(*a);
 }
 
-// As moa_append, moa_decode and moa_step, of rings of codes.
+// As moa_append and moa_decode, of rings of codes.
 EXPORT void moa_append_codes(const moa::Coded* a) { moa::by_type<moa::AppendCoded>(*a); }
 EXPORT void moa_decode_codes(const moa::Coded* a) { moa::by_type<moa::DecodeCoded>(*a); }
-EXPORT void moa_step_codes(const moa::Coded* a) {
-  moa::by_type<moa::AppendCoded>(*a);
-  moa::advance(a->call);
-  moa::by_type<moa::DecodeCoded>(*a);
-}
 
 // New tokens, and all that rings of codes hold, as they come back from codes.
 EXPORT void moa_see_tokens(const moa::Coded* a) { moa::by_type<moa::SeeCoded>(*a); }
