@@ -1,7 +1,7 @@
 """Every kernel beside its references: correctness first, then medians, in one run on one device.
 
 Usage:
-    python kernels/benchmarks/run.py --output FOLDER [--kernels prefill decode coded_decode influence]
+    python kernels/benchmarks/run.py --output FOLDER [--kernels prefill decode coded_decode influence pages]
         [--lengths 32768 131072]
     python kernels/benchmarks/run.py --tiny --output FOLDER    # the same code in Triton's interpreter, no GPU needed
 
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-KERNELS = ("prefill", "decode", "coded_decode", "influence")
+ROOT = FOLDER.parents[1]
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(ROOT), str(ROOT / "vllm-plugin")]
+KERNELS = ("prefill", "decode", "coded_decode", "influence", "pages")
 COLUMNS = ("kernel", "case", "ms", "reference", "reference_ms", "ratio")
 
 

@@ -302,7 +302,7 @@ def pages_cases(arch: str) -> Iterator[Case]:
 
     for dim in HEAD_DIMS:
         shape = {"HEAD_DIM": dim, "BLOCK_D": padded(dim)}
-        for name, queries, splits in (("prefill", QUERIES, 1), ("decoding", 1, SPLITS)):
+        for name, queries, splits in (("prefill", QUERIES, 1), ("decoding", 1, SPLITS[1])):
             constants = {"GROUP": 4, "PAGE": 16, "QUERIES": queries, "ROWS": max(16, 4 * queries), "TILE": TILE}
             constants |= shape | {"SPLITS": splits, "PRECISION": "tf32"}
             yield Case(
@@ -310,7 +310,7 @@ def pages_cases(arch: str) -> Iterator[Case]:
                 num_warps=warps(padded(dim)),
             )  # fmt: skip
         yield Case(
-            f"pages-merge-{dim}", merge_kernel, types_of(merge_kernel), shape | {"SPLITS": SPLITS},
+            f"pages-merge-{dim}", merge_kernel, types_of(merge_kernel), shape | {"SPLITS": SPLITS[1]},
             aligned(merge_kernel), tensor_cores=False,
         )  # fmt: skip
         yield Case(

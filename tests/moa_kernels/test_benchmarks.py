@@ -36,6 +36,8 @@ def test_all_kernels_tiny(tmp_path):
         "coded_decode",
         "coded_append",
         "influence",
+        "pages",
+        "pages_store",
     }
     assert not [row for row in rows if "wrong" in row or "skipped" in row]
     for row in rows[1:]:

@@ -15,8 +15,11 @@ QUERIES = 16
 TILE = 32
 """Keys of a step; blocks of 16 tokens and more are read whole."""
 
-SPLITS = 8
-"""Parts that the keys of a decoding step are cut into."""
+SPLITS = (8, 32)
+"""Parts that the keys of a decoding step are cut into, at least and at most."""
+
+PROGRAMS = 512
+"""Programs that fill a GPU: few requests are cut into more parts."""
 
 
 @lru_cache(maxsize=1024)
@@ -64,6 +67,8 @@ def attend_pages(
     min_span: int,
     scale: float,
     decoding: bool,
+    tile: int = TILE,
+    splits: int | None = None,
 ) -> None:
     """Attend, each KV head of a layer by its own rule.
 
@@ -79,12 +84,14 @@ def attend_pages(
         min_span: Smallest span in tokens.
         scale: Of scores.
         decoding: Whether no request has more than one new token.
+        tile: Keys of a step.
+        splits: Parts that keys are cut into while decoding, a power of two; by default as many as fill a GPU.
     """
     from moa_vllm.kernel import attend_kernel, merge_kernel
 
     (tokens, query_heads, dim), heads, requests = query.shape, len(pages), len(lengths)
     group, device = query_heads // heads, query.device
-    queries, splits = (1, SPLITS) if decoding else (QUERIES, 1)
+    queries, splits = (1, splits or parts(requests * heads)) if decoding else (QUERIES, 1)
     shape = (tokens, query_heads, splits) if decoding else (0,)
     partial, tops, totals = (
         torch.empty(*size, dtype=torch.float32, device=device) for size in ((*shape, dim), shape, shape)
@@ -98,7 +105,7 @@ def attend_pages(
         requests, sink, min_span, scale,
         query.stride(0), output.stride(0), pages[0].stride(0), pages[0].stride(1),
         GROUP=group, HEAD_DIM=dim, BLOCK_D=block_d, PAGE=pages[0].shape[1],
-        QUERIES=queries, ROWS=max(16, _power_of_two(queries * group)), TILE=TILE, SPLITS=splits,
+        QUERIES=queries, ROWS=max(16, _power_of_two(queries * group)), TILE=tile, SPLITS=splits,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps(block_d),
     )  # fmt: skip
     if splits > 1:
@@ -106,6 +113,12 @@ def attend_pages(
             output, partial, tops, totals, starts, requests, output.stride(0),
             HEAD_DIM=dim, BLOCK_D=block_d, SPLITS=splits,
         )  # fmt: skip
+
+
+def parts(heads: int) -> int:
+    """Parts that keys are cut into where so many KV heads of all requests decode; a power of two."""
+    least, most = SPLITS
+    return min(max(_power_of_two(PROGRAMS // heads + 1) // 2, least), most)
 
 
 def warps(block_d: int) -> int:
