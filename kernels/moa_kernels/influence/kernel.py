@@ -47,11 +47,11 @@ def _product(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _effect(attention, gain, row_gain, share):
-    """Single-entry effects ``|A (g - D) / (1 - A)|`` over ``share``."""
+def _effect(attention, weighted, row_gain, share):
+    """Single-entry effects ``|A (g - D) / (1 - A)|`` over ``share``, from ``A`` and ``A g``, both over ``share``."""
     # One rsqrt and two products are cheaper than a division.
     root = tl.math.rsqrt(tl.maximum(1.0 - attention * share[:, None], EPSILON))
-    return attention * tl.abs(gain - row_gain[:, None]) * (root * root)
+    return tl.abs(weighted - attention * row_gain[:, None]) * (root * root)
 
 
 @triton.jit
@@ -242,19 +242,20 @@ def aligned_kernel(
         score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
         gain = _product(grad, v, UPCAST)
         attention = tl.math.exp2(score - shift[:, None])
+        # Triton 3.6 fails to compile branches that read a product of the matrix units itself.
+        weighted = attention * gain
         if t == masked:
             masked = tl.maximum(t + 1, tl.minimum(tl.load(following + t + 1), sunk))
             # Sink keys were counted before.
             seen = (first + column <= i[:, None]) & (first + column >= sink)
-            attention = tl.where(seen, attention, 0.0)
-            effect = _effect(attention, gain, row_gain, share)
+            attention, weighted = tl.where(seen, attention, 0.0), tl.where(seen, weighted, 0.0)
+            effect = _effect(attention, weighted, row_gain, share)
             # Both parts at once, so that the tile's registers are free for what follows.
-            nearer = tl.where(near, attention, 0.0)
-            farther = attention - nearer
-            mass += _lanes(nearer, LANES)
-            gained += _lanes(nearer * gain, LANES)
+            mass += _lanes(tl.where(near, attention, 0.0), LANES)
+            gained += _lanes(tl.where(near, weighted, 0.0), LANES)
             effects += _lanes(tl.where(near, effect, 0.0), LANES)
-            far_mass, far_gained = _lanes(farther, LANES), _lanes(farther * gain, LANES)
+            far_mass = _lanes(tl.where(near, 0.0, attention), LANES)
+            far_gained = _lanes(tl.where(near, 0.0, weighted), LANES)
             far_effects = _lanes(tl.where(near, 0.0, effect), LANES)
             # Rows whose window reaches into the sink keep everything.
             cut = i0 + (GROUPS - 1 - t) * BLOCK_N + r % BLOCK_N >= sink
@@ -272,8 +273,8 @@ def aligned_kernel(
             effects = tl.where(passing_row[:, None], 0.0, effects) + far_effects
         else:
             mass += _lanes(attention, LANES)
-            gained += _lanes(attention * gain, LANES)
-            effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
+            gained += _lanes(weighted, LANES)
+            effects += _lanes(_effect(attention, weighted, row_gain, share), LANES)
     # What no window but the whole keeps.
     beyond = _by_group(tl.sum(effects, 1) * share, GROUPS)
     tl.store(place + 3 * bands + tl.load(passed + key_tiles + g), beyond)
@@ -325,9 +326,10 @@ def banded_kernel(
             distance = i[:, None] - (first + tl.arange(0, BLOCK_N))[None, :]
             within = (distance >= nearest) & (distance < window)
             attention = tl.where(within, tl.math.exp2(score - shift[:, None]), 0.0)
+            weighted = attention * gain
             mass += _lanes(attention, LANES)
-            gained += _lanes(attention * gain, LANES)
-            effects += _lanes(_effect(attention, gain, row_gain, share), LANES)
+            gained += _lanes(weighted, LANES)
+            effects += _lanes(_effect(attention, weighted, row_gain, share), LANES)
         # Rows whose window reaches into the sink keep everything; no window ends beyond the last.
         cut = i - window >= sink
         row_mass = tl.sum(mass, 1)
