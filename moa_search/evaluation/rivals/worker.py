@@ -18,9 +18,10 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ANSWERS_SCHEMA = "moa-answers/1"
@@ -37,6 +38,9 @@ SCORERS = {
     "compactor": "CompactorPress",
 }
 """Presses that score every token and keep the same number of them in each head."""
+
+SHARE_SCORES = ("streaming-llm", "compactor")
+"""Those whose scores depend on the share of tokens that is kept."""
 
 COMPRESSORS = (
     *SCORERS,
@@ -137,7 +141,7 @@ class Methods:
                 torch.manual_seed(0)  # Compactor draws a sketch
                 started = time.process_time()
                 cache, found = self._compressed(read, name, float(share or 1), scored)
-                seconds = time.process_time() - started + found.pop("shared_s", read.seconds)
+                seconds = time.process_time() - started + found.pop("shared_s", read.seconds + read.spared_s)
                 found |= self._answer(cache, len(compressed), rest, item)
                 yield {
                     "schema": ANSWERS_SCHEMA,
@@ -154,13 +158,18 @@ class Methods:
         from transformers import QuantizedCache
 
         read.forget_masks()
+        read.spared_s = 0.0
         if name.startswith("kvzip"):
             return self._kvzip(read, name, share, scored)
         if name in CACHES:
+            _unpack_plainly()
             return read.replayed(QuantizedCache("quanto", self._model.config, nbits=CACHES[name]))
         press = None if name == "full" else self._press(name, share, len(read.tokens))
         if press is not None:
             press.post_init_from_model(self._model)
+            scorer = getattr(press, "press", press)
+            if hasattr(scorer, "score"):
+                scorer.score = read.scored_once(name.removeprefix("adakv+"), share, scorer.score)
         return read.replayed(None, None if press is None else press.forward_hook)
 
     def _answer(self, cache: Any, position: int, question: list[int], item: dict[str, Any]) -> dict[str, Any]:
@@ -283,6 +292,7 @@ class Read:
         tokens: Its token ids.
         ids: The same, ``[1, token]``.
         seconds: CPU time of the pass.
+        spared_s: CPU time that the method at work would have taken for scores that were there.
         dense: Bytes of its keys and values.
     """
 
@@ -294,6 +304,8 @@ class Read:
         self.ids = torch.tensor([tokens], device=model.device)
         self._config, self._layers = model.config, _attentions(model)
         self._calls: list[tuple[dict[str, Any], Any]] = []
+        self._scores: dict[tuple[str, float, int], tuple[Any, float]] = {}
+        self.spared_s = 0.0
         for layer in self._layers:
             layer.rotary_emb = model.model.rotary_emb  # as presses put it there
         hooks = [layer.register_forward_hook(self._remember, with_kwargs=True) for layer in self._layers]
@@ -319,6 +331,21 @@ class Read:
             cache.update(layer.keys, layer.values, number)
         return cache
 
+    def scored_once(self, name: str, share: float, score: Callable[..., Any]) -> Callable[..., Any]:
+        """A press's scores, each layer's worked out once for all methods and shares that have them in common."""
+        share = share if name in SHARE_SCORES else 0.0
+
+        def scores(module: Any, *arguments: Any, **options: Any) -> Any:
+            key = name, share, int(module.layer_idx)
+            if key in self._scores:
+                self.spared_s += self._scores[key][1]
+            else:
+                started = time.process_time()
+                self._scores[key] = score(module, *arguments, **options), time.process_time() - started
+            return self._scores[key][0].clone()  # AdaKV writes into them
+
+        return scores
+
     def replayed(self, cache: Any, hook: Any = None) -> tuple[Any, dict[str, float]]:
         """A cache that was filled layer by layer, each compressed by a press's hook as attention leaves it.
 
@@ -333,22 +360,22 @@ class Read:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._config) if cache is None else cache
-        before = peak = 0
+        held = peak = 0
         for number, (layer, (options, output)) in enumerate(zip(self._layers, self._calls, strict=True)):
             whole = self._cache.layers[number]
             cache.update(whole.keys, whole.values, number)
             # Attention has all of this layer's keys and values in hand, whatever the cache makes of them.
-            peak = max(peak, before + whole.keys.nbytes + whole.values.nbytes)
+            peak = max(peak, held + whole.keys.nbytes + whole.values.nbytes)
             if hook is not None:
                 hook(layer, [], {**options, "past_key_values": cache}, output)
-            before = _cache_bytes(cache)
+            held += _layer_bytes(cache.layers[number])
         counts = [cache.get_seq_length(number) for number in range(len(self._layers))]
         masks = [getattr(layer, "masked_key_indices", None) for layer in self._layers]
         heads = self._config.num_key_value_heads
         kept = sum(counts) * heads - sum(len(mask[0]) for mask in masks if mask is not None)
         return cache, {
             "kept": round(kept / (len(counts) * heads * len(self.tokens)), 6),
-            "held": round(before / self.dense, 6),
+            "held": round(held / self.dense, 6),
             "peak": round(peak / self.dense, 6),
             "extra_passes": 0.0,
         }
@@ -384,6 +411,21 @@ class Watch:
             self.read += options["hidden_states"].shape[1]
 
 
+def _unpack_plainly() -> None:
+    """Let quanto unpack codes on a GPU by its plain code: its own kernel would be compiled first, for minutes."""
+    import torch
+    from optimum.quanto.library.extensions.extension import get_extension, is_extension_available
+
+    if not is_extension_available("quanto_cuda"):
+        return
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        mask = 2**bits - 1
+        return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+    get_extension("quanto_cuda")._lib = SimpleNamespace(unpack=unpack)
+
+
 def _mask_per_head(model: Any, scores: Any, sink: int, ratio: float) -> None:
     """Mask the same number of tokens in every head, by scores ``[layer, 1, kv_head, token]``."""
     import torch
@@ -401,7 +443,11 @@ def _attentions(model: Any) -> list[Any]:
 
 
 def _cache_bytes(cache: Any) -> int:
-    return sum(_nbytes(part) for layer in cache.layers for part in vars(layer).values())
+    return sum(map(_layer_bytes, cache.layers))
+
+
+def _layer_bytes(layer: Any) -> int:
+    return sum(_nbytes(part) for part in vars(layer).values())
 
 
 def _nbytes(part: Any) -> int:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from moa_search.errors import ConfigError, FileFormatError, MoAError
 from moa_search.evaluation.compare import Variant
@@ -124,6 +125,24 @@ def test_names_that_are_none_are_refused(typed, words):
 def test_every_name_of_the_worker_is_a_rival():
     typed = [f"{name}@0.5" if name in worker.COMPRESSORS else name for name in worker.NAMES if name != "full"]
     assert [rival.name for rival in parse_rivals([*typed, *typed])] == list(worker.NAMES[1:])
+
+
+def test_scores_that_methods_have_in_common_are_worked_out_once(tiny_model):
+    network, found = tiny_model[0], []
+    read = worker.Read(network, list(range(40)))
+
+    def score(module):
+        found.append(module.layer_idx)
+        return torch.ones(3)
+
+    for name, share in [("tova", 0.25), ("tova", 0.125), ("compactor", 0.25), ("compactor", 0.125)]:
+        for layer in network.model.layers:
+            scores = read.scored_once(name, share, score)(layer.self_attn)
+            assert scores.tolist() == [1, 1, 1]
+            scores.zero_()  # as AdaKV writes into them
+    layers = list(range(len(network.model.layers)))
+    assert found == layers * 3, "Compactor's depend on the share"
+    assert read.spared_s >= 0
 
 
 def test_the_worker_stands_alone():

@@ -1,0 +1,128 @@
+"""What the table of rivals measures, in order of importance. Both environments import it: the standard library alone.
+
+See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RETRIEVAL = ("passkey", "copy", "multikey")
+SHARES = ("0.25", "0.125")
+
+SCORERS = ("streaming-llm", "snapkv", "expected-attention", "tova", "keydiff", "compactor")
+ADAPTIVE = ("adakv+snapkv", "adakv+expected-attention", "adakv+compactor")
+KVZIP = ("kvzip", "kvzip-layer", "kvzip-head")
+CACHES = ("quantized-cache-4", "quantized-cache-2")
+
+
+def at_shares(*names: str) -> tuple[str, ...]:
+    """Methods at each share of the tokens, those that share most work side by side."""
+    return tuple(f"{name}@{share}" for name in names for share in SHARES)
+
+
+FULL = ("full",)
+UNKNOWN = (*FULL, *CACHES, *at_shares(*SCORERS, *ADAPTIVE, *KVZIP, "duo-attention"), "kvzip@0.0625")
+KNOWN = at_shares("snapkv", "tova", "expected-attention", "adakv+snapkv", "adakv+compactor")
+"""Methods that look at a question which they are shown; the others keep the same tokens but for a few."""
+FEWER = (*FULL, CACHES[0], *at_shares("snapkv", "expected-attention", "adakv+compactor", "kvzip", "duo-attention"))
+
+CODED = ("int8", "int4", "int4-plain")
+BYTES = ("quarter-bytes", "eighth-bytes", "sixteenth-bytes")
+SPANS = ("half", "quarter", "eighth", "eighth-tuned")
+UNIFORM = ("uniform like half", "uniform like quarter", "uniform like eighth")
+MOA = ("moa-0.5", "moa-0.25", "moa-0.125")
+AHEAD = ("ahead-0.5", "ahead-0.25", "ahead-0.125", "bits-ahead-0.25", "bits-ahead-0.125", "bits-ahead-0.0625")
+"""Plans that look ahead to every doubling up to 8192 tokens, where the shipped ones look to 4096."""
+PLANS = ("dense", *CODED, *BYTES, *SPANS)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Items and what answers them.
+
+    Attributes:
+        name: Of the stage.
+        items: How many, by task and length.
+        here: Variants of this project.
+        unknown: Rivals of the other environment that compress before the question is known.
+        known: Those that see it.
+        generated: Whether answers are generated.
+    """
+
+    name: str
+    items: dict[tuple[str, int], int]
+    here: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+    generated: bool = False
+
+
+NIAH = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
+RULER = tuple(
+    f"ruler:{name}" for name in (*NIAH, "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
+)
+
+
+def grid(tasks: tuple[str, ...], counts: dict[int, int]) -> dict[tuple[str, int], int]:
+    """The same number of items of each task at a length."""
+    return {(task, length): count for length, count in counts.items() for task in tasks}
+
+
+WINDOW_SPANS = (256, 512, 1024)
+WINDOWS = {("passkey", round(span * step)): 40 for span in WINDOW_SPANS for step in (1.0625, 1.125, 1.25)}
+"""How far a constant window finds passkeys: a little farther than it is long."""
+
+STAGES = (
+    Stage("short", grid(RETRIEVAL, {1024: 40, 2048: 40}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
+    Stage("long", grid(RETRIEVAL, {4096: 16, 8192: 16}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
+    Stage("ahead", grid(("passkey", "copy"), {4096: 24, 8192: 24}), ("dense", *SPANS, *BYTES, *AHEAD)),
+    Stage("reach", grid(("passkey",), {512: 40, 3072: 24, 6144: 24}), ("dense", *CODED, *BYTES, *SPANS, *MOA)),
+    Stage("windows", WINDOWS, ("dense", *(f"window {span}" for span in WINDOW_SPANS))),
+    Stage("turns", grid(("turns",), {1024: 24, 4096: 16, 2048: 24, 8192: 16}), PLANS, FEWER, at_shares("snapkv")),
+    Stage("ruler", grid(RULER, {2048: 12, 8192: 8}), PLANS, FEWER, at_shares("snapkv", "adakv+snapkv")),
+    Stage(
+        "ruler-generated",
+        grid(RULER, {4096: 8}),
+        ("dense", "int4", "quarter-bytes", "eighth-bytes", "quarter"),
+        (*FULL, "kvzip@0.25", "kvzip@0.125", "snapkv@0.25"),
+        ("adakv+snapkv@0.25",),
+        generated=True,
+    ),
+)
+
+
+def counts() -> dict[tuple[str, int], int]:
+    """How many items are drawn of each task and length."""
+    found: dict[tuple[str, int], int] = {}
+    for stage in STAGES:
+        for key, count in stage.items.items():
+            found[key] = max(count, found.get(key, 0))
+    return found
+
+
+def read_items(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Items as `draw.py` writes them, and texts for calibration."""
+    with gzip.open(path, "rt") as file:
+        first, *lines = map(json.loads, file)
+    return lines, first["texts"]
+
+
+def of_stage(items: list[dict[str, Any]], stage: Stage) -> Iterator[dict[str, Any]]:
+    """A stage's items: the first of every task and length, then the second ones."""
+    wanted = [item for item in items if item["number"] < stage.items.get((item["task"], item["length"]), 0)]
+    for item in sorted(wanted, key=lambda item: int(item["number"])):
+        fitting = {**item}
+        if stage.generated:
+            fitting["generate"] = item["room"]
+        yield fitting
+
+
+def mine(things: list[Any], shard: int, shards: int) -> list[Any]:
+    """Every ``shards``-th thing; the place moves on, so that no process gets all of a kind."""
+    return [thing for at, thing in enumerate(things) if (at + at // shards) % shards == shard]

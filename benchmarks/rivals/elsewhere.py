@@ -1,0 +1,107 @@
+"""kvpress's methods on `cells.STAGES`, run by its own environment's Python: ``python elsewhere.py --items ...``.
+
+Loads `moa_search/evaluation/rivals/worker.py` by its path and answers item by item, every method and setting, so that
+whenever it is stopped all methods have answered the same items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cells import STAGES, mine, of_stage, read_items
+
+WORKER = Path(__file__).parents[2] / "moa_search" / "evaluation" / "rivals" / "worker.py"
+FAILURES = 2
+
+
+def load_worker() -> Any:
+    """The worker's module, without the package around it."""
+    spec = importlib.util.spec_from_file_location("worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    options = _options()
+    logging.getLogger("kvpress").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    import kvpress  # noqa: F401  # its patches come before the model
+    import torch
+
+    torch.set_num_threads(1)
+    worker = load_worker()
+
+    class Methods(worker.Methods):  # type: ignore[misc, name-defined]
+        """Stops where an answer holds all that is wanted, which RULER's score can't tell from more."""
+
+        def _answer(self, cache: Any, position: int, question: list[int], item: dict[str, Any]) -> dict[str, Any]:
+            if "generate" not in item:
+                found: dict[str, Any] = super()._answer(cache, position, question, item)
+                return found
+            given, ids = [], question
+            for _ in range(item["generate"]):
+                logits = self._forward(cache, position, ids)
+                position += len(ids)
+                ids = [int(logits[-1].argmax())]
+                given += ids
+                text = self._tokenizer.decode(given, skip_special_tokens=True).lower()
+                if all(one.lower() in text for one in item["texts"]):
+                    break
+            return {"generated": given}
+
+    items, texts = read_items(options.items)
+    methods = Methods(
+        argparse.Namespace(model=options.model, gguf_file=None, dtype="bfloat16", device=options.device), texts
+    )
+    done = set()
+    if options.out.exists():
+        lines = map(json.loads, options.out.open())
+        done = {(line["rival"], line["question"], line["id"], "generated" in line) for line in lines}
+    failed: Counter[str] = Counter()
+    with options.out.open("a") as out:
+        for stage in STAGES:
+            if options.stages and stage.name not in options.stages:
+                continue
+            for item in mine(list(of_stage(items, stage)), *options.shard):
+                started = time.perf_counter()
+                for question, rivals in (("unknown", stage.unknown), ("known", stage.known)):
+                    wanted = [one for one in rivals if (one, question, item["id"], stage.generated) not in done]
+                    while wanted := [one for one in wanted if failed[one] < FAILURES]:
+                        try:
+                            for line in methods.answers(item, list(wanted), question):
+                                wanted.remove(line["rival"])
+                                out.write(json.dumps(line) + "\n")
+                        except Exception:  # one method less; the others go on
+                            failed[wanted[0]] += 1
+                            what = f"{wanted.pop(0)}, question {question}: {item['task']} {item['length']}"
+                            print(f"FAILED {what}\n{traceback.format_exc(limit=-4)}", flush=True)
+                out.flush()
+                seconds = time.perf_counter() - started
+                print(f"{stage.name} {item['task']} {item['length']} {item['number']}: {seconds:.1f} s", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shard", type=int, nargs=2, default=[0, 1], metavar=("K", "OF"))
+    parser.add_argument("--stages", nargs="*", default=[])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""This project's variants of `cells.STAGES`, as JSON lines: ``python here.py --items ... --model ... --out ...``.
+
+A cell is a variant on a stage's items of one task and length; items of equally many tokens run as one batch. Lines are
+as the worker's (`moa_search.evaluation.rivals.exchange`), ``rival`` being the variant's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import STAGES, Stage, mine, of_stage, read_items
+
+from moa_search.evaluation.compare import Variant, constant_like, uniform_like
+from moa_search.evaluation.rivals.measuring import coded_variants
+from moa_search.evaluation.rivals.naming import CODED, parse_rivals
+from moa_search.formats import Plan
+from moa_search.modeling.loading import load_model
+from moa_search.runtime import applied
+
+TOKENS_AT_ONCE = 32_768
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(options.model, dtype="bfloat16", device=options.device)
+    items, _ = read_items(options.items)
+    plans = {path.stem if path.stem != "plan" else path.parent.name: Plan.load(path) for path in options.plans}
+    done = set()
+    if options.out.exists():
+        done = {(line["rival"], line["id"], "generated" in line) for line in map(json.loads, options.out.open())}
+    with options.out.open("a") as out:
+        for stage, name, (task, length), part in mine(list(_cells(items, options.stages)), *options.shard):
+            missing = [item for item in part if (name, item["id"], stage.generated) not in done]
+            started = time.perf_counter()
+            try:
+                with _running(name, model, plans, length, options.impl):
+                    for line in _answers(model, tokenizer, missing, generated=stage.generated):
+                        out.write(json.dumps({"rival": name, "question": "unknown", **line}) + "\n")
+            except Exception:  # one cell less; the others go on
+                print(f"FAILED {stage.name} {name} {task} {length}\n{traceback.format_exc(limit=-4)}", flush=True)
+            out.flush()
+            print(f"{stage.name} {name} {task} {length}: {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _cells(items: list[dict[str, Any]], stages: Sequence[str]) -> Iterator[tuple[Stage, str, tuple[str, int], Any]]:
+    """Cells, a variant's one after the other."""
+    for stage in STAGES:
+        if not stages or stage.name in stages:
+            chosen = list(of_stage(items, stage))
+            for name, key in itertools.product(stage.here, stage.items):
+                kind, _, span = name.rpartition(" ")
+                if kind == "window" and not int(span) < key[1] < 1.3 * int(span):
+                    continue
+                yield stage, name, key, [item for item in chosen if (item["task"], item["length"]) == key]
+
+
+def _running(name: str, model: Any, plans: dict[str, Plan], length: int, impl: Any) -> AbstractContextManager[Any]:
+    if name in CODED:
+        return coded_variants(parse_rivals([name]), model.config)[0].running(model, length)
+    if name == "dense":
+        return Variant(name, lambda length: None).running(model, length)
+    return applied(model, plan_named(name, plans, length), impl=impl)
+
+
+def plan_named(name: str, plans: dict[str, Plan], length: int) -> Plan:
+    """A plan of ``plans``, or one with equal spans."""
+    kind, _, what = name.rpartition(" ")
+    if kind == "uniform like":
+        return uniform_like(plans[what], length)
+    return constant_like(plans["quarter"], int(what)) if kind == "window" else plans[name]
+
+
+@torch.no_grad()
+def _answers(model: Any, tokenizer: Any, items: list[dict[str, Any]], *, generated: bool) -> Iterator[dict[str, Any]]:
+    if generated:
+        for item in items:
+            yield {"id": item["id"], "generated": _generated(model, tokenizer, item)}
+        return
+
+    def sizes(item: dict[str, Any]) -> tuple[int, int]:
+        return len(item["context"]) + len(item["question"]) + len(item["answer"]), len(item["answer"])
+
+    alike: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for item in items:
+        alike.setdefault(sizes(item), []).append(item)
+    for (length, answer), group in alike.items():
+        size = max(1, TOKENS_AT_ONCE // length)
+        for batch in (group[first : first + size] for first in range(0, len(group), size)):
+            ids = torch.tensor([item["context"] + item["question"] + item["answer"] for item in batch])
+            ids = ids.to(model.device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=answer + 1).logits[:, :-1].float()
+            wanted = ids[:, -answer:]
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").tolist()
+            correct = (logits.argmax(-1) == wanted).int().tolist()
+            for item, loss, right in zip(batch, losses, correct, strict=True):
+                yield {"id": item["id"], "nll": [round(one, 6) for one in loss], "correct": right}
+
+
+def _generated(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[int]:
+    """Greedy tokens, until the answer holds all that is wanted, which RULER's score can't tell from more."""
+    ids = torch.tensor([item["context"] + item["question"]], device=model.device)
+    given: list[int] = []
+    cache = None
+    for _ in range(item["generate"]):
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        ids = out.logits[:, -1:].argmax(-1)
+        given.append(int(ids))
+        text = tokenizer.decode(given, skip_special_tokens=True).lower()
+        if all(one.lower() in text for one in item["texts"]):
+            break
+    return given
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=Path, required=True)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--plans", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--impl", default="auto")
+    parser.add_argument("--shard", type=int, nargs=2, default=[0, 1], metavar=("K", "OF"))
+    parser.add_argument("--stages", nargs="*", default=[])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
