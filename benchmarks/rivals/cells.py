@@ -82,7 +82,11 @@ STAGES = (
     Stage("short", grid(RETRIEVAL, {1024: 40, 2048: 40}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
     Stage("long", grid(RETRIEVAL, {4096: 16, 8192: 16}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
     Stage("ahead", grid(("passkey", "copy"), {4096: 24, 8192: 24}), ("dense", *SPANS, *BYTES, *AHEAD)),
-    Stage("reach", grid(("passkey",), {512: 40, 3072: 24, 6144: 24}), ("dense", *CODED, *BYTES, *SPANS, *MOA)),
+    Stage(
+        "reach",
+        grid(("passkey",), {512: 40, 3072: 24, 4096: 24, 6144: 24, 8192: 24}),
+        ("dense", *CODED, *BYTES, *SPANS, *UNIFORM, *MOA),
+    ),
     Stage("windows", WINDOWS, ("dense", *(f"window {span}" for span in WINDOW_SPANS))),
     Stage("turns", grid(("turns",), {1024: 24, 4096: 16, 2048: 24, 8192: 16}), PLANS, FEWER, at_shares("snapkv")),
     Stage("ruler", grid(RULER, {2048: 12, 8192: 8}), PLANS, FEWER, at_shares("snapkv", "adakv+snapkv")),

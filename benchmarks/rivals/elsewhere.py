@@ -70,7 +70,7 @@ def main() -> None:
         lines = map(json.loads, options.out.open())
         done = {(line["rival"], line["question"], line["id"], "generated" in line) for line in lines}
     failed: Counter[str] = Counter()
-    with options.out.open("a") as out:
+    with options.out.open("a", buffering=1) as out:
         for stage in STAGES:
             if options.stages and stage.name not in options.stages:
                 continue

@@ -38,7 +38,7 @@ def main() -> None:
     done = set()
     if options.out.exists():
         done = {(line["rival"], line["id"], "generated" in line) for line in map(json.loads, options.out.open())}
-    with options.out.open("a") as out:
+    with options.out.open("a", buffering=1) as out:
         for stage, name, (task, length), part in mine(list(_cells(items, options.stages)), *options.shard):
             missing = [item for item in part if (name, item["id"], stage.generated) not in done]
             started = time.perf_counter()
