@@ -78,7 +78,11 @@ WINDOW_SPANS = (256, 512, 1024)
 WINDOWS = {("passkey", round(span * step)): 40 for span in WINDOW_SPANS for step in (1.0625, 1.125, 1.25)}
 """How far a constant window finds passkeys: a little farther than it is long."""
 
+BY_TORCH = " by torch"
+"""Ends the names of variants that run by the plain references, to check the kernels with."""
+
 STAGES = (
+    Stage("check", {("passkey", 1024): 8}, tuple(f"{name}{BY_TORCH}" for name in (*BYTES, "quarter"))),
     Stage("short", grid(RETRIEVAL, {1024: 40, 2048: 40}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
     Stage("long", grid(RETRIEVAL, {4096: 16, 8192: 16}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
     Stage("ahead", grid(("passkey", "copy"), {4096: 24, 8192: 24}), ("dense", *SPANS, *BYTES, *AHEAD)),

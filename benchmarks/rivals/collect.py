@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from cells import read_items
+from cells import BY_TORCH, read_items
 from here import plan_named
 
 from moa_search.data import Sample
@@ -93,7 +93,7 @@ def _costs(name: str, length: int, plans: dict[str, Plan]) -> list[float]:
         return [1.0, *held(1, 1).values()]
     if name in SCHEMES:
         return [1.0, *held(SCHEMES[name].share(HEAD_DIM), LAYERS).values()]
-    plan = plan_named(name, plans, length)
+    plan = plan_named(name.removesuffix(BY_TORCH), plans, length)
     return [densities(plan, length)["density"], *held(plan.share(length), LAYERS).values()]
 
 

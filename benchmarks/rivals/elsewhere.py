@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import sys
 import time
 import traceback
 import warnings
@@ -69,7 +70,8 @@ def main() -> None:
     if options.out.exists():
         lines = map(json.loads, options.out.open())
         done = {(line["rival"], line["question"], line["id"], "generated" in line) for line in lines}
-    failed: Counter[str] = Counter()
+    failures = options.out.with_suffix(".failed")
+    failed = Counter(failures.read_text().splitlines() if failures.exists() else ())
     with options.out.open("a", buffering=1) as out:
         for stage in STAGES:
             if options.stages and stage.name not in options.stages:
@@ -84,9 +86,14 @@ def main() -> None:
                                 wanted.remove(line["rival"])
                                 out.write(json.dumps(line) + "\n")
                         except Exception:  # one method less; the others go on
-                            failed[wanted[0]] += 1
-                            what = f"{wanted.pop(0)}, question {question}: {item['task']} {item['length']}"
-                            print(f"FAILED {what}\n{traceback.format_exc(limit=-4)}", flush=True)
+                            rival, trace = wanted.pop(0), traceback.format_exc(limit=-4)
+                            failed[rival] += 1
+                            with failures.open("a") as file:
+                                file.write(f"{rival}\n")
+                            what = f"{rival}, question {question}: {item['task']} {item['length']}"
+                            print(f"FAILED {what}\n{trace}", flush=True)
+                            if "CUDA error" in trace:  # nothing runs any more in this process
+                                sys.exit(1)
                 out.flush()
                 seconds = time.perf_counter() - started
                 print(f"{stage.name} {item['task']} {item['length']} {item['number']}: {seconds:.1f} s", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import STAGES, Stage, mine, of_stage, read_items
+from cells import BY_TORCH, STAGES, Stage, mine, of_stage, read_items
 
 from moa_search.evaluation.compare import Variant, constant_like, uniform_like
 from moa_search.evaluation.rivals.measuring import coded_variants
@@ -42,13 +43,20 @@ def main() -> None:
         for stage, name, (task, length), part in mine(list(_cells(items, options.stages)), *options.shard):
             missing = [item for item in part if (name, item["id"], stage.generated) not in done]
             started = time.perf_counter()
-            try:
-                with _running(name, model, plans, length, options.impl):
-                    for line in _answers(model, tokenizer, missing, generated=stage.generated):
-                        out.write(json.dumps({"rival": name, "question": "unknown", **line}) + "\n")
-            except Exception:  # one cell less; the others go on
-                print(f"FAILED {stage.name} {name} {task} {length}\n{traceback.format_exc(limit=-4)}", flush=True)
-            out.flush()
+            for impl in dict.fromkeys([options.impl, "torch"]):
+                try:
+                    with _running(name, model, plans, length, impl):
+                        lines = list(_answers(model, tokenizer, missing, generated=stage.generated))
+                except Exception:  # the cell once more in plain torch; the others go on
+                    what = f"{impl} {stage.name} {name} {task} {length}"
+                    trace = traceback.format_exc(limit=-4)
+                    print(f"FAILED {what}\n{trace}", flush=True)
+                    if "CUDA error" in trace:  # nothing runs any more in this process
+                        sys.exit(1)
+                    continue
+                lines = [{"rival": name, "question": "unknown", "impl": impl, **line} for line in lines]
+                out.writelines(json.dumps(line) + "\n" for line in lines)
+                break
             print(f"{stage.name} {name} {task} {length}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
@@ -69,7 +77,8 @@ def _running(name: str, model: Any, plans: dict[str, Plan], length: int, impl: A
         return coded_variants(parse_rivals([name]), model.config)[0].running(model, length)
     if name == "dense":
         return Variant(name, lambda length: None).running(model, length)
-    return applied(model, plan_named(name, plans, length), impl=impl)
+    plan, by_torch = plan_named(name.removesuffix(BY_TORCH), plans, length), name.endswith(BY_TORCH)
+    return applied(model, plan, impl="torch" if by_torch else impl)
 
 
 def plan_named(name: str, plans: dict[str, Plan], length: int) -> Plan:
