@@ -130,6 +130,12 @@ class ModelSignature(BaseModel):
         return shape | attention_settings(self.rope, self.config, self.num_hidden_layers)
 
 
+def own_window(model: ModelSignature) -> int | None:
+    """The sliding window in tokens that the model's configuration names, or None."""
+    window = model.config.get("sliding_window")
+    return window if type(window) is int and window > 0 else None
+
+
 def _plain(value: Any) -> JsonValue:
     if hasattr(value, "to_dict"):  # a configuration within a configuration, full of what every one has
         value = {key: getattr(value, key) for key in NESTED_KEYS if hasattr(value, key)}
