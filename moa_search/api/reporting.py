@@ -64,7 +64,10 @@ def report_model(model: str | tuple[Any, Any], options: ReportOptions) -> pd.Dat
     names = [variant.name for variant in compared.variants] + [
         rival.variant(question) for rival in rivals for question in rival.questions
     ]
-    for name in options.against:
+    against = options.against
+    if "against" not in options.model_fields_set:
+        against = [name for name in against if name in names]  # the default, where dense attention isn't measured
+    for name in against:
         if name not in names:
             raise ConfigError(f"against: variant {name!r} isn't measured; choose from {', '.join(names)}")
     network, tokenizer = model_and_tokenizer(model, **options.loading)
@@ -88,7 +91,7 @@ def report_model(model: str | tuple[Any, Any], options: ReportOptions) -> pd.Dat
         else "generated greedily (perplexity and NLL teacher-forced)",
         "seed": options.seed,
     }
-    return _write(Path(options.output), measured, compared, settings, options.against)
+    return _write(Path(options.output), measured, compared, settings, against)
 
 
 def _require_environment(model: Any, options: ReportOptions) -> None:
@@ -190,10 +193,11 @@ def _write(
         if other not in against:
             pair = measured.items[measured.items["variant"].isin([mine, other])]
             differences.append(paired_differences(pair, other))
+    none = measured.items["variant"].iloc[0]
     tables = {
         "items": pd.concat([measured.items, measured.window_items]) if len(measured.window_items) else measured.items,
         "summary": summarise(measured.items),
-        "differences": pd.concat(differences) if differences else paired_differences(measured.items[:0]),
+        "differences": pd.concat(differences) if differences else paired_differences(measured.items, none)[:0],
         "effective": effective,
     }
     for name, table in tables.items():

@@ -129,7 +129,9 @@ def require_baselines(baselines: Sequence[str], *, any_plan: bool) -> None:
     """
     for name in baselines:
         if name not in BASELINES:
-            raise ConfigError(f"baseline {name!r} is unknown{nearest(name, BASELINES)}; choose from dense, uniform")
+            raise ConfigError(
+                f"baseline {name!r} is unknown{nearest(name, BASELINES)}; choose from dense, uniform, or none alone"
+            )
     if "uniform" in baselines and not any_plan:
         raise ConfigError("baseline 'uniform' matches the memory of a plan: give --plan too")
 

@@ -262,8 +262,9 @@ def _told(repo: str, doing: str = "read") -> Iterator[None]:
     except MoAError:
         raise
     except Exception as error:
-        # What keeps a forced download from starting is told by its cause.
-        reason = _reason(error.__cause__ if type(error) is ValueError and error.__cause__ is not None else error)
+        # What keeps a forced download from starting, or a large file from being sent, is told by the cause.
+        wrapped = type(error) in (ValueError, RuntimeError) and error.__cause__ is not None
+        reason = _reason(error.__cause__ if wrapped and error.__cause__ is not None else error)
         if reason is None:
             raise
         raise HubError(f"{repo} can't be {doing}: {reason}") from None
@@ -292,6 +293,7 @@ def _reason(error: BaseException) -> str | None:
         if code in (401, 403):
             return "the hub refuses; log in with a token that may write there: hf auth login"
         return f"the hub answers {code}: {one_line(error.server_message or error)}"
-    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "huggingface_hub"):
+    unreached = isinstance(error, ConnectionError | TimeoutError)  # hf_xet's, which sends and reads large files
+    if unreached or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "huggingface_hub"):
         return f"the hub can't be reached ({one_line(error)})"
     return None

@@ -80,6 +80,7 @@ class Plan(PlanCosts, PlanText):
     by_length: ClassVar = plan_views.by_length
     cell_texts: ClassVar = plan_views.cell_texts
     diff: ClassVar = plan_views.diff
+    kept_text: ClassVar = plan_views.kept_text
     plot_density: ClassVar = plan_views.plot_density
     plot_diff: ClassVar = plan_views.plot_diff
     plot_mask: ClassVar = plan_views.plot_mask

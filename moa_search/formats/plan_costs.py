@@ -48,16 +48,17 @@ class PlanCosts(PlanContent):
             batch: Samples.
             bytes_per_element: Of numbers stored in 16 bits, i.e. in the model's own type.
         """
-        return batch * sum(self._bytes_by_layer(length, bytes_per_element))
+        return batch * sum(self.bytes_by_layer(length, bytes_per_element=bytes_per_element))
 
     def share(self, length: int) -> float:
         """Share of a dense 16-bit cache's bytes that is kept at ``length`` tokens, native layers aside."""
         layers = [layer for layer in range(len(self.patterns)) if layer not in self.native_layers]
-        kept = self._bytes_by_layer(length, 2)
+        kept = self.bytes_by_layer(length)
         dense = 2 * token_bytes(PLAIN_BITS, self.model.head_dim) * length * self.model.num_key_value_heads
         return sum(kept[layer] for layer in layers) / (dense * len(layers))
 
-    def _bytes_by_layer(self, length: int, bytes_per_element: int) -> list[int]:
+    def bytes_by_layer(self, length: int, *, bytes_per_element: int = 2) -> list[int]:
+        """`kv_bytes` of one sample, layer by layer."""
         width, native = self.model.head_dim, self.native_layers
         return [
             sum(

@@ -99,8 +99,9 @@ def by_length(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
         lengths: Context lengths in tokens, or one; by default `lengths`.
 
     Returns:
-        Columns ``length``, ``density`` and ``attention_density`` (shares, native layers aside), ``kv_bytes`` (of keys
-        and values in 16 bits, native layers' too), and where the plan predicts them ``loss``, ``loss_error`` and
+        Columns ``length``, ``density``, ``share`` and ``attention_density`` (shares of tokens, of bytes and of the
+        prefill, native layers aside), ``kv_bytes`` (of keys and values as the plan stores them, what is plain in 16
+        bits, native layers' too), and where the plan predicts them ``loss``, ``loss_error`` and
         ``extrapolated``.
     """
     import pandas as pd
@@ -113,6 +114,7 @@ def by_length(plan: Plan, lengths: int | Sequence[int] = ()) -> pd.DataFrame:
             {
                 "length": length,
                 "density": plan.density(length),
+                "share": plan.share(length),
                 "attention_density": computed,
                 "kv_bytes": plan.kv_bytes(length),
                 "loss": known and known.loss,
@@ -167,7 +169,7 @@ def plot_spans(plan: Plan, length: int | None = None, *, ax: Axes | None = None)
     return draw_cells(
         plan.shares(at),
         ax,
-        title=f"{at} tokens: {plan.density(at):.1%} of the KV cache kept",
+        title=f"{at} tokens: keeps {kept_text(plan, at)}",
         label="span / n",
         limits=(0, 1),
         xlabel=f"layer (grey: own window, {plan.native_window})" if native else "layer",
@@ -229,7 +231,7 @@ def plot_mask(plan: Plan, layer: int, head: int, n: int, *, ax: Axes | None = No
 
 
 def plot_density(plan: Plan, lengths: Sequence[int] = (), *, ax: Axes | None = None) -> Axes:
-    """Shares of the KV cache that is kept and of the prefill that is computed, over the length; budgets as marks.
+    """Shares of tokens and bytes that are kept and of the prefill that is computed, over the length; budgets as marks.
 
     Args:
         plan: The plan.
@@ -239,12 +241,13 @@ def plot_density(plan: Plan, lengths: Sequence[int] = (), *, ax: Axes | None = N
     from moa_search.pictures import draw_lines
 
     at = sorted(_checked(plan, lengths or plan.density_lengths))
-    lines = {
-        "KV cache kept": [100 * plan.density(n) for n in at],
-        "prefill computed": [100 * share for share in plan.attention_densities(at)],
-    }
+    lines = {"tokens kept": [100 * plan.density(n) for n in at]}
+    if not plan.is_plain:
+        lines["bytes kept"] = [100 * plan.share(n) for n in at]
+    lines["prefill computed"] = [100 * share for share in plan.attention_densities(at)]
     ax = draw_lines(at, lines, ax, title="", xlabel="context (tokens)", ylabel="share of dense (%)")
-    budgets = [(b.length, 100 * b.density) for b in _budgets(plan) if b.density is not None]
+    bounds = [(budget.length, budget.density or budget.share) for budget in _budgets(plan)]
+    budgets = [(length, 100 * bound) for length, bound in bounds if bound is not None]
     if budgets:
         ink = ax.xaxis.label.get_color()
         ax.plot(*zip(*budgets, strict=True), "_", color=ink, markersize=14, markeredgewidth=2, label="budget")
@@ -258,20 +261,26 @@ def to_html(plan: Plan) -> str:
 
     at = _one(plan, None)
     origin = plan.provenance
-    found = f", {origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "") if origin else ""
+    found = f", {origin.how}" if origin else ""
     grid = cell_grid(
         hex_colours(plan.shares(at), low=0, high=1),
         plan.cell_texts(at),
         label=f"Share of {at} tokens kept by layer and KV head",
         focusable=False,
     )
-    kept = plan.by_length()[["length", "density", "attention_density"]]
-    rows = [[n, f"{share:.1%}", f"{computed:.1%}"] for n, share, computed in kept.itertuples(index=False)]
+    kept = plan.by_length()[["length", "density", "share", "attention_density"]]
+    rows = [[n, *(f"{share:.1%}" for share in shares)] for n, *shares in kept.itertuples(index=False)]
     about = (
         f"for {plan.model.architecture}, {plan.model.num_hidden_layers} layers of {plan.model.num_key_value_heads} KV "
         f"heads{found}; colours at {at} tokens"
     )
-    return notebook_html("Plan", about, grid, ["tokens", "KV cache kept", "prefill computed"], rows)
+    return notebook_html("Plan", about, grid, ["tokens", "tokens kept", "bytes kept", "prefill computed"], rows)
+
+
+def kept_text(plan: Plan, length: int) -> str:
+    """What the plan keeps at ``length`` tokens, in words: of the tokens and, where it stores fewer bits, the bytes."""
+    tokens = f"{plan.density(length):.1%} of the tokens"
+    return tokens if plan.is_plain else f"{tokens} in {plan.share(length):.1%} of the bytes"
 
 
 def cell_texts(plan: Plan, length: int) -> list[list[str]]:

@@ -44,6 +44,13 @@ class Provenance(Strict):
     knobs: dict[str, float | str] = Field(default_factory=dict, description="setting of the outer loop that found it")
     notes: tuple[str, ...] = Field(default=(), description="what an import from another format changed and cost")
 
+    @property
+    def how(self) -> str:
+        """What found the plan, in words; a plan from another format says which one."""
+        if self.searcher.startswith("imported "):
+            return f"imported from {self.searcher.removeprefix('imported ')}"
+        return f"{self.searcher} search" + (f" on {self.criterion}" if self.criterion else "")
+
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in handler(self).items() if name not in ("knobs", "notes") or value}
@@ -72,3 +79,8 @@ class LengthMetrics(Strict):
     loss: float | None = Field(default=None, description="predicted loss, in the criterion's unit")
     loss_error: float | None = Field(default=None, description="standard error of that loss")
     extrapolated: bool = Field(default=False, description="extrapolated from the losses at other lengths")
+
+    @property
+    def bytes_kept(self) -> float:
+        """Share of the dense 16-bit cache's bytes kept, native layers aside; of tokens if all store 16 bits."""
+        return self.density if self.share is None else self.share

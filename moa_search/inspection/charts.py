@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INK = "#1b2a3c"
 """Colour of text and axes in figures; `svg_of` puts the page's own in its place, light or dark."""
 
-SAME_DENSITY = 0.01
+SAME_SHARE = 0.01
 """Plans whose densities differ by less are of one budget: their losses at two lengths are set against each other."""
 
 
@@ -86,20 +86,20 @@ def draw_layers(ax: Axes, per_layer: npt.NDArray[np.float64], native: Sequence[i
 
 
 def draw_front(ax: Axes, plans: Sequence[Plan], names: Sequence[str], chosen: int | None) -> None:
-    """The plans of a front by their predicted losses: over density, or under one budget at the first and last length.
+    """The plans of a front by their predicted losses: over bytes, or under one budget at the first and last length.
 
     Every plan has a name beside it, the chosen one a ring around it. Extrapolated losses aren't drawn where there are
     others.
     """
     known = [_known(plan) for plan in plans]
-    densities = [metrics[-1].density for metrics in known]
+    kept = [metrics[-1].bytes_kept for metrics in known]
     lengths = [metrics.length for metrics in known[0]]
-    if len(lengths) > 1 and max(densities) - min(densities) < SAME_DENSITY:
+    if len(lengths) > 1 and max(kept) - min(kept) < SAME_SHARE:
         x = [metrics[0].loss or 0.0 for metrics in known]
         ax.set_xlabel(f"predicted loss at {lengths[0]} tokens")
     else:
-        x = [100 * density for density in densities]
-        ax.set_xlabel(f"KV cache kept at {lengths[-1]} tokens (%)")
+        x = [100 * share for share in kept]
+        ax.set_xlabel(f"bytes of the KV cache kept at {lengths[-1]} tokens (%)")
     y = [metrics[-1].loss or 0.0 for metrics in known]
     ax.set_ylabel(f"predicted loss at {lengths[-1]} tokens")
     ax.plot(x, y, "o", color=OKABE_ITO[0], label="plans")

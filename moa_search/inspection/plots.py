@@ -70,7 +70,7 @@ def save_front_plot(front: Front, path: str | os.PathLike[str]) -> None:
 
 
 def plot_densities(front: Front) -> Figure:
-    """Predicted loss over density, one line per length with its standard error; the knee is marked.
+    """Predicted loss over the share of bytes, one line per length with its standard error; the knee is marked.
 
     Args:
         front: Of several densities.
@@ -83,7 +83,7 @@ def plot_densities(front: Front) -> Figure:
     for index, length in enumerate(lengths):
         metrics = [plan.predicted[index] for plan in front.plans]
         axes.errorbar(
-            [100 * m.density for m in metrics],
+            [100 * m.bytes_kept for m in metrics],
             [m.loss or 0.0 for m in metrics],
             yerr=[m.loss_error or 0.0 for m in metrics],
             marker="o",
@@ -91,10 +91,10 @@ def plot_densities(front: Front) -> Figure:
             label=f"{length} tokens",
         )
     if front.has_knee:
-        at = 100 * front.chosen.predicted[-1].density
+        at = 100 * front.chosen.predicted[-1].bytes_kept
         axes.axvline(at, color="grey", linestyle=":", label=f"knee, {front.densities[front.chosen_index or 0]:.4g}")
     criterion = front.chosen.provenance.criterion if front.chosen.provenance else None
-    axes.set_xlabel("KV cache kept (%)")
+    axes.set_xlabel("bytes of the KV cache kept (%)")
     axes.set_ylabel("predicted loss" + (f" ({criterion})" if criterion else ""))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,4 +64,7 @@ def load_adapter(model: Any, folder: str, tokens: int | None, **options: Any) ->
     require_no_prompt(PeftConfig.from_pretrained(folder, **options), f"model {folder!r}")
     if tokens is not None and tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens)
-    return PeftModel.from_pretrained(model, folder, **options).get_base_model()
+    with warnings.catch_warnings():
+        # Nothing that a user could change: PEFT asks transformers by an old name.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return PeftModel.from_pretrained(model, folder, **options).get_base_model()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from moa_search.options.base import Count, Lengths, ListOrNone, Options, Several, Share
+from moa_search.options.base import Count, Lengths, ListOrNone, Options, Several, Share, as_list
 
 Criterion = Literal["squared", "root_squared", "signed", "absolute", "elementwise", "recall"]
 Searcher = Literal[
@@ -33,6 +33,14 @@ HeldOutLengths = Annotated[
 ]
 HeldOutSamples = Annotated[Count, Field(description="Held-out samples per length.")]
 
+
+def _none_is_empty(value: Any) -> Any:
+    given = as_list(value)
+    return [] if given == ["none"] else given
+
+
+Baselines = Annotated[Several[str], BeforeValidator(_none_is_empty)]
+"""``none`` alone stands for an empty list, which a command line can't give."""
 
 TrustRemoteCode = Annotated[
     bool, Field(description="Run the code that a model brings along; false refuses such a model.")
@@ -64,8 +72,8 @@ class PlanOptions(Options):
 
     plan: Several[Any] = ()
     """Plan files."""
-    baselines: Several[str] = ("dense", "uniform")
-    """dense, and uniform: one span for all heads with as much memory as the plan."""
+    baselines: Baselines = ("dense", "uniform")
+    """dense, and uniform: one span for all heads with as much memory as the plan; none for plans alone."""
 
 
 class HeldOutOptions(Options):

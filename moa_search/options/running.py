@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moa_search.options.base import Count, Lengths, Options, Positive, Several, Share, Tokens
-from moa_search.options.groups import ModelOptions, PlanOptions, Searcher
+from moa_search.options.groups import Baselines, ModelOptions, PlanOptions, Searcher
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 
 WayKind = Literal["dense", "dense-static", "plan", "plan-static"]
@@ -143,8 +143,8 @@ class HarnessOptions(PlanOptions, ModelOptions):
     """Folder of task files of yours."""
     builtin: bool = False
     """Whether lm-eval's own tasks can be named too; most of them need the hub."""
-    baselines: Several[str] = ("dense",)
-    """dense, and uniform: one span for all heads with as much memory as a plan at length."""
+    baselines: Baselines = ("dense",)
+    """dense, and uniform: one span for all heads with as much memory as a plan at length; none for plans alone."""
     length: Tokens | None = None
     """Tokens at which uniform spans keep as much as a plan, and at which a plan is taken that is anchored at the
     prompt's end."""

@@ -111,6 +111,17 @@ def test_a_flag_beats_the_file(config, monkeypatch, capsys, tmp_path):
     assert "Effective context" not in (tmp_path / "out" / "report.html").read_text(), "copies are no retrieval"
 
 
+def test_plans_alone_are_compared_with_nothing(config, monkeypatch, capsys, tmp_path):
+    path = config(profile=None, tasks=["copy"], samples=[1, 1], windows=False, refine=0)
+    status, _, err = run(monkeypatch, capsys, path, "--baselines", "none")
+    assert status == 0, err
+    assert set(pd.read_csv(tmp_path / "out" / "summary.csv")["variant"]) == {"mine"}
+    assert pd.read_csv(tmp_path / "out" / "differences.csv").empty
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Scores: copy" in page
+    assert "Differences" not in page
+
+
 def test_rivals_stand_in_the_tables(config, monkeypatch, capsys, tmp_path):
     path = config(profile=None, rivals=["int4"], against=["int4"], windows=False, refine=0)
     status, _, err = run(monkeypatch, capsys, path)
@@ -121,7 +132,7 @@ def test_rivals_stand_in_the_tables(config, monkeypatch, capsys, tmp_path):
     differences = pd.read_csv(tmp_path / "out" / "differences.csv")
     assert "int4" in set(differences["against"])
     page = (tmp_path / "out" / "report.html").read_text()
-    assert all(name in page for name in ("int4", "KV bytes"))
+    assert all(name in page for name in ("int4", "bytes kept"))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +143,8 @@ def test_rivals_stand_in_the_tables(config, monkeypatch, capsys, tmp_path):
         ({"depths": [1.5]}, "depths: 1.5 is out of range"),
         ({"refine": -1}, "refine: -1 is out of range"),
         ({"baselines": ["unifrom"]}, "did you mean 'uniform'"),
+        ({"baselines": ["none", "dense"]}, "choose from dense, uniform, or none alone"),
+        ({"baselines": "none", "against": ["dense"]}, "against: variant 'dense' isn't measured"),
         ({"tasks": ["paskey"]}, "did you mean 'passkey'"),
         ({"plan": [], "profile": None}, "give --plan"),
         ({"plan": [], "profile": None, "baselines": []}, "nothing to evaluate"),

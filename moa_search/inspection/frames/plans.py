@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from moa_search.formats import Plan, Profile
 from moa_search.formats.paged import grouped
 from moa_search.formats.plan import Budget
 from moa_search.head_groups import GROUPS
+from moa_search.inspection.frames.bits import tiers_text
 from moa_search.inspection.printing import (
     Column,
     Table,
@@ -39,7 +41,7 @@ HEADS_PER_LINE = 8
 
 
 def plan_frame(plans: Plan | Mapping[str, Plan], lengths: Sequence[int]) -> Table:
-    """KV cache kept, prefill computed and predicted loss by length; shares leave native layers out, bytes don't.
+    """What is kept and computed, and predicted loss, by length; shares leave native layers out, MiB don't.
 
     Args:
         plans: A plan, or several by name, of which no losses are shown: they may be in different units.
@@ -49,8 +51,7 @@ def plan_frame(plans: Plan | Mapping[str, Plan], lengths: Sequence[int]) -> Tabl
     frame = pd.concat([plan.by_length(lengths).assign(plan=name) for name, plan in named.items()])
     columns = [
         column("length", "tokens"),
-        column("density", "KV cache kept", percent),
-        column("kv_bytes", "KV MiB (16 bit)", mebibytes),
+        *_kept_columns(named.values()),
         column("attention_density", "prefill computed", percent),
     ]
     if isinstance(plans, Plan):
@@ -58,6 +59,18 @@ def plan_frame(plans: Plan | Mapping[str, Plan], lengths: Sequence[int]) -> Tabl
         return Table(frame, columns, "What it keeps, computes and is predicted to lose")
     frame = frame.sort_values("length", kind="stable")
     return Table(frame, [column("plan", left=True), *columns], "What they keep and compute", group=["length"])
+
+
+def _kept_columns(plans: Collection[Plan]) -> list[Column]:
+    """Tokens kept, bytes kept where they are another share, and the size of that."""
+    columns = [column("density", "tokens kept", percent)]
+    if not all(plan.is_plain for plan in plans):
+        columns.append(column("share", "bytes kept", percent))
+    return [*columns, column("kv_bytes", _size_heading(plans), mebibytes)]
+
+
+def _size_heading(plans: Iterable[Plan]) -> str:
+    return "KV MiB (16 bit)" if all(plan.is_plain for plan in plans) else "KV MiB"
 
 
 def plans_frame(plans: Mapping[str, Plan], lengths: Sequence[int] = ()) -> Table:
@@ -70,7 +83,6 @@ def plans_frame(plans: Mapping[str, Plan], lengths: Sequence[int] = ()) -> Table
     rows = []
     for name, plan in plans.items():
         frame = plan.by_length(list(lengths) or plan.lengths).assign(plan=name)
-        frame["share"] = [plan.share(length) for length in frame["length"]]
         measured = {entry.length: entry for entry in plan.validated}
         for field in ("loss", "dense_loss"):
             frame[f"true_{field}"] = [getattr(measured.get(length), field, None) for length in frame["length"]]
@@ -87,7 +99,7 @@ def plans_frame(plans: Mapping[str, Plan], lengths: Sequence[int] = ()) -> Table
         column("length", "tokens"),
         column("density", "tokens kept", percent),
         column("share", "bytes kept", percent),
-        column("kv_bytes", "KV MiB (16 bit)", mebibytes),
+        column("kv_bytes", _size_heading(plans.values()), mebibytes),
         Column("predicted loss", predicted_text),
         Column("held-out loss", held_out),
     ]
@@ -172,14 +184,14 @@ def layer_frame(plan: Plan, length: int, losses: Mapping[int, npt.NDArray[np.flo
     frame = pd.DataFrame(
         {
             "layer": range(len(tokens)),
-            "kv_bytes": tokens * 2 * 2 * plan.model.head_dim,
+            "kv_bytes": plan.bytes_by_layer(length),
             "density": tokens / (length * plan.model.num_key_value_heads),
         }
     )
     columns = [
         column("layer"),
-        column("kv_bytes", "KV MiB (16 bit)", lambda count: f"{count / 2**20:.4g}"),
-        column("density", "kept", percent),
+        column("kv_bytes", _size_heading([plan]), lambda count: f"{count / 2**20:.4g}"),
+        column("density", "tokens kept", percent),
     ]
     for n, values in losses.items():
         frame[f"loss@{n}"] = values
@@ -262,20 +274,28 @@ def plan_facts(plan: Plan) -> dict[str, str]:
     if plan.native_layers:
         layers = f"{len(plan.native_layers)} of {model.num_hidden_layers} layers"
         facts["native"] = f"{layers}: {own_window_text(plan)}; not counted in densities"
+    if not plan.is_plain:
+        facts["bits"] = f"of keys/values: {tiers_text(plan)} KV heads"
     origin = plan.provenance
     if origin is not None:
-        how = f"{origin.searcher} search" + (f" on {origin.criterion}" if origin.criterion else "")
-        budgets = ", ".join(map(_budget_text, origin.budgets))
+        bounds = itertools.groupby(origin.budgets, key=_bound_text)
+        budgets = "; ".join(bound + _lengths_text(held) for bound, held in bounds)
         gap = "" if origin.gap is None else f"; proven within {origin.gap:.2%} of the optimum"
-        facts["found by"] = how + (f"; {budgets}" if budgets else "") + gap
+        facts["found by"] = origin.how + (f"; {budgets}" if budgets else "") + gap
     return facts
 
 
-def _budget_text(budget: Budget) -> str:
+def _bound_text(budget: Budget) -> str:
+    """What a budget bounds, without its length unless the user's own words are shown."""
     if budget.asked is not None:
         return budget.asked
     what, most = ("density", budget.density) if budget.share is None else ("share of bytes", budget.share)
-    return f"{what} at most {most:.4g} at {budget.length}"
+    return f"{what} at most {most:.4g}"
+
+
+def _lengths_text(budgets: Iterable[Budget]) -> str:
+    lengths = ", ".join(str(budget.length) for budget in budgets if budget.asked is None)
+    return f" at {lengths}" if lengths else ""
 
 
 def provenance_facts(plan: Plan) -> dict[str, str]:

@@ -33,7 +33,7 @@ def score_frame(
     keys = [
         column("variant", left=True),
         column("length", "tokens"),
-        column("density", "KV kept", percent),
+        column("density", "tokens kept", percent),
         *_bytes_columns(summary),
         column("attention_density", "prefill computed", percent),
         column("n"),
@@ -51,7 +51,7 @@ def _bytes_columns(summary: pd.DataFrame) -> list[Column]:
     """Bytes held, where they were measured; what else reading the prompt takes, where that differs from one pass."""
     if "kv_share" not in summary:
         return []
-    columns = [column("kv_share", "KV bytes", percent)]
+    columns = [column("kv_share", "bytes kept", percent)]
     if (summary["extra_passes"] > 0).any() or (summary["kv_share"] > summary["density"] + 0.01).any():
         columns += [column("kv_peak", "at peak", percent), column("extra_passes", None, digits(1))]
     return columns
@@ -89,7 +89,7 @@ def length_frame(summary: pd.DataFrame) -> Table:
             rows[row["variant"]][f"at {length}"] = f"{row.get('kv_share', row['density']):.0%}: {losses}{score}"
         columns.append(column(f"at {length}", f"{length} tokens, n = {at['n'].iloc[0]}"))
     losses = " NLL /" if summary["nll"].notna().any() else ""
-    return Table(pd.DataFrame(rows.values()), columns, f"{task}: KV bytes:{losses} {metric} [95 % interval]")
+    return Table(pd.DataFrame(rows.values()), columns, f"{task}: bytes kept:{losses} {metric} [95 % interval]")
 
 
 def difference_frame(differences: pd.DataFrame, against: str) -> Table:

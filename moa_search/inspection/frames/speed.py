@@ -23,7 +23,7 @@ def throughput_frame(summary: pd.DataFrame) -> Table:
         column("length"),
         Column("batch", lambda row: f"{row['batch']}{' = most' if row['is_largest'] else ''}"),
         Column("variant", variant_text, left=True),
-        column("density", "KV kept", percent),
+        column("density", "tokens kept", percent),
         _spread("prefill_ms", "prefill ms"),
         column("prefill_ratio", "x", digits(2)),
         _spread("decode_tokens_per_s", "decoded tokens/s"),

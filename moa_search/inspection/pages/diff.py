@@ -20,7 +20,7 @@ from moa_search.inspection.pages.page import (
     origin_blocks,
     paragraph,
 )
-from moa_search.inspection.printing import percent, to_html
+from moa_search.inspection.printing import to_html
 from moa_search.pictures import draw_lines, hex_colours
 
 
@@ -64,12 +64,12 @@ def diff_page(plans: Sequence[Plan], names: Sequence[str], *, lengths: Sequence[
     over = plans[0].density_lengths
     lines = {name: [100 * plan.density(n) for n in over] for name, plan in zip(names, plans, strict=True)}
     density = chart(
-        lambda ax: draw_lines(over, lines, ax, title="", xlabel="context (tokens)", ylabel="KV cache kept (%)")
+        lambda ax: draw_lines(over, lines, ax, title="", xlabel="context (tokens)", ylabel="tokens kept (%)")
     )
     kept = plan_frame(dict(zip(names, plans, strict=True)), at)
     page.add(
         "Density against length",
-        figure_block(density, "Share of the KV cache that each plan keeps, over the context length"),
+        figure_block(density, "Share of the tokens that each plan keeps, over the context length"),
         to_html(kept),
     )
     page.add("Changed heads", *(_changes_folded(plans, names, n) for n in at))
@@ -89,9 +89,9 @@ def _change_blocks(plans: Sequence[Plan], names: Sequence[str], length: int) -> 
         ]
         for layer in range(changes.shape[0])
     ]
-    kept = " to ".join(percent(plan.density(length)) for plan in plans)
+    kept = " to ".join(plan.kept_text(length) for plan in plans)
     return [
-        heading(f"{length} tokens: {kept} of the KV cache"),
+        heading(f"{length} tokens: from {kept}"),
         grid_block(
             hex_colours(changes, low=-1, high=1, colours="PuOr"),
             texts,

@@ -19,7 +19,7 @@ from moa_search.formats import Plan
 from moa_search.formats.files import atomic_write
 from moa_search.inspection.charts import svg_of
 from moa_search.inspection.frames.plans import provenance_facts
-from moa_search.inspection.printing import Table, percent, to_html
+from moa_search.inspection.printing import Table, to_html
 from moa_search.pictures import cell_grid, hex_colours
 from moa_search.pictures.templates import load_macros, render
 from moa_search.version import __version__
@@ -161,7 +161,7 @@ def span_blocks(plan: Plan, lengths: Sequence[int]) -> list[str]:
     for length in lengths:
         label = f"Share of a context of {length} tokens that each layer (across) and KV head (down) keeps"
         blocks += [
-            heading(f"{length} tokens: {percent(plan.density(length))} of the KV cache"),
+            heading(f"{length} tokens: keeps {plan.kept_text(length)}"),
             grid_block(
                 hex_colours(plan.shares(length), low=0, high=1),
                 plan.cell_texts(length),

@@ -60,11 +60,11 @@ def plan_page(
         plan.model.require_head(layer, head)
     at = list(lengths) or plan.lengths
     longest = max(at)
-    model, size = plan.model, _size(plan.kv_bytes(longest))
+    model, size = plan.model, _size(plan.kv_bytes(longest)) + " of keys and values" + " (16 bit)" * plan.is_plain
     page = new_page(
         title,
         f"{model.architecture}, {model.num_hidden_layers} layers of {model.num_key_value_heads} KV heads: keeps "
-        f"{percent(plan.density(longest))} of the KV cache at {longest} tokens, {size} of keys and values (16 bit)",
+        f"{plan.kept_text(longest)} at {longest} tokens, {size}",
     )
     page.add("Spans", paragraph(_formula(plan)), paragraph(HOW_TO_READ), *span_blocks(plan, at))
     page.add("Density against length", *_density_blocks(plan, at))
@@ -109,7 +109,7 @@ def _formula(plan: Plan) -> str:
 def _density_blocks(plan: Plan, lengths: Sequence[int]) -> list[str]:
     at = sorted({*lengths, *plan.model.usual_lengths})
     figure = chart(lambda ax: plan.plot_density(ax=ax))
-    alt = "Share of the KV cache kept and of the prefill computed, over the context length"
+    alt = "Shares kept and of the prefill computed, over the context length"
     return [figure_block(figure, alt), to_html(plan_frame(plan, at))]
 
 

@@ -76,8 +76,8 @@ def report_page(report: Report) -> Page:
         facts({**report.settings, **_where()}),
         paragraph(
             "All variants answer the same items, from texts that calibration never uses. Means come with 95 % "
-            "bootstrap intervals over items; differences are paired, item by item. KV kept is the share of the tokens "
-            "that attention still reads, KV bytes that of a dense 16-bit cache's bytes that are held once the prompt "
+            "bootstrap intervals over items; differences are paired, item by item. Tokens kept is the share "
+            "that attention still reads, bytes kept that of a dense 16-bit cache's bytes that are held once the prompt "
             "was read; at peak, those held while it is, one layer's own keys and values among them; extra passes, how "
             "often the prompt is read beside the first time. What only masks keys frees no bytes."
         ),

@@ -83,7 +83,7 @@ def test_plans_of_other_tools_are_shown_and_converted(call, tmp_path):
         "moa-inspect", golden / "moa-alphas-betas.json", "--model", model, "--save", tmp_path / "plan.json"
     )
     assert status == 0, err
-    assert "imported MoA" in out
+    assert "imported from MoA" in out
     assert "density per query head -> per KV head: " in out
     assert f"plan written to {tmp_path / 'plan.json'}" in out
     status, out, err = call(

@@ -201,7 +201,7 @@ class TestPictures:
         np.testing.assert_allclose(computed.get_ydata(), [100 * tiny_plan.attention_density(int(n)) for n in lengths])
         assert (budget.get_xdata().tolist(), budget.get_ydata().tolist()) == ([1024], [50])
         assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-            "KV cache kept",
+            "tokens kept",
             "prefill computed",
             "budget",
         ]

@@ -32,7 +32,7 @@ def test_every_section_is_there(page):
 
 def test_scores_with_their_intervals_and_memory(page):
     head, *rows = tables(page)["passkey, answers teacher-forced: means with 95 % intervals"]
-    assert head == ["variant", "tokens", "KV kept", "prefill computed", "n", "NLL", "exact match"]
+    assert head == ["variant", "tokens", "tokens kept", "prefill computed", "n", "NLL", "exact match"]
     assert ["dense", "512", "100.0%", "100.0%", "6", "0.50 [0.50, 0.50]", "1.00 [1.00, 1.00]"] in rows
     assert len(rows) == 8
 

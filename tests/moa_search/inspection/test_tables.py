@@ -93,7 +93,7 @@ def test_facts_name_budgets_of_every_kind(tiny_signature):
     budgets = (Budget(length=64, density=0.5), Budget(length=64, share=0.25), Budget(length=64, asked="kv=1MiB@64"))
     origin = Provenance(searcher="exact", budgets=budgets)
     facts = plan_facts(Plan.uniform(DENSE, tiny_signature, provenance=origin))
-    assert facts["found by"].endswith("; density at most 0.5 at 64, share of bytes at most 0.25 at 64, kv=1MiB@64")
+    assert facts["found by"].endswith("; density at most 0.5 at 64; share of bytes at most 0.25 at 64; kv=1MiB@64")
 
 
 def test_commonest_rules_first(tiny_signature):
