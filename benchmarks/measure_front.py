@@ -76,29 +76,27 @@ def make_profile(layers: int, heads: int, lengths: Sequence[int], samples: int, 
 
 
 def with_tiers(profile: Profile, bits: Sequence[int], seed: int = 1) -> Profile:
-    """``profile`` with what fewer bits of keys and of values add: by head, of either sign, growing with the window."""
+    """``profile`` with what fewer bits of keys and of values add: by head, of either sign."""
     rng, model = np.random.default_rng(seed), profile.header.model
     coded = tuple(sorted(set(bits) - {PLAIN_BITS}, reverse=True))
     heads = (model.num_hidden_layers, model.num_key_value_heads)
     sensitive = rng.lognormal(0, 1.0, heads)
     by_length = {}
     for entry in profile.header.lengths:
-        grid = tier_grid(entry.length, entry.windows, entry.row_buckets)
-        seen = np.minimum(np.array(grid.windows) / entry.length, 1.0) ** 0.2 / grid.row_buckets
+        grid = tier_grid(entry.length)
 
-        def changes(part: float, entry: LengthHeader = entry, seen: npt.NDArray[np.float64] = seen, grid=grid):
-            shape = (entry.samples, *heads, grid.row_buckets, len(grid.windows))
+        def changes(part: float, entry: LengthHeader = entry):
+            shape = (entry.samples, *heads, 1, 1)
             return {
                 n: {
-                    name: (part * BITS_ERROR[n] * sensitive[..., None, None] * seen * rng.normal(size=shape)).astype(
-                        "f4"
-                    )
+                    name: (part * BITS_ERROR[n] * sensitive[..., None, None] * rng.normal(size=shape)).astype("f4")
                     for name in SAMPLE_STATISTICS
                 }
                 for n in coded
             }
 
-        by_length[entry.length] = TierLength(grid, changes(1.0), changes(0.5))
+        answer_tokens = np.full(entry.samples, 8, dtype=np.float32)
+        by_length[entry.length] = TierLength(grid, answer_tokens, changes(1.0), changes(0.5))
     width = model.head_dim
     transforms = KeyTransforms(
         np.zeros((*heads, width), np.float32),

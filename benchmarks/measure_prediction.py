@@ -71,7 +71,7 @@ def measure(profile: Profile, arguments: argparse.Namespace) -> None:
     )
     dense = truth.loss(None)
     spaces = {}
-    for kind, options in KINDS.items():
+    for kind, options in ((kind, KINDS[kind]) for kind in arguments.kinds):
         asked = SearchOptions(
             kv_share=[arguments.share],
             budget_lengths=[arguments.length],
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens, a profiled length")
     parser.add_argument("--plans", type=int, default=30, help="of each kind")
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of plans")
     arguments = parser.parse_args()
     measure(Profile.load(arguments.profile), arguments)
     print(summarise(read(arguments.output)))

@@ -120,6 +120,8 @@ def _pooled_tiers(profiles: Sequence[Profile], lengths: Sequence[int]) -> TierSt
     by_length = {}
     for length in lengths:
         parts = [p.tiers.by_length[length] for p in profiles if p.tiers is not None and length in p.tiers.by_length]
+        if any(part.header != parts[0].header for part in parts):  # files from before hold more than is asked for
+            parts = [part.seeing_everything() for part in parts]
         by_length[length] = TierLength(
             parts[0].header,
             np.concatenate([part.answer_tokens for part in parts]),

@@ -1,15 +1,13 @@
 """What a profile knows of tiers: the keys' transforms, and the influence of keys and values in fewer bits.
 
-Statistics of a codec are changes: what it adds to a window's `SAMPLE_STATISTICS` when keys, or values, are seen through
-it. They are kept for keys and values apart. A pair's change is the sum of both: on SmolLM2 the sum differed from the
-measured one by 2 to 16 % of a standard error of the mean. They are smooth, too, so a coarse grid does: windows an
-octave apart and eight row buckets differed from the full grid by 1 to 7 % of a standard error.
+Statistics of a codec are changes: what it adds to `SAMPLE_STATISTICS` when keys, or values, are seen through it. They
+are kept for keys and values apart. A pair's change is the sum of both: on SmolLM2 the sum differed from the measured
+one by 2 to 16 % of a standard error of the mean.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -33,8 +31,6 @@ PLAIN: Final[Tier] = (PLAIN_BITS, PLAIN_BITS)
 SCALE_BYTES = 2
 
 SIDES = ("key", "value")
-
-TIER_BUCKETS = 8
 
 Floats = npt.NDArray[np.float32]
 
@@ -145,6 +141,20 @@ class TierLength:
         like = next(iter(self.keys.values()))[statistic]
         return sum(parts, np.zeros_like(like))
 
+    def seeing_everything(self) -> TierLength:
+        """The same of `tier_grid` alone: of the last window, over all rows."""
+
+        def reduced(side: dict[int, dict[str, Floats]]) -> dict[int, dict[str, Floats]]:
+            return {
+                bits: {
+                    name: values[..., -1:].sum(-2, keepdims=True, dtype=np.float64).astype(np.float32)
+                    for name, values in statistics.items()
+                }
+                for bits, statistics in side.items()
+            }
+
+        return TierLength(tier_grid(self.header.length), self.answer_tokens, reduced(self.keys), reduced(self.values))
+
     def rounding(self, key_bits: int, value_bits: int) -> npt.NDArray[np.float64]:
         """Squared change of the loss by rounding in heads that see everything, ``[sample, layer, kv_head]``.
 
@@ -192,20 +202,12 @@ class TierStatistics:
     __hash__ = None  # type: ignore[assignment]
 
 
-def tier_grid(length: int, windows: Sequence[int], row_buckets: int) -> TierGrid:
-    """The grid for tiers within a profile's: every octave of windows, and `TIER_BUCKETS` buckets at most.
+def tier_grid(length: int) -> TierGrid:
+    """Where codecs are measured: in heads that see everything, over all rows.
+
+    Nothing else is asked of a profile (`TierLength.rounding`). Files from before hold more windows and buckets.
 
     Args:
         length: Tokens per sample.
-        windows: The profile's.
-        row_buckets: The profile's.
     """
-    octaves = [windows[0]]
-    for window in windows[1:-1]:
-        if window >= 2 * octaves[-1]:
-            octaves.append(window)
-    return TierGrid(
-        length=length,
-        windows=tuple(dict.fromkeys((*octaves, windows[-1]))),
-        row_buckets=min(TIER_BUCKETS, row_buckets),
-    )
+    return TierGrid(length=length, windows=(length,), row_buckets=1)

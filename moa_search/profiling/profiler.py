@@ -136,7 +136,7 @@ def profile_samples(
         tensors = workers.from_first(workers.by_first(lambda: results.once("transforms", measured)))
         assert tensors is not None
         found = KeyTransforms.of(tensors, signature)
-        meter = dataclasses.replace(meter, tiers=TierMeter(bits, found, block, row_buckets, impl))
+        meter = dataclasses.replace(meter, tiers=TierMeter(bits, found, impl))
     seconds = _measure_all(meter, samples, results, workers, checkpointing)
 
     pooled = workers.by_first(lambda: _pool(meter, samples, results, settings, model_name, seconds))

@@ -1,4 +1,4 @@
-"""What seeing keys, or values, in fewer bits adds to the influence of every window, from the same backward pass."""
+"""What seeing keys, or values, in fewer bits adds to the influence of heads, from the same backward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, tier_grid
 from moa_search.formats.transforms import KeyTransforms
-from moa_search.profiling.grid import window_grid
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
@@ -39,20 +38,16 @@ class TierMeter:
     Attributes:
         bits: Below 16, decreasing.
         transforms: Of keys.
-        block: Smallest window in tokens.
-        row_buckets: Of the profile.
         impl: Which implementation computes them, as in `moa_kernels.backends`.
     """
 
     bits: tuple[int, ...]
     transforms: KeyTransforms
-    block: int
-    row_buckets: int
     impl: Impl = "auto"
 
     def grid(self, length: int) -> TierGrid:
-        """Windows and buckets at a length in tokens."""
-        return tier_grid(length, window_grid(length, self.block), self.row_buckets)
+        """Where codecs are measured at a length in tokens."""
+        return tier_grid(length)
 
     @property
     def statistics(self) -> list[str]:

@@ -22,6 +22,9 @@ from moa_kernels.influence.reference import Influence, _attention, _chunks, _nar
 
 CODED_STATISTICS = ("squared", "signed")
 
+UNIT = 64
+"""Keys summed at once where every window keeps everything."""
+
 
 def coded_influence(
     query: Tensor,
@@ -72,7 +75,7 @@ def coded_influence(
     totals = query.new_zeros(len(CODED_STATISTICS), kv_heads, row_buckets, len(windows) * math.prod(pairs), dtype=wide)
     logits = None if sink_logits is None else sink_logits.to(wide).view(kv_heads, group, 1, 1)
     sizes = torch.tensor(windows, device=query.device)
-    unit = math.gcd(*(window for window in windows if window < n)) or n
+    unit = math.gcd(*(window for window in windows if window < n)) or min(n, UNIT)
     matrices = 1 + sum(pairs) + 1
     # A GPU's chunks are as large as three matrices of theirs may be; here more of them share that memory.
     share = 1 if query.device.type == "cpu" else -(-matrices // 3)

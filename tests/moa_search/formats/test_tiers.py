@@ -1,4 +1,4 @@
-"""Tiers in profile files: round trips, damage, pooling, and the coarse grid."""
+"""Tiers in profile files: round trips, damage, pooling, and files from before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from moa_search.formats.merge import merge
 from moa_search.formats.profile import SAMPLE_STATISTICS, ProfileHeader
 from moa_search.formats.tiers import CODED_BITS, TierLength, TiersHeader, TierStatistics, tier_grid
 from moa_search.formats.transforms import KeyTransforms
-from moa_search.profiling.grid import window_grid
+from moa_search.search.losses import rule_losses
+from moa_search.spans import DENSE, SpanRule
 
 from .test_profile import error_of, rewrite
 
@@ -31,7 +32,7 @@ def tiered(profile: Profile, bits: tuple[int, ...] = (8, 4, 2), seed: int = 0) -
 
     by_length = {}
     for entry in profile.header.lengths:
-        grid = tier_grid(entry.length, entry.windows, entry.row_buckets)
+        grid = tier_grid(entry.length)
         shape = (entry.samples, *heads, grid.row_buckets, len(grid.windows))
         by_length[entry.length] = TierLength(
             grid, np.arange(6, 6 + entry.samples, dtype=np.float32), changes(shape), changes(shape)
@@ -90,7 +91,7 @@ def test_equality_looks_at_tiers(path: Path) -> None:
     one, two = Profile.load(path), Profile.load(path)
     assert one == two
     assert two.tiers is not None
-    two.tiers.by_length[512].values[4]["signed"][0, 1, 1, 2, 0] += 1
+    two.tiers.by_length[512].values[4]["signed"][0, 1, 1, 0, 0] += 1
     assert one != two
     assert one != dataclasses.replace(one, tiers=None)
 
@@ -187,14 +188,56 @@ class TestMerging:
             merge([one, two])
 
 
-@pytest.mark.parametrize(("length", "buckets"), [(1024, 32), (2048, 32), (1000, 5), (40, 32), (33, 1)])
-def test_the_coarse_grid_is_within_the_fine_one(length: int, buckets: int) -> None:
-    windows = window_grid(length)
-    grid = tier_grid(length, windows, buckets)
-    assert set(grid.windows) <= set(windows)
-    assert (grid.windows[0], grid.windows[-1]) == (windows[0], windows[-1])
-    assert all(b <= 2.5 * a for a, b in zip(grid.windows, grid.windows[1:], strict=False))
-    assert grid.row_buckets == min(8, buckets)
+def finer(profile: Profile) -> Profile:
+    """``profile`` as files from before held it: the same changes of what sees everything, in several buckets and beside
+    other windows."""
+    assert profile.tiers is not None
+    assert profile.header.tiers is not None
+    by_length = {}
+    for length, entry in profile.tiers.by_length.items():
+        grid = entry.header.model_copy(update={"windows": (64, length), "row_buckets": 2})
+
+        def split(side: dict[int, dict[str, np.ndarray]]) -> dict[int, dict[str, np.ndarray]]:
+            return {
+                bits: {
+                    name: np.concatenate([values * part for part in (0.25, 0.75)], -2) * np.float32([7, 1])
+                    for name, values in statistics.items()
+                }
+                for bits, statistics in side.items()
+            }
+
+        by_length[length] = TierLength(grid, entry.answer_tokens, split(entry.keys), split(entry.values))
+    lengths = tuple(entry.header for entry in by_length.values())
+    tiers = profile.header.tiers.model_copy(update={"lengths": lengths})
+    return dataclasses.replace(
+        profile,
+        header=profile.header.model_copy(update={"tiers": tiers}),
+        tiers=TierStatistics(profile.tiers.transforms, by_length),
+    )
+
+
+class TestFinerGridsOfBefore:
+    @pytest.mark.parametrize("criterion", ["signed", "squared", "root_squared"])
+    def test_a_search_reads_the_same_losses(self, tiny_profile: Profile, tmp_path: Path, criterion: str) -> None:
+        coarse = tiered(tiny_profile)
+        rules, tiers = [SpanRule(40, 0), SpanRule(20, 96), DENSE], [(16, 16), (16, 4), (8, 2), (2, 8)]
+        found = []
+        for name, profile in (("coarse", coarse), ("fine", finer(coarse))):
+            profile.save(tmp_path / name)
+            found.append(rule_losses(Profile.load(tmp_path / name), rules, criterion, tiers=tiers))
+        for one, two in zip(*found, strict=True):
+            # Each grid's own rounding to float16 aside
+            np.testing.assert_allclose(one.mean, two.mean, rtol=2e-3)
+
+    def test_they_merge_with_todays(self, tiny_profile: Profile, tmp_path: Path) -> None:
+        one, two = (other(tiered(tiny_profile, seed=seed), seed) for seed in (1, 2))
+        expected, found = merge([one, two]), merge([finer(one), two])
+        assert found.header.tiers == expected.header.tiers
+        assert found.tiers is not None
+        assert expected.tiers is not None
+        for name, values in expected.tiers.arrays().items():
+            np.testing.assert_allclose(found.tiers.arrays()[name], values, rtol=1e-6, atol=1e-7)
+        found.save(tmp_path / "merged.safetensors")
 
 
 def test_bits_are_those_that_the_kernels_store() -> None:
