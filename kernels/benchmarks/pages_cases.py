@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,11 +14,32 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moa_search.spans import SpanRule, span
 from moa_vllm.attend import attend
-from moa_vllm.launch import attend_pages, store_pages
+from moa_vllm.launch import attend_pages, settings_for, store_pages
 
 DIM, GROUP, KV_HEADS, PAGE, MIN_SPAN = 128, 4, 8, 16, SINK + 64
-SETTINGS = {"tiles of 64": {"tile": 64}, "8 parts": {"splits": 8}, "32 parts": {"splits": 32}}
-"""Others than the kernel takes by itself."""
+OTHERWISE: dict[bool, dict[str, dict[str, int]]] = {
+    True: {
+        "tiles of 32": {"tile": 32},
+        "tiles of 128": {"tile": 128},
+        "8 warps": {"warps": 8},
+        "5 stages": {"stages": 5},
+        "7 stages": {"stages": 7},
+        "5 stages, tiles of 32": {"stages": 5, "tile": 32},
+        "7 stages, tiles of 32": {"stages": 7, "tile": 32},
+        "4096 programs": {"programs": 4096},
+        "parts of 2 steps": {"least": 2},
+        "parts of 8 steps": {"least": 8},
+    },
+    False: {
+        "tiles of 32": {"tile": 32},
+        "8 warps": {"warps": 8},
+        "5 stages": {"stages": 5},
+        "32 queries, 4 warps": {"queries": 32},
+        "32 queries, 8 warps": {"queries": 32, "warps": 8},
+        "32 queries, 8 warps, 5 stages": {"queries": 32, "warps": 8, "stages": 5},
+    },
+}
+"""Settings to compare with those that the kernel takes by itself, while decoding and with a prompt."""
 
 
 @dataclass
@@ -72,11 +93,13 @@ class Pool:
         keys = sum(span(length, rule, MIN_SPAN) for rule in self.rules for length in lengths)
         return keys * 2 * DIM * self.query.element_size()
 
-    def attend(self, output: Tensor, **settings: int) -> None:
+    def attend(self, output: Tensor, **otherwise: int) -> None:
         """By the kernel."""
+        decoding = max(self.news) == 1
+        settings = replace(settings_for(DIM, output.dtype, decoding=decoding), **otherwise)
         attend_pages(
             output, self.query, self.starts, self.lengths, self.pages, self.tables, self.rules, sink=SINK,
-            min_span=MIN_SPAN, scale=DIM**-0.5, decoding=max(self.news) == 1, **settings,
+            min_span=MIN_SPAN, scale=DIM**-0.5, decoding=decoding, settings=settings,
         )  # fmt: skip
 
     def verify(self) -> None:
@@ -102,34 +125,30 @@ class Pool:
 def cases(lengths: list[int], device: torch.device) -> Iterator[Case]:
     """Of Llama-3-8B's layers; a pool holds as many tokens of few long requests as of many short ones."""
     tiny = device.type != "cuda"
+    requests, length, prompt = (1, 50, 20) if tiny else (31, 4096, 8192)
+    for plan in ("25 %",) if tiny else ("dense", "25 %"):
+        yield _mixed(plan, requests, length, prompt, device)
     for requests, length in ((1, 96),) if tiny else ((32, 4096), (4, 32768), (1, 131072)):
         for plan in ("25 %",) if tiny else BETAS_256:
             yield _decoding(plan, requests, length, device)
-    requests, length, prompt = (1, 50, 20) if tiny else (31, 4096, 8192)
-    for plan in ("25 %",) if tiny else BETAS_256:
-        yield _mixed(plan, requests, length, prompt, device)
     yield _store(20 if tiny else 8192, device)
 
 
 def _decoding(plan: str, requests: int, length: int, device: torch.device) -> Case:
     pool = Pool.random(plan, [1] * requests, [length] * requests, device)
     output = torch.empty_like(pool.query)
-    tiny = device.type != "cuda"  # the interpreter takes its time for every part
 
     def dense() -> Run:
         key, value = (pool.query.new_empty(requests, KV_HEADS, length, DIM).normal_() for _ in range(2))
         return partial(scaled_dot_product_attention, pool.query[:, :, None], key, value, enable_gqa=True)
 
-    references: dict[str, Callable[[], Run]] = {"SDPA dense, as many tokens": dense}
-    for name, settings in {"2 parts": {"splits": 2}}.items() if tiny else SETTINGS.items():
-        references[name] = partial(partial, pool.attend, output, **settings)
     return Case(
         kernel="pages",
         name=f"{plan}, {requests} x {length} tokens, decoding",
         shapes={"query": list(pool.query.shape), "length": length, "page": PAGE, "plan": plan},
-        run=partial(pool.attend, output, **({"splits": 2} if tiny else {})),
+        run=partial(pool.attend, output),
         verify=pool.verify,
-        references=references,
+        references={"SDPA dense, as many tokens": dense, **_otherwise(plan, pool, output)},
         bytes=pool.attended_bytes,
     )
 
@@ -152,9 +171,17 @@ def _mixed(plan: str, requests: int, length: int, prompt: int, device: torch.dev
         verify=pool.verify,
         references={
             "SDPA dense, the prompt alone": sdpa,
-            "tiles of 64": partial(partial, pool.attend, output, tile=64),
+            **_otherwise(plan, pool, output),
         },
     )
+
+
+def _otherwise(plan: str, pool: Pool, output: Tensor) -> dict[str, Callable[[], Run]]:
+    """Other settings, for one plan: compiling them takes its time."""
+    others = OTHERWISE[max(pool.news) == 1] if plan == "25 %" else {}
+    if output.device.type != "cuda":
+        others = dict([*others.items()][:1])
+    return {name: partial(partial, pool.attend, output, **settings) for name, settings in others.items()}
 
 
 def _store(tokens: int, device: torch.device) -> Case:

@@ -283,14 +283,15 @@ CASES["influence"] = influence_cases
 
 def pages_cases(arch: str) -> Iterator[Case]:
     """The vLLM plug-in's: prefill and decoding steps of Llama-3's shape and others, the merge, the store."""
+    import torch
     from moa_kernels.launch import padded
 
     from moa_vllm.kernel import attend_kernel, merge_kernel, store_kernel
-    from moa_vllm.launch import QUERIES, SPLITS, TILE, warps
+    from moa_vllm.launch import STEP, settings_for
 
     tables = dict.fromkeys(("pages", "tables", "table_strides", "slots"), "*i64")
     pointers = tables | dict.fromkeys(("partial", "tops", "totals"), "*fp32")
-    pointers |= dict.fromkeys(("starts", "lengths", "rules"), "*i32")
+    pointers |= dict.fromkeys(("starts", "lengths", "rules", "shares", "parts"), "*i32")
     pointers |= dict.fromkeys(("output", "query", "keys", "values"), "*bf16") | {"scale": "fp32"}
 
     def types_of(kernel: Any) -> dict[str, str]:
@@ -302,15 +303,17 @@ def pages_cases(arch: str) -> Iterator[Case]:
 
     for dim in HEAD_DIMS:
         shape = {"HEAD_DIM": dim, "BLOCK_D": padded(dim)}
-        for name, queries, splits in (("prefill", QUERIES, 1), ("decoding", 1, SPLITS[1])):
-            constants = {"GROUP": 4, "PAGE": 16, "QUERIES": queries, "ROWS": max(16, 4 * queries), "TILE": TILE}
-            constants |= shape | {"SPLITS": splits, "PRECISION": "tf32"}
+        for name, decoding in (("prefill", False), ("decoding", True)):
+            settings = settings_for(dim, torch.bfloat16, decoding=decoding)
+            constants = {"GROUP": 4, "PAGE": 16, "QUERIES": settings.queries, "ROWS": max(16, 4 * settings.queries)}
+            constants |= shape | {"TILE": settings.tile, "SPLIT": decoding, "PRECISION": "tf32"}
             yield Case(
                 f"pages-{name}-{dim}", attend_kernel, types_of(attend_kernel), constants, aligned(attend_kernel),
-                num_warps=warps(padded(dim)),
+                num_warps=settings.warps, num_stages=settings.stages,
             )  # fmt: skip
         yield Case(
-            f"pages-merge-{dim}", merge_kernel, types_of(merge_kernel), shape | {"SPLITS": SPLITS[1]},
+            f"pages-merge-{dim}", merge_kernel, types_of(merge_kernel),
+            shape | {"GROUP": 4, "MOST": 256, "STEP": STEP},
             aligned(merge_kernel), tensor_cores=False,
         )  # fmt: skip
         yield Case(

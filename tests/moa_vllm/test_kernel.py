@@ -1,19 +1,27 @@
 """The Triton kernels over pages against float64; what is freed is full of NaN, so that reading it shows."""
 
 import importlib.util
+from itertools import product
 
 import pytest
 import torch
 
 from moa_search.spans import DENSE, SpanRule, span
 from moa_vllm.attend import attend, store
-from moa_vllm.launch import attend_pages, store_pages
+from moa_vllm.launch import Settings, attend_pages, store_pages
 from tests.interpreter import patched_once
+from tests.moa_kernels.yardstick import DTYPES, Batch, Masked, assert_within, units_off
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 RULES = [SpanRule(0, 32), DENSE, SpanRule(-64, 128), SpanRule(70, 0)]
 LENGTHS = (90, 333, 17)
+NEWS = [(1, 1, 1), (37, 1, 5)]
+SHAPES = [(16, 16, 32, 16, 3), (32, 0, 16, 24, 1)]
+"""Tokens per page, sink tokens, smallest window, head_dim, query heads per KV head."""
+
 NAN = float("nan")
+KINDS = DTYPES if torch.cuda.is_available() else (torch.float16, torch.float32)
+"""The interpreter multiplies bfloat16 wrongly."""
 
 
 def device():
@@ -46,45 +54,79 @@ class Pool:
             self.pages.append(pages.to(device()))
             self.tables.append(table.to(device()))
 
-    def expected(self, query, dtype):
-        """By the plain reference, in another type."""
-        output = torch.empty_like(query, dtype=dtype)
+    def problems(self, query):
+        """Attention of one request and head by its definition, and which rows and heads of the output that is."""
         group = query.shape[1] // len(RULES)
-        for head, rule in enumerate(RULES):
-            for row, length in enumerate(LENGTHS):
-                some = slice(int(self.starts[row]), int(self.starts[row + 1]))
-                mine = slice(head * group, (head + 1) * group)
-                output[some, mine] = attend(
-                    query[some, mine].transpose(0, 1).to(dtype), self.pages[head].to(dtype), self.tables[head][row],
-                    rule, length=length, sink=self.sink, min_span=self.min_span, scale=self.scale,
-                ).transpose(0, 1)  # fmt: skip
-        return output
+        for (head, rule), (row, length) in product(enumerate(RULES), enumerate(LENGTHS)):
+            some = slice(int(self.starts[row]), int(self.starts[row + 1])), slice(head * group, (head + 1) * group)
+            page = self.pages[head].shape[1]
+            blocks = self.tables[head][row, : -(-length // page)].long()
+            key, value = self.pages[head][blocks].flatten(0, 1)[None, None, :length].split(self.dim, -1)
+            position = torch.arange(length, device=device())
+            context = position[length - self.news[row] :, None] + 1
+            oldest = context - span(context, rule, self.min_span) + self.sink
+            visible = (position < context) & ((position < self.sink) | (position >= oldest))
+            yield some, Masked(query[some].transpose(0, 1)[None], key, value, visible[None, None])
 
-    def attended(self, query):
+    def attended(self, query, settings=None):
         output = torch.full_like(query, NAN)
         with patched_once():
             attend_pages(
-                output, query, self.starts, self.lengths, self.pages, self.tables, RULES,
-                sink=self.sink, min_span=self.min_span, scale=self.scale, decoding=max(self.news) == 1,
+                output, query, self.starts, self.lengths, self.pages, self.tables, RULES, sink=self.sink,
+                min_span=self.min_span, scale=self.scale, decoding=max(self.news) == 1, settings=settings,
             )  # fmt: skip
         return output
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("news", [(1, 1, 1), (37, 1, 5)], ids=["decoding", "mixed"])
-@pytest.mark.parametrize(("page", "sink", "block", "dim", "group"), [(16, 16, 32, 16, 3), (32, 0, 16, 24, 1)])
-def test_ragged_batches(news, page, sink, block, dim, group, dtype):
-    """At most twice as far off as plain torch in the same type."""
-    pool = Pool(news, page=page, sink=sink, block=block, dim=dim, dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(sum(news), len(RULES) * group, dim, generator=generator).to(device(), dtype)
-    exact = pool.expected(query, torch.float64)
-    assert exact.isfinite().all(), "the reference reads nothing that is freed"
-    plain = (pool.expected(query, dtype) - exact).abs().max()
-    found = pool.attended(query)
+def drawn(seed, news, shape, dtype):
+    page, sink, block, dim, group = shape
+    pool = Pool(news, page=page, sink=sink, block=block, dim=dim, dtype=dtype, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    return pool, torch.randn(sum(news), len(RULES) * group, dim, generator=generator).to(device(), dtype)
+
+
+def problems_of_the_batch():
+    for seed, (news, shape, dtype) in enumerate(product(NEWS, SHAPES, KINDS)):
+        pool, query = drawn(seed, news, shape, dtype)
+        yield from (problem for _, problem in pool.problems(query))
+
+
+BATCH = Batch(problems_of_the_batch)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("news", "settings"),
+    [
+        (NEWS[0], None),
+        (NEWS[0], Settings(queries=1, tile=16, warps=4, programs=60, least=1)),
+        (NEWS[1], None),
+    ],
+    ids=["decoding", "decoding in many parts", "mixed"],
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ragged_batches(shape, news, settings, dtype):
+    pool, query = drawn(0, news, shape, dtype)
+    found = pool.attended(query, settings)
     assert found.isfinite().all()
-    ulp = torch.finfo(dtype).eps * exact.abs().max()
-    assert (found - exact).abs().max() <= 2 * torch.maximum(plain, ulp)
+    for some, problem in pool.problems(query):
+        output = found[some].transpose(0, 1)[None]
+        assert_within((output, problem.exactly().lse.float()), problem, BATCH)
+
+
+@pytest.mark.parametrize("news", NEWS, ids=["decoding", "mixed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_plain_reference_is_the_definition(shape, news):
+    """And reads nothing that is freed."""
+    pool, query = drawn(0, news, shape, torch.float32)
+    for (rows, heads), problem in pool.problems(query):
+        (head, row) = heads.start // shape[-1], pool.starts.tolist().index(rows.start)
+        found = attend(
+            query[rows, heads].transpose(0, 1), pool.pages[head], pool.tables[head][row], RULES[head],
+            length=LENGTHS[row], sink=pool.sink, min_span=pool.min_span, scale=pool.scale,
+        )  # fmt: skip
+        exact = problem.exactly()
+        assert units_off(found[None], exact.output, exact.output_unit) <= 2 * BATCH.worst(torch.float32)[0]
 
 
 def test_padding_of_tokens_and_requests_is_let_be():

@@ -21,10 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PLANS = ROOT / "profiles" / "smollm2-135m-instruct"
-FITTING = 4
-"""Dense requests that the pool holds."""
-
-PAGE, DENSE_PAGE, CHUNK = 16, 32, 512
+DENSE_PAGE = 32
 
 
 def main() -> None:
@@ -32,7 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="tokens per prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens per answer")
-    parser.add_argument("--plans", nargs="+", default=["half", "quarter", "eighth"])
+    parser.add_argument("--plans", nargs="+", default=["half", "quarter", "eighth"], help="shipped ones, or files")
+    parser.add_argument("--fitting", type=int, default=4, help="dense requests that the pool holds")
+    parser.add_argument("--page", type=int, default=16, help="tokens per block")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens per step")
     parser.add_argument("--groups", type=int, help="groups of KV heads; by default the plug-in's")
     parser.add_argument("--output", default="capacity.csv")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -43,7 +43,8 @@ def main() -> None:
     rows = []
     for length in options.lengths:
         for plan in ["dense", *options.plans]:
-            job = {"plan": plan, "length": length, "new": options.new, "groups": options.groups}
+            job = {"plan": plan, "length": length}
+            job |= {name: getattr(options, name) for name in ("new", "groups", "fitting", "page", "chunk")}
             command = [sys.executable, __file__, "--one", json.dumps(job)]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             row = json.loads(output.splitlines()[-1])
@@ -57,7 +58,9 @@ def main() -> None:
                 writer.writerows(rows)
 
 
-def measure(plan: str, length: int, new: int, groups: int | None) -> dict[str, object]:
+def measure(
+    plan: str, length: int, new: int, groups: int | None, fitting: int, page: int, chunk: int
+) -> dict[str, object]:
     """One variant's row."""
     sys.path[:0] = [str(ROOT / "vllm-plugin" / "tests")]
     import conftest  # noqa: F401  environment variables
@@ -74,23 +77,28 @@ def measure(plan: str, length: int, new: int, groups: int | None) -> dict[str, o
         heads = small_model(Path(folder))
         engine = Engine(
             folder,
-            None if dense else PLANS / f"{plan}.json",
+            None if dense else plan_file(plan),
             poisoned=False,
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=longest,
-            max_num_batched_tokens=CHUNK,
-            block_size=DENSE_PAGE if dense else PAGE,
-            kv_cache_memory_bytes=(FITTING * longest + DENSE_PAGE) * heads * 2 * 64 * 4,
+            max_num_batched_tokens=chunk,
+            block_size=DENSE_PAGE if dense else page,
+            kv_cache_memory_bytes=(fitting * longest + DENSE_PAGE) * heads * 2 * 64 * 4,
             additional_config={} if groups is None or dense else {"moa_groups": groups},
             enable_prefix_caching=False,
         )
         draw = random.Random(0)
-        requests = FITTING * 10
+        requests = fitting * 10
         prompts = [[draw.randrange(512) for _ in range(length)] for _ in range(requests)]
         for number, prompt in enumerate(prompts):
             engine.add(str(number), prompt, new, detokenize=False)
         trace = engine.drain_until_first_ends()
+    share = (
+        {"attended": 1.0, "grouped": 1.0}
+        if dense
+        else shares(plan_file(plan), len(engine.groups), trace.running_tokens // trace.running)
+    )
     bytes_held = trace.used_blocks * engine.bytes_per_block
     return {
         "length": length,
@@ -100,10 +108,29 @@ def measure(plan: str, length: int, new: int, groups: int | None) -> dict[str, o
         "running": trace.running,
         "running_tokens": trace.running_tokens,
         "held_of_dense": round(bytes_held / (trace.running_tokens * heads * 2 * 64 * 4), 3),
+        **share,
+        "in_flight": engine.engine.vllm_config.max_in_flight_tokens,
         "preempted": trace.preempted,
         "waiting": len(engine.scheduler.waiting),
         "thread_seconds": round(trace.seconds, 1),
     }
+
+
+def plan_file(plan: str) -> Path:
+    """A shipped plan by name, or a file."""
+    return Path(plan) if plan.endswith(".json") else PLANS / f"{plan}.json"
+
+
+def shares(file: Path, groups: int, length: int) -> dict[str, float]:
+    """What heads attend, and what their groups hold, of a dense cache; blocks and chunks aside."""
+    from moa_search import Plan
+    from moa_search.formats.paged import grouped
+    from moa_search.spans import span
+
+    plan = Plan.load(file)
+    rules = [rule for layer in plan.rules for rule in layer]
+    attended = sum(span(length, rule, plan.min_span) for rule in rules) / (len(rules) * length)
+    return {"attended": round(attended, 3), "grouped": round(grouped(plan, length, groups).held(length), 3)}
 
 
 def small_model(folder: Path) -> int:

@@ -49,13 +49,18 @@ def _request_of(block, starts, requests, QUERIES: tl.constexpr):
 
 @triton.jit
 def attend_kernel(
-    output, partial, tops, totals, query, starts, lengths, pages, tables, table_strides, rules,
+    output, partial, tops, totals, query, starts, lengths, pages, tables, table_strides, rules, shares,
     requests, sink, min_span, scale, query_stride, output_stride, page_stride, cell_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """QUERIES new tokens of one request, the query heads of one KV head, one of SPLITS parts of their keys."""
-    block, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """QUERIES new tokens of one request, the query heads of one KV head, one part of their keys.
+
+    ``shares`` says for each program of a block of queries: its KV head, which part it takes, and of how many.
+    """
+    block, program = tl.program_id(0), tl.program_id(1)
+    head, part = tl.load(shares + program * 3), tl.load(shares + program * 3 + 1)
+    parts = tl.load(shares + program * 3 + 2)
     request = _request_of(block, starts, requests, QUERIES)
     begin = tl.load(starts + request)
     new = tl.load(starts + request + 1) - begin
@@ -87,7 +92,7 @@ def attend_kernel(
     sunk = tl.cdiv(tl.minimum(sink, last), TILE)
     window = tl.maximum(lowest // TILE, sunk)
     tiles = sunk + tl.maximum(tl.cdiv(last, TILE) - window, 0)
-    share = tl.cdiv(tiles, SPLITS)
+    share = tl.cdiv(tiles, parts)
     top = tl.full([ROWS], MASKED, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -109,34 +114,43 @@ def attend_kernel(
         sums = sums * faded[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = higher
     stored = real[:, None] & wide[None, :]
-    if SPLITS == 1:
+    if not SPLIT:
         place = (begin + token).to(tl.int64) * output_stride + query_head * HEAD_DIM
         answer = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(output + place[:, None] + width[None, :], answer.to(output.dtype.element_ty), mask=stored)
     else:
-        heads = tl.num_programs(1) * GROUP
-        index = ((begin + token).to(tl.int64) * heads + query_head) * SPLITS + part
+        index = ((begin + token).to(tl.int64) * GROUP + row % GROUP) * tl.num_programs(1) + program
         tl.store(tops + index, top, mask=real)
         tl.store(totals + index, total, mask=real)
-        tl.store(partial + index[:, None] * HEAD_DIM + width[None, :], sums, mask=stored)
+        there = stored & (total > 0.0)[:, None]
+        tl.store(partial + index[:, None] * HEAD_DIM + width[None, :], sums, mask=there)
 
 
 @triton.jit
 def merge_kernel(
-    output, partial, tops, totals, starts, requests, output_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    output, partial, tops, totals, starts, parts, requests, programs, output_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one new token and query head."""
+    """The parts of one new token and query head; ``parts`` says which is a KV head's first, and how many it has."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if token >= tl.load(starts + requests):
         return  # padding
-    part, width = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    first, count = tl.load(parts + head // GROUP * 2), tl.load(parts + head // GROUP * 2 + 1)
+    base = (token * GROUP + head % GROUP) * programs + first
+    part = tl.arange(0, MOST)
+    top = tl.load(tops + base + part, mask=part < count, other=MASKED)
+    total = tl.load(totals + base + part, mask=part < count, other=0.0)
+    highest = tl.max(top, 0)
+    whole = tl.sum(total * tl.math.exp2(top - highest), 0)
+    width = tl.arange(0, BLOCK_D)
     wide = width < HEAD_DIM
-    index = (token * tl.num_programs(1) + head) * SPLITS + part
-    top, total = tl.load(tops + index), tl.load(totals + index)
-    factor = tl.math.exp2(top - tl.max(top, 0))
-    sums = tl.load(partial + index[:, None] * HEAD_DIM + width[None, :], mask=wide[None, :], other=0.0)
-    whole = tl.sum(total * factor, 0)
-    answer = tl.sum(sums * factor[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    answer = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, count, STEP):
+        some = begin + tl.arange(0, STEP)
+        there = tl.load(totals + base + some, mask=some < count, other=0.0) > 0.0  # other parts have stored no sums
+        factor = tl.math.exp2(tl.load(tops + base + some, mask=there, other=MASKED) - highest)
+        sums = partial + (base + some)[:, None] * HEAD_DIM + width[None, :]
+        answer += tl.sum(tl.load(sums, mask=there[:, None] & wide[None, :], other=0.0) * factor[:, None], 0)
+    answer = answer / tl.where(whole == 0.0, 1.0, whole)
     place = output + token * output_stride + head * HEAD_DIM
     tl.store(place + width, answer.to(output.dtype.element_ty), mask=wide)

@@ -3,23 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 
-from moa_search.spans import SpanRule
+from moa_search.spans import SpanRule, span
 
-QUERIES = 16
-"""New tokens of a program, where a request has several."""
+STEP = 16
+"""Parts that are merged at once."""
 
-TILE = 32
-"""Keys of a step; blocks of 16 tokens and more are read whole."""
 
-SPLITS = (8, 32)
-"""Parts that the keys of a decoding step are cut into, at least and at most."""
+@dataclass(frozen=True)
+class Settings:
+    """How `attend_pages` runs.
 
-PROGRAMS = 512
-"""Programs that fill a GPU: few requests are cut into more parts."""
+    Attributes:
+        queries: New tokens of a program.
+        tile: Keys of a step.
+        warps: Of a program.
+        stages: Of loads in flight.
+        programs: Parts that the keys of all KV heads and requests are cut into, about; 0 for one per head.
+        least: Steps that are worth a part of their own.
+    """
+
+    queries: int
+    tile: int
+    warps: int
+    stages: int = 3
+    programs: int = 2048
+    least: int = 4
+
+
+def settings_for(head_dim: int, dtype: torch.dtype, *, decoding: bool) -> Settings:
+    """What suits a step: decoding alone, or prompts among it."""
+    block_d = _power_of_two(head_dim)
+    # More would run out of shared memory, and four warps of registers.
+    tile = 64 if block_d * dtype.itemsize <= 256 else 32
+    warps = 8 if block_d > 128 else 4
+    return Settings(1, tile, warps) if decoding else Settings(16, tile, warps, programs=0)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The parts that a step's keys are cut into.
+
+    Attributes:
+        shares: ``[part, 3]``: its KV head, its number there, and of how many.
+        parts: ``[KV head, 2]``: its first part, and how many it has.
+        counts: The same numbers per KV head on the host.
+    """
+
+    shares: torch.Tensor
+    parts: torch.Tensor
+    counts: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def cut(
+    rules: tuple[SpanRule, ...],
+    min_span: int,
+    longest: int,
+    requests: int,
+    settings: Settings,
+    device: torch.device,
+) -> Cut:
+    """Cut the keys of each KV head in proportion to its span, so that all parts take as long.
+
+    Args:
+        rules: Per KV head.
+        min_span: Smallest span in tokens.
+        longest: Longest context in tokens, about.
+        requests: At once, padding included.
+        settings: Of the launch.
+        device: Where the tables go.
+    """
+    spans = [span(longest, rule, min_span) for rule in rules]
+    each = settings.programs / (requests * sum(spans))
+    counts = [max(1, min(round(each * some), some // (settings.least * settings.tile))) for some in spans]
+    shares = [(head, part, count) for head, count in enumerate(counts) for part in range(count)]
+    parts = [(sum(counts[:head]), count) for head, count in enumerate(counts)]
+    on_device = partial(torch.tensor, dtype=torch.int32, device=device)
+    return Cut(on_device(shares), on_device(parts), tuple(counts))
 
 
 @lru_cache(maxsize=1024)
@@ -67,8 +132,8 @@ def attend_pages(
     min_span: int,
     scale: float,
     decoding: bool,
-    tile: int = TILE,
-    splits: int | None = None,
+    longest: int | None = None,
+    settings: Settings | None = None,
 ) -> None:
     """Attend, each KV head of a layer by its own rule.
 
@@ -84,46 +149,39 @@ def attend_pages(
         min_span: Smallest span in tokens.
         scale: Of scores.
         decoding: Whether no request has more than one new token.
-        tile: Keys of a step.
-        splits: Parts that keys are cut into while decoding, a power of two; by default as many as fill a GPU.
+        longest: Longest context in tokens, about; by default what the tables have room for.
+        settings: Of the launch; by default those of `settings_for`.
     """
     from moa_vllm.kernel import attend_kernel, merge_kernel
 
     (tokens, query_heads, dim), heads, requests = query.shape, len(pages), len(lengths)
-    group, device = query_heads // heads, query.device
-    queries, splits = (1, splits or parts(requests * heads)) if decoding else (QUERIES, 1)
-    shape = (tokens, query_heads, splits) if decoding else (0,)
-    partial, tops, totals = (
+    group, device, page = query_heads // heads, query.device, pages[0].shape[1]
+    settings = settings or settings_for(dim, query.dtype, decoding=decoding)
+    longest = _power_of_two(longest or tables[0].shape[1] * page)
+    pieces = cut(tuple(rules), min_span, longest, requests, settings, device)
+    programs, most = sum(pieces.counts), max(pieces.counts)
+    shape = (tokens, group, programs) if most > 1 else (0,)
+    sums, tops, totals = (
         torch.empty(*size, dtype=torch.float32, device=device) for size in ((*shape, dim), shape, shape)
     )
     strides = device_table(tuple(table.stride(0) for table in tables), torch.int64, device)
     numbers = tuple(number for rule in rules for number in (rule.alpha, rule.beta_256))
     block_d = _power_of_two(dim)
-    attend_kernel[(tokens // queries + requests, heads, splits)](
-        output, partial, tops, totals, query, starts, lengths,
-        addresses(pages), addresses(tables), strides, device_table(numbers, torch.int32, device),
+    attend_kernel[(tokens // settings.queries + requests, programs)](
+        output, sums, tops, totals, query, starts, lengths,
+        addresses(pages), addresses(tables), strides, device_table(numbers, torch.int32, device), pieces.shares,
         requests, sink, min_span, scale,
         query.stride(0), output.stride(0), pages[0].stride(0), pages[0].stride(1),
-        GROUP=group, HEAD_DIM=dim, BLOCK_D=block_d, PAGE=pages[0].shape[1],
-        QUERIES=queries, ROWS=max(16, _power_of_two(queries * group)), TILE=tile, SPLITS=splits,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps(block_d),
+        GROUP=group, HEAD_DIM=dim, BLOCK_D=block_d, PAGE=page, QUERIES=settings.queries,
+        ROWS=max(16, _power_of_two(settings.queries * group)), TILE=settings.tile, SPLIT=most > 1,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=settings.warps, num_stages=settings.stages,
     )  # fmt: skip
-    if splits > 1:
+    if most > 1:
         merge_kernel[(tokens, query_heads)](
-            output, partial, tops, totals, starts, requests, output.stride(0),
-            HEAD_DIM=dim, BLOCK_D=block_d, SPLITS=splits,
+            output, sums, tops, totals, starts, pieces.parts, requests, programs, output.stride(0),
+            GROUP=group, HEAD_DIM=dim, BLOCK_D=block_d, MOST=_power_of_two(most), STEP=STEP,
         )  # fmt: skip
-
-
-def parts(heads: int) -> int:
-    """Parts that keys are cut into where so many KV heads of all requests decode; a power of two."""
-    least, most = SPLITS
-    return min(max(_power_of_two(PROGRAMS // heads + 1) // 2, least), most)
-
-
-def warps(block_d: int) -> int:
-    """Warps of a program of `attend_kernel`: more where four would run out of registers."""
-    return 8 if block_d > 128 else 4
 
 
 def _power_of_two(number: int) -> int:
