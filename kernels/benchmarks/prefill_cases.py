@@ -131,7 +131,7 @@ def _flex(spans: HeadSpans, query: Tensor, key: Tensor, value: Tensor) -> Run:
         return (j <= i) & ((j < sink) | (j > i - (span - sink)))
 
     def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        return blocks.sum(-1).int(), blocks.byte().argsort(-1, descending=True, stable=True).int()
+        return blocks.sum(-1).int(), blocks.byte().argsort(dim=-1, descending=True, stable=True).int()
 
     mask = BlockMask.from_kv_blocks(
         *listed(some), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=attended, seq_lengths=(length, length)

@@ -46,7 +46,7 @@ def attend(
         _require_alike(past, query)
     if past is not None and valid is None and past.decodes(queries, None) and options["scale"] > 0:
         past.make_room(queries)
-        if past.step is None or not past.step.fits(query, key, value, options):
+        if past.step is None or not past.step.fits(past, query, key, value, options):
             past.step = Step(past, query, key, value, options)
         out = query.new_empty(batch, queries, heads, dim)
         past.step.run(query, key, value, out, options["sink_logits"])
@@ -95,7 +95,8 @@ def _require_alike(past: MoACacheLayer, query: torch.Tensor) -> None:
 class Step:
     """A layer's decoding step with all that stays the same from one to the next filled in; `run` stores and attends.
 
-    The library counts the new tokens in the layer's ``lens``, in place. ``scale`` must be positive.
+    The library counts the new tokens in the layer's ``lens``, in place. ``scale`` must be positive. The layer holds the
+    step, and the step doesn't hold the layer: a cache's memory is free as soon as nobody has the cache.
 
     Args:
         past: The layer, with room for the new tokens.
@@ -108,17 +109,18 @@ class Step:
     def __init__(
         self, past: MoACacheLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
     ) -> None:
-        self._past = past
-        self._facts = self._told(query, key, value, options)
+        self._facts = self._told(past, query, key, value, options)
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         self._call = LayerCall(query, past.rules.head_spans, out=out, **options)
         self._call.new_tokens(key, value)
         self._call.before(past.lens)
         self._call.rings(past.keys, past.values, past.layout)
 
-    def fits(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> bool:
+    def fits(
+        self, past: MoACacheLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> bool:
         """Whether `run` can be called for these."""
-        return bool(self._facts == self._told(query, key, value, options))
+        return bool(self._facts == self._told(past, query, key, value, options))
 
     def run(
         self,
@@ -139,9 +141,11 @@ class Step:
         """As `__deepcopy__`: pointers mean nothing elsewhere."""
         return type(None), ()
 
-    def _told(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> Any:
+    @staticmethod
+    def _told(
+        past: MoACacheLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> Any:
         """What must be as it was when the call was filled in."""
-        past = self._past
         strides = query.stride(), key.stride(), value.stride()
         places = past.keys.data_ptr(), past.values.data_ptr(), past.lens.data_ptr()
         numbers = options["scale"], options["softcap"], torch.get_num_threads()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -9,10 +11,12 @@ import transformers
 from moa_search.formats import ModelSignature, Plan
 from moa_search.runtime import MoACache, applied, apply_plan
 from moa_search.spans import DENSE, SpanRule
+from tests.moa_search.runtime.explicit import key_transforms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 RULES = [SpanRule(64, 0), SpanRule(0, 64), DENSE, SpanRule(-200, 128)]
+TIERS = [(4, 4), (8, 2), (16, 3), (3, 8), (2, 2)]
 SIZES = {
     "vocab_size": 1000,
     "hidden_size": 512,
@@ -34,15 +38,24 @@ KINDS = {
 }
 
 
-def build(kind="Llama", dtype=torch.float32, **changes):
-    """A random model on the GPU, and a plan with a different rule per head."""
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    """Frames of a failed test and what `torch.compile` keeps hold caches until they are collected."""
+    gc.collect()
+
+
+def build(kind="Llama", dtype=torch.float32, bits=16, **changes):
+    """A random model on the GPU, and a plan with a different rule, and with ``"mixed"`` bits, per head."""
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **KINDS[kind], **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to("cuda", dtype).eval()
     model.generation_config.eos_token_id = None
     signature = ModelSignature.of(config)
     rules = [[RULES[(index + head) % 4] for head in range(2)] for index in range(signature.num_hidden_layers)]
-    return model, Plan.from_rules(rules, signature)
+    if bits == 16:
+        return model, Plan.from_rules(rules, signature)
+    tiers = [[TIERS[(2 * index + head) % 5] for head in range(2)] for index in range(signature.num_hidden_layers)]
+    return model, Plan.from_rules(rules, signature, tiers=tiers, transforms=key_transforms(signature))
 
 
 def tokens(batch, length, seed=0):
@@ -54,16 +67,17 @@ def logits_in_parts(model, cache, sequence, sizes):
     return torch.cat([model(part, past_key_values=cache).logits for part in sequence.split(sizes, 1)], 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernels_give_what_torch_gives_in_chunks_and_token_by_token(kind):
-    model, plan = build(kind)
+@pytest.mark.parametrize(("kind", "bits"), [*((kind, 16) for kind in KINDS), ("Llama", "mixed"), ("Gemma2", "mixed")])
+def test_kernels_give_what_torch_gives_in_chunks_and_token_by_token(kind, bits):
+    model, plan = build(kind, bits=bits)
     sequence, sizes = tokens(2, 1600), [700, 1, 1, 500, 300, *[1] * 98]
     found = {}
     for impl in ("torch", "triton", "auto"):
         with applied(model, plan, impl=impl):
             found[impl] = logits_in_parts(model, MoACache(model.config, plan), sequence, sizes)
     scale = found["torch"].abs().max()
-    assert (found["triton"] - found["torch"]).abs().max() < 2e-3 * scale
+    # Kernels turn coded keys back in float16, torch in the model's float32.
+    assert (found["triton"] - found["torch"]).abs().max() < (2e-3 if bits == 16 else 1e-2) * scale
     assert torch.equal(found["auto"], found["triton"])
 
 
@@ -104,8 +118,9 @@ def test_padded_generation_is_the_same_by_kernels_from_a_fixed_cache_and_compile
 
 
 @torch.no_grad()
-def test_a_recorded_step_replays_a_thousand_times_while_rings_wrap():
-    model, plan = build(dtype=torch.bfloat16)
+@pytest.mark.parametrize("bits", [16, "mixed"])
+def test_a_recorded_step_replays_a_thousand_times_while_rings_wrap(bits):
+    model, plan = build(dtype=torch.bfloat16, bits=bits)
     apply_plan(model, plan, impl="triton")
     sequence, start, steps = tokens(2, 1600), 500, 1000
     eager, recorded = (MoACache(model.config, plan, max_length=1600) for _ in range(2))
@@ -133,9 +148,10 @@ def test_a_recorded_step_replays_a_thousand_times_while_rings_wrap():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bits", [16, "mixed"])
 @pytest.mark.parametrize("length", [100, 500, 1000, 2000, 4000, 8000])
-def test_the_allocator_counts_what_the_plan_predicts(length):
-    model, plan = build(dtype=torch.bfloat16, num_hidden_layers=2)
+def test_the_allocator_counts_what_the_plan_predicts(length, bits):
+    model, plan = build(dtype=torch.bfloat16, bits=bits, num_hidden_layers=2)
     apply_plan(model, plan)
     batch, heads = 8, 4
     block = 2 * 64 * 2 * plan.block * heads * batch  # keys and values, width, bytes per number, tokens

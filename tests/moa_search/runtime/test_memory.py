@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from moa_kernels.cpu.library import unavailable
 from transformers import DynamicCache
 
 from moa_search.formats import ModelSignature, Plan
@@ -178,3 +182,22 @@ def test_a_long_turn_on_a_kept_cache_stays_exact(monkeypatch):
     sequence = torch.cat([sequence, tokens(1, 60, seed=1)], 1)
     found = model.generate(sequence, max_new_tokens=10, do_sample=False, past_key_values=cache)
     assert torch.equal(found[:, 120:], logits(reference, found)[:, 119:-1].argmax(-1))
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
+@pytest.mark.parametrize(
+    "impl",
+    ["torch", pytest.param("cpu", marks=pytest.mark.skipif(unavailable() is not None, reason="needs the CPU library"))],
+)
+def test_a_cache_is_freed_as_soon_as_nobody_has_it(options, impl):
+    model = tiny_model(dtype=torch.float32)
+    apply_plan(model, tiny_plan(model), impl=impl)
+    gc.collect()
+    gc.disable()
+    try:
+        found = model.generate(tokens(1, 40), max_new_tokens=4, return_dict_in_generate=True, **options)
+        layer = weakref.ref(found.past_key_values.layers[0])
+        del found
+        assert layer() is None
+    finally:
+        gc.enable()

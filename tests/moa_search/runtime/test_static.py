@@ -238,3 +238,18 @@ def test_layers_that_also_carry_a_recurrence_are_refused_before_the_first_token(
     apply_plan(model, Plan.uniform(SpanRule(12, 0), ModelSignature.of(model.config), sink=4, block=8))
     with pytest.raises(ModelUnsupportedError, match="LinearAttentionAndFullAttentionLayer; leave max_length"):
         model.generate(tokens(1, 20), max_new_tokens=3, cache_implementation="static")
+
+
+def test_a_step_asks_the_device_nothing(monkeypatch):
+    """What waits for a GPU can't be recorded into a CUDA graph, and stalls every layer of every step."""
+    model = tiny()
+    plan = tiny_plan(model)
+    apply_plan(model, plan)
+    cache = MoACache(model.config, plan, max_length=60)
+    with torch.no_grad():
+        model(tokens(2, 40), past_key_values=cache)
+    kind = type(cache.layers[0])
+    for name in ("longest", "shortest"):
+        monkeypatch.setattr(kind, name, property(lambda self: pytest.fail("asks the device")))
+    with torch.no_grad():
+        model(tokens(2, 1), past_key_values=cache)
