@@ -168,6 +168,15 @@ def _angle_at(angles, position, pair, HEAD_DIM: tl.constexpr, RADIX: tl.constexp
 
 
 @triton.jit
+def _in_half_range(a, b):
+    """Rows of numbers by the power of two in front of the largest one's mantissa, at most 2 then, and that power."""
+    size = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    size = tl.minimum(tl.maximum(size, 0x02000000), 0x7D000000)
+    shrink = (0x7F000000 - size).to(tl.float32, bitcast=True)[:, None]
+    return a * shrink, b * shrink, size.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _attend(
     query, query_rows, key_codes, key_scales, value_codes, value_scales,
     back, back_size, mean, order, angles,
@@ -202,13 +211,18 @@ def _attend(
         second_channel = tl.load(order + HEAD_DIM // 2 + pair, mask=pair < HEAD_DIM // 2, other=0)[None, :]
         q_a = tl.load(q_row + first_channel, mask=q_mask, other=0.0).to(tl.float32)
         q_b = tl.load(q_row + second_channel, mask=q_mask, other=0.0).to(tl.float32)
+        q_a, q_b, q_size = _in_half_range(q_a, q_b)
         low_cos, low_sin = _angle_at(angles, first_at + low, pair, HEAD_DIM, RADIX)
         q_a, q_b = (
             q_a * low_cos[None, :] + q_b * low_sin[None, :], q_b * low_cos[None, :] - q_a * low_sin[None, :]
         )  # fmt: skip
+        # What turns keys by their distance from the block's first one: [BLOCK_N, BLOCK_H].
+        place = angles + tl.arange(0, BLOCK_N)[:, None] * HEAD_DIM + pair[None, :]
+        cos = tl.load(place, mask=paired, other=1.0).to(tl.float16)
+        sin = tl.load(place + HEAD_DIM // 2, mask=paired, other=0.0).to(tl.float16)
         step_cos, step_sin = _angle(angles, BLOCK_N, pair, HEAD_DIM)
-        mean_a = tl.load(mean + pair, mask=pair < HEAD_DIM // 2, other=0.0)
-        mean_b = tl.load(mean + HEAD_DIM // 2 + pair, mask=pair < HEAD_DIM // 2, other=0.0)
+        mean_a = tl.load(mean + pair, mask=pair < HEAD_DIM // 2, other=0.0).to(tl.float16)
+        mean_b = tl.load(mean + HEAD_DIM // 2 + pair, mask=pair < HEAD_DIM // 2, other=0.0).to(tl.float16)
         size = tl.load(back_size)
         back_a0 = _back_part(back, 0, KEY_BITS, 0, HEAD_DIM, BLOCK_K, BLOCK_H)
         back_b0 = _back_part(back, HEAD_DIM // 2, KEY_BITS, 0, HEAD_DIM, BLOCK_K, BLOCK_H)
@@ -225,12 +239,9 @@ def _attend(
         if KEY_BITS == 16:
             q = q.to(PLAIN)
         else:
-            # To a largest number between 1 and 2, for float16's sake: by the power of two in front of its mantissa.
             q = q.to(tl.float32)
-            size = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) & 0x7F800000
-            size = tl.minimum(tl.maximum(size, 0x02000000), 0x7D000000)
-            q = (q * (0x7F000000 - size).to(tl.float32, bitcast=True)[:, None]).to(tl.float16)
-            size = size.to(tl.float32, bitcast=True) * 0.5
+            q, _, q_size = _in_half_range(q, q)
+            q, q_size = q.to(tl.float16), q_size * 0.5  # levels come doubled
 
     top = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -252,14 +263,13 @@ def _attend(
         there = index < high
         slot = _slots(first_slot, start, ring, BLOCK_N)
         k, k_low = _loaded(key_codes, slot, there, KEY_BITS, HEAD_DIM, BLOCK_K)
-        v, v_low = _loaded(value_codes, slot, there, VALUE_BITS, HEAD_DIM, BLOCK_V)
         k_scale, v_scale = next_key_scale.to(tl.float32), next_value_scale.to(tl.float32)
-        slot = _slots(first_slot, start + BLOCK_N, ring, BLOCK_N)
+        next_slot = _slots(first_slot, start + BLOCK_N, ring, BLOCK_N)
         ahead = index + BLOCK_N < high
         if KEY_BITS < 16:
-            next_key_scale = tl.load(key_scales + slot, mask=ahead, other=0.0)
+            next_key_scale = tl.load(key_scales + next_slot, mask=ahead, other=0.0)
         if VALUE_BITS < 16:
-            next_value_scale = tl.load(value_scales + slot, mask=ahead, other=0.0)
+            next_value_scale = tl.load(value_scales + next_slot, mask=ahead, other=0.0)
         # Products [BLOCK_M, BLOCK_N].
         if TURNED:
             # Both halves of the keys' channels, before rotary embedding.
@@ -274,21 +284,18 @@ def _attend(
                 x_b = _add_half(x_b, back_b2, k, k_low, KEY_BITS, 2)
                 x_a = _add_half(x_a, back_a3, k, k_low, KEY_BITS, 3)
                 x_b = _add_half(x_b, back_b3, k, k_low, KEY_BITS, 3)
-            x_a = x_a * (k_scale * size)[:, None] + mean_a[None, :]
-            x_b = x_b * (k_scale * size)[:, None] + mean_b[None, :]
-            # By each key's distance from the block's first one.
-            place = angles + tl.arange(0, BLOCK_N)[:, None] * HEAD_DIM + pair[None, :]
-            cos = tl.load(place, mask=paired, other=1.0)
-            sin = tl.load(place + HEAD_DIM // 2, mask=paired, other=0.0)
-            k_a, k_b = (x_a * cos - x_b * sin).to(PLAIN), (x_b * cos + x_a * sin).to(PLAIN)
-            products = tl.dot(q_a.to(PLAIN), tl.trans(k_a), input_precision="ieee")
-            products = tl.dot(q_b.to(PLAIN), tl.trans(k_b), products, input_precision="ieee")
+            half_a = (x_a * (k_scale * size)[:, None]).to(tl.float16) + mean_a[None, :]
+            half_b = (x_b * (k_scale * size)[:, None]).to(tl.float16) + mean_b[None, :]
+            k_a, k_b = half_a * cos - half_b * sin, half_b * cos + half_a * sin
+            # Keys by queries: what a product leaves in registers is how the next one takes its first factor.
+            by_key = tl.dot(k_b, tl.trans(q_b.to(tl.float16)), tl.dot(k_a, tl.trans(q_a.to(tl.float16))))
+            products = tl.trans(by_key) * q_size[:, None]
             # The next block's first key is so much farther.
             q_a, q_b = (
                 q_a * step_cos[None, :] + q_b * step_sin[None, :], q_b * step_cos[None, :] - q_a * step_sin[None, :]
             )  # fmt: skip
         elif KEY_BITS == 8:
-            products = tl.dot(q, tl.trans(_numbers(k, k_low, 8, 0))) * size[:, None] * k_scale[None, :]
+            products = tl.dot(q, tl.trans(_numbers(k, k_low, 8, 0))) * q_size[:, None] * k_scale[None, :]
         else:
             products = tl.dot(q, tl.trans(k.to(PLAIN)), input_precision="ieee")
         scores = scores_of(products, scale, SOFTCAP)
@@ -304,6 +311,8 @@ def _attend(
         shrink = tl.math.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         top = higher
+        # Last, so that values take no registers while keys do.
+        v, v_low = _loaded(value_codes, slot, there, VALUE_BITS, HEAD_DIM, BLOCK_V)
         if VALUE_BITS == 16:
             acc0 = tl.dot(p.to(PLAIN), v.to(PLAIN), acc0 * shrink[:, None], input_precision="ieee")
         else:
