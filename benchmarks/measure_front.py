@@ -105,7 +105,7 @@ def with_tiers(profile: Profile, bits: Sequence[int], seed: int = 1) -> Profile:
         np.arange(width, dtype=np.int32),
     )
     tiers = TiersHeader(bits=coded, lengths=tuple(x.header for x in by_length.values()))
-    header = profile.header.model_dump(by_alias=True) | {"schema": "moa-profile/2", "tiers": tiers}
+    header = profile.header.model_dump(by_alias=True) | {"tiers": tiers}
     return Profile(ProfileHeader.model_validate(header), profile.by_length, tiers=TierStatistics(transforms, by_length))
 
 

@@ -13,7 +13,9 @@ statistic      definition (design section 3)                                    
 ``recall``     attention mass kept                                                    mean, standard error
 =============  =====================================================================  ==================
 
-Version 2 adds what `moa_search.formats.tiers` describes; a profile without it is written as version 1.
+In most buckets the longer windows hold every row's keys, so that nothing is lost. Version 3 leaves these cells out:
+``measured`` says which are there. Of what else `moa_search.formats.tiers` describes it may hold. Files of versions 1
+(without tiers) and 2 (with them) hold every cell; they stay what they are when they are written again.
 """
 
 from __future__ import annotations
@@ -48,13 +50,16 @@ from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, T
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.version import __version__
 
-PROFILE_SCHEMAS: Final = ("moa-profile/1", "moa-profile/2")
-"""Without tiers, and with them."""
+PROFILE_SCHEMAS: Final = ("moa-profile/1", "moa-profile/2", "moa-profile/3")
+"""Every cell, without tiers, and with them; without cells in which nothing is lost."""
 METADATA_KEY = "moa-profile"
 SAMPLE_STATISTICS = ("squared", "signed")
 """Not linear over rows or samples, so kept per sample: ``[sample, layer, kv_head, bucket, window]``."""
 MEAN_STATISTICS = ("absolute", "elementwise", "recall")
 """Linear, so kept as mean and standard error: ``[layer, kv_head, bucket, window]``."""
+
+LOSSES = ("squared", "signed", "absolute", "elementwise", "absolute_error", "elementwise_error")
+"""Statistics that are zero where a window holds all keys of every row; the attention mass kept isn't."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -96,7 +101,7 @@ class ProfileHeader(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_: Literal["moa-profile/1", "moa-profile/2"] = Field(default="moa-profile/1", alias="schema")
+    schema_: Literal["moa-profile/1", "moa-profile/2", "moa-profile/3"] = Field(default="moa-profile/3", alias="schema")
     library_version: str = __version__
     model: ModelSignature
     model_name: str = Field(description="the specification given to load_model")
@@ -114,7 +119,7 @@ class ProfileHeader(BaseModel):
 
     @model_validator(mode="after")
     def _tiers_fit(self) -> ProfileHeader:
-        if self.schema_ != PROFILE_SCHEMAS[self.tiers is not None]:
+        if not self.leaves_out and self.schema_ != PROFILE_SCHEMAS[self.tiers is not None]:
             raise ValueError(f"{self.schema_} {'has no' if self.tiers else 'needs'} tiers")
         if self.tiers is not None and [x.length for x in self.tiers.lengths] != [x.length for x in self.lengths]:
             raise ValueError("the tiers' lengths aren't the profile's")
@@ -138,6 +143,11 @@ class ProfileHeader(BaseModel):
         if own_window(self.model) is None:
             raise ValueError(f"layer {native[0]} is native, but model.config names no sliding_window")
         return self
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether cells in which nothing is lost aren't stored."""
+        return self.schema_ == PROFILE_SCHEMAS[2]
 
     @property
     def searchable_layers(self) -> list[int]:
@@ -239,8 +249,9 @@ class Profile:
             ProfileFormatError: Header and arrays disagree, or a value isn't finite; nothing is written.
             ConfigError: The file can't be written there.
         """
-        header, tensors = self._header_json(), self._tensors()
+        header = self._header_json()
         try:
+            tensors = self._tensors()
             _unpack(self.header, tensors)
         except ValueError as error:
             raise ProfileFormatError(f"{path}: not written: {error}") from None
@@ -305,13 +316,18 @@ class Profile:
         """Every array as it is stored; `_unpack` names what isn't finite in that precision."""
         tensors: dict[str, npt.NDArray[Any]] = {}
         for length, entry in sorted(self.by_length.items()):
-            tensors[f"{length}/loss"] = _single(entry.loss)
+            stored: dict[str, npt.NDArray[Any]] = {}
             for name in SAMPLE_STATISTICS:
-                half, scale = _halve(_single(entry.per_sample[name]))
-                tensors[f"{length}/{name}"], tensors[f"{length}/{name}_scale"] = half, scale
+                stored[name], tensors[f"{length}/{name}_scale"] = _halve(_single(entry.per_sample[name]))
             for name in MEAN_STATISTICS:
-                tensors[f"{length}/{name}"] = _single(entry.mean[name])
-                tensors[f"{length}/{name}_error"] = _single(entry.error[name])
+                stored[name], stored[f"{name}_error"] = _single(entry.mean[name]), _single(entry.error[name])
+            if self.header.leaves_out:
+                measured = _measured(stored)
+                tensors[f"{length}/measured"] = measured.astype(np.uint8)
+                # Contiguous, since safetensors writes memory as it lies.
+                stored |= {name: np.ascontiguousarray(stored[name][..., measured]) for name in LOSSES}
+            tensors[f"{length}/loss"] = _single(entry.loss)
+            tensors |= {f"{length}/{name}": values for name, values in stored.items()}
         for name, values in ({} if self.tiers is None else self.tiers.arrays()).items():
             if values.ndim == 5:  # statistics; transforms stay as they are
                 tensors[name], tensors[f"{name}_scale"] = _halve(_single(values))
@@ -340,6 +356,13 @@ def _halve(values: Floats) -> tuple[npt.NDArray[np.float16], Floats]:
         return (values / scale).astype(np.float16), scale[..., 0, 0]
 
 
+def _measured(stored: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.bool_]:
+    """Cells in which some head of some sample loses something, ``[bucket, window]``."""
+    found = [(stored[name] != 0).any(axis=tuple(range(stored[name].ndim - 2))) for name in LOSSES]
+    measured: npt.NDArray[np.bool_] = np.logical_or.reduce(found)
+    return measured
+
+
 def _unpack(
     header: ProfileHeader, tensors: dict[str, npt.NDArray[Any]]
 ) -> tuple[dict[int, LengthProfile], TierStatistics | None]:
@@ -355,6 +378,8 @@ def _unpack(
     for entry in header.lengths:
         grid = (*layers_heads, entry.row_buckets, len(entry.windows))
         shape = (entry.samples, *grid)
+        if header.leaves_out:
+            _fill_in(left, entry)
         per_sample = {name: _take_halved(left, f"{entry.length}/{name}", shape) for name in SAMPLE_STATISTICS}
         by_length[entry.length] = LengthProfile(
             header=entry,
@@ -368,6 +393,27 @@ def _unpack(
     if left:
         raise ValueError(f"tensor {min(left)} belongs to no length in the header")
     return by_length, tiers
+
+
+def _fill_in(tensors: dict[str, npt.NDArray[Any]], entry: LengthHeader) -> None:
+    """Put zeros into the statistics of a length where cells were left out, in place.
+
+    Raises:
+        ValueError: What says which cells are there is missing or damaged, or their number is another.
+    """
+    cells = (entry.row_buckets, len(entry.windows))
+    at = f"{entry.length}/measured"
+    measured = _take(tensors, at, cells, np.uint8)
+    if (measured > 1).any():
+        raise ValueError(f"tensor {at} holds more than 0 and 1")
+    for name in (f"{entry.length}/{name}" for name in LOSSES):
+        if name in tensors:
+            stored = tensors[name]
+            if stored.ndim < 1 or stored.shape[-1] != measured.sum():
+                raise ValueError(f"tensor {name} has shape {stored.shape}, expected {measured.sum()} cells")
+            whole = np.zeros((*stored.shape[:-1], *cells), dtype=stored.dtype)
+            whole[..., measured.astype(bool)] = stored
+            tensors[name] = whole
 
 
 def _unpack_tiers(header: ProfileHeader, tiers: TiersHeader, left: dict[str, npt.NDArray[Any]]) -> TierStatistics:

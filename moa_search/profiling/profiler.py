@@ -17,7 +17,7 @@ from moa_kernels.codes import BITS, token_bytes
 from moa_search.data import Sample, hash_samples
 from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
 from moa_search.formats import ModelSignature
-from moa_search.formats.profile import PROFILE_SCHEMAS, LengthProfile, Profile, ProfileHeader, RunSummary
+from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.support import (
@@ -251,7 +251,6 @@ def _pool(
             tiers.add(length, int(sample.counted.sum()), result.statistics)
     by_length: dict[int, LengthProfile] = {length: pool.result() for length, pool in sorted(gathered.items())}
     header = ProfileHeader(
-        schema=PROFILE_SCHEMAS[meter.tiers is not None],
         model=meter.signature,
         model_name=model_name,
         dtype=settings["dtype"],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.numpy import load, save
 
 from moa_search.errors import ConfigError, ProfileFormatError, ProfileVersionError
 from moa_search.formats import Profile
+from moa_search.formats import profile as profile_module
 from moa_search.formats.profile import METADATA_KEY, SAMPLE_STATISTICS, LengthHeader
 
 Content = dict[str, Any]
@@ -150,8 +152,80 @@ def test_errors_say_what_and_where(path: Path, change: Callable[[Content, Tensor
 
 
 def test_another_schema_asks_for_an_upgrade(path: Path) -> None:
-    rewrite(path, lambda content, tensors: content.update(schema="moa-profile/3", new=1))
+    rewrite(path, lambda content, tensors: content.update(schema="moa-profile/4", new=1))
     assert error_of(path, ProfileVersionError).endswith("upgrade it")
+
+
+class TestCellsLeftOut:
+    """Where no head of any sample loses anything, as in most buckets' longer windows."""
+
+    @staticmethod
+    def stored(path: Path) -> Tensors:
+        return load(path.read_bytes())
+
+    def test_every_cell_is_there_again_once_read(self, tiny_profile: Profile, path: Path, tmp_path: Path) -> None:
+        older = tiny_profile.header.model_copy(update={"schema_": "moa-profile/1"})
+        Profile(older, tiny_profile.by_length).save(tmp_path / "older")
+        whole, left_out = Profile.load(tmp_path / "older"), Profile.load(path)
+        assert whole.by_length == left_out.by_length
+        assert path.stat().st_size < 0.9 * (tmp_path / "older").stat().st_size
+        for length, entry in left_out.by_length.items():
+            zero = np.all([values == 0 for values in entry.per_sample.values()], axis=(0, 1, 2, 3))
+            assert (self.stored(path)[f"{length}/measured"] == ~zero).all()
+            assert zero.any()
+
+    def test_older_files_stay_what_they_are(self, tiny_profile: Profile, tmp_path: Path) -> None:
+        header = tiny_profile.header.model_copy(update={"schema_": "moa-profile/1"})
+        Profile(header, tiny_profile.by_length).save(tmp_path / "one")
+        Profile.load(tmp_path / "one").save(tmp_path / "two")
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+        assert "512/measured" not in self.stored(tmp_path / "one")
+
+    def test_one_cell_of_one_head_is_enough_to_be_kept(self, tiny_profile: Profile, tmp_path: Path) -> None:
+        signed = tiny_profile.by_length[512].per_sample["signed"].copy()
+        assert not signed[..., 0, -1].any()
+        signed[1, 2, 0, 0, -1] = -signed[1, 2, 0].max()
+        per_sample = {**tiny_profile.by_length[512].per_sample, "signed": signed}
+        replaced(tiny_profile, 512, per_sample=per_sample).save(tmp_path / "kept")
+        found = Profile.load(tmp_path / "kept").by_length[512].per_sample
+        assert found["signed"][1, 2, 0, 0, -1] == signed[1, 2, 0, 0, -1]
+        assert np.count_nonzero(found["signed"][..., 0, -1]) == 1
+        assert not found["squared"][..., 0, -1].any()
+
+    def test_nothing_lost_anywhere(self, tiny_profile: Profile, tmp_path: Path) -> None:
+        entry = tiny_profile.by_length[512]
+        nothing = {name: np.zeros_like(values) for name, values in entry.per_sample.items()}
+        mean, error = (
+            {name: values * np.float32(name == "recall") for name, values in group.items()}
+            for group in (entry.mean, entry.error)
+        )
+        profile = replaced(tiny_profile, 512, per_sample=nothing, mean=mean, error=error)
+        profile.save(tmp_path / "nothing")
+        assert Profile.load(tmp_path / "nothing").by_length[512] == profile.by_length[512]
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda t: t.pop("512/measured"), "tensor 512/measured is missing"),
+            (lambda t: t["512/measured"].fill(1), r"tensor 512/\w+ has shape .*, expected 24 cells"),
+            (lambda t: t["512/measured"].fill(2), "tensor 512/measured holds more than 0 and 1"),
+            (lambda t: t.update({"512/measured": t["512/measured"][:2]}), r"512/measured has shape \(2, 6\)"),
+            (lambda t: t.update({"512/signed": np.array(1, np.float16)}), r"tensor 512/signed has shape \(\)"),
+        ],
+    )
+    def test_damage_is_named(self, path: Path, change: Callable[[Any], None], says: str) -> None:
+        def spoil(content: Content, tensors: Tensors) -> None:
+            change(tensors)
+            content.pop("checksum")
+            content["checksum"] = profile_module._checksum(content, tensors)
+
+        rewrite(path, spoil)
+        assert re.search(says, error_of(path))
+
+    def test_shapes_that_differ_are_not_written(self, tiny_profile: Profile, tmp_path: Path) -> None:
+        narrow = {name: values[..., :-1] for name, values in tiny_profile.by_length[512].mean.items()}
+        with pytest.raises(ProfileFormatError, match="not written"):
+            replaced(tiny_profile, 512, mean=narrow).save(tmp_path / "never")
 
 
 def test_missing_files(tmp_path: Path) -> None:

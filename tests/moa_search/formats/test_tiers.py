@@ -22,7 +22,9 @@ from moa_search.spans import DENSE, SpanRule
 from .test_profile import error_of, rewrite
 
 
-def tiered(profile: Profile, bits: tuple[int, ...] = (8, 4, 2), seed: int = 0) -> Profile:
+def tiered(
+    profile: Profile, bits: tuple[int, ...] = (8, 4, 2), seed: int = 0, schema: str = "moa-profile/3"
+) -> Profile:
     """``profile`` with random changes for some bits, of either sign."""
     rng, model = np.random.default_rng(seed), profile.header.model
     heads, width = (model.num_hidden_layers, model.num_key_value_heads), model.head_dim
@@ -48,7 +50,7 @@ def tiered(profile: Profile, bits: tuple[int, ...] = (8, 4, 2), seed: int = 0) -
     )
     tiers = TiersHeader(bits=bits, lengths=tuple(x.header for x in by_length.values()))
     header = ProfileHeader.model_validate(
-        {**profile.header.model_dump(by_alias=True), "schema": "moa-profile/2", "tiers": tiers}
+        {**profile.header.model_dump(by_alias=True), "schema": schema, "tiers": tiers}
     )
     return Profile(header, profile.by_length, tiers=TierStatistics(known, by_length))
 
@@ -77,14 +79,22 @@ def test_round_trip(tiny_profile: Profile, path: Path, tmp_path: Path) -> None:
     assert loaded.checksum == Profile.load(tmp_path / "again").checksum
 
 
-def test_a_profile_without_tiers_is_of_version_1(tiny_profile: Profile, path: Path, tmp_path: Path) -> None:
+def test_a_profile_without_tiers_holds_the_same_of_spans(tiny_profile: Profile, path: Path, tmp_path: Path) -> None:
     tiny_profile.save(tmp_path / "plain.safetensors")
-    plain = Profile.load(tmp_path / "plain.safetensors")
-    assert (plain.header.schema_, plain.header.tiers, plain.tiers) == ("moa-profile/1", None, None)
-    with_tiers = Profile.load(path)
-    assert with_tiers.header.schema_ == "moa-profile/2"
+    plain, with_tiers = Profile.load(tmp_path / "plain.safetensors"), Profile.load(path)
+    assert plain.header.tiers is None
+    assert plain.tiers is None
+    assert b"tiers" not in (tmp_path / "plain.safetensors").read_bytes()
     for length in plain.lengths:
         assert plain.by_length[length] == with_tiers.by_length[length], "spans alone are measured the same"
+
+
+def test_a_file_of_version_2_stays_one(tiny_profile: Profile, tmp_path: Path) -> None:
+    tiered(tiny_profile, schema="moa-profile/2").save(tmp_path / "one")
+    loaded = Profile.load(tmp_path / "one")
+    assert loaded.header.schema_ == "moa-profile/2"
+    loaded.save(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_equality_looks_at_tiers(path: Path) -> None:
@@ -110,7 +120,7 @@ def test_a_pairs_change_is_the_sum_of_its_keys_and_values(path: Path) -> None:
     ("change", "message"),
     [
         (lambda c, t: c.update(schema="moa-profile/1"), "top level: moa-profile/1 has no tiers"),
-        (lambda c, t: c.pop("tiers"), "top level: moa-profile/2 needs tiers"),
+        (lambda c, t: [c.update(schema="moa-profile/2"), c.pop("tiers")], "top level: moa-profile/2 needs tiers"),
         (lambda c, t: c["tiers"].update(bits=[4, 8]), "tiers: the tiers' bits are [4, 8]"),
         (lambda c, t: c["tiers"].update(bits=[5]), "tiers: the tiers' bits are [5]"),
         (lambda c, t: c["tiers"]["lengths"].pop(), "top level: the tiers' lengths aren't the profile's"),
