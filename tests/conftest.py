@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from moa_search.formats import ModelSignature, Plan, Profile
-from moa_search.formats.plan import Budget, LengthMetrics, Provenance
 from moa_search.formats.profile import (
     MEAN_STATISTICS,
     SAMPLE_STATISTICS,
@@ -21,6 +20,7 @@ from moa_search.formats.profile import (
     LengthProfile,
     ProfileHeader,
 )
+from moa_search.formats.provenance import Budget, LengthMetrics, Provenance
 from moa_search.spans import DENSE, SpanRule
 from tests.interpreter import ask_for_it
 

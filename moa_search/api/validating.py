@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moa_search.data import Split
     from moa_search.evaluation.true_loss import TrueLoss
     from moa_search.formats import Plan
-    from moa_search.formats.plan import Budget, Validation
+    from moa_search.formats.provenance import Budget, Validation
     from moa_search.search import Front
 
 TABLE = "validation.csv"

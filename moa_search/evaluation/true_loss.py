@@ -21,7 +21,7 @@ from moa_search.evaluation.compare import under
 from moa_search.evaluation.loss_cache import DENSE_PLAN, LossCache, LossKey
 from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import Plan
-from moa_search.formats.plan import Validation
+from moa_search.formats.provenance import Validation
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.text import dtype_name
 from moa_search.progress import progress

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moa_search.formats.plan import LengthMetrics, Plan, Provenance
+from moa_search.formats.plan import Plan
+from moa_search.formats.provenance import LengthMetrics, Provenance
 
 
 def imported(plan: Plan, origin: str, notes: Sequence[str], lengths: Sequence[int]) -> Plan:

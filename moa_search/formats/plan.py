@@ -19,7 +19,6 @@ from moa_search.errors import ConfigError, PlanFormatError
 from moa_search.formats import plan_views
 from moa_search.formats.files import atomic_write
 from moa_search.formats.patterns import (
-    Bits,
     DensePattern,
     NativePattern,
     Pattern,
@@ -29,28 +28,10 @@ from moa_search.formats.patterns import (
 from moa_search.formats.plan_content import PLAN_SCHEMAS
 from moa_search.formats.plan_costs import PlanCosts
 from moa_search.formats.plan_text import PlanText
-from moa_search.formats.provenance import Budget, LengthMetrics, Provenance, Validation
-from moa_search.formats.signature import ModelSignature, own_window
+from moa_search.formats.signature import ModelSignature
 from moa_search.formats.tiers import PLAIN, Tier, wants_transform
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.spans import SpanRule
-
-__all__ = [
-    "PLAN_SCHEMAS",
-    "Bits",
-    "Budget",
-    "DensePattern",
-    "LengthMetrics",
-    "NativePattern",
-    "Pattern",
-    "Plan",
-    "PlanLike",
-    "Provenance",
-    "SpanPattern",
-    "Validation",
-    "own_window",
-    "plan_json_schema",
-]
 
 
 class Plan(PlanCosts, PlanText):

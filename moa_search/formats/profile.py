@@ -44,8 +44,7 @@ from moa_search.formats.files import (
     parse_json,
     sha256_of,
 )
-from moa_search.formats.plan import own_window
-from moa_search.formats.signature import ModelSignature
+from moa_search.formats.signature import ModelSignature, own_window
 from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.version import __version__

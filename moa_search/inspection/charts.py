@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moa_search.formats import Plan, Profile
-from moa_search.formats.plan import LengthMetrics
+from moa_search.formats.provenance import LengthMetrics
 from moa_search.pictures import OKABE_ITO
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 from moa_search.errors import ConfigError
 from moa_search.formats import Plan
 from moa_search.formats.files import atomic_write
-from moa_search.formats.plan import Budget
+from moa_search.formats.provenance import Budget
 from moa_search.search.budgets import BudgetSpec
 
 PLAN_FILE = re.compile(r"plan-(\d+)\.json")

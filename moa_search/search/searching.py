@@ -7,8 +7,9 @@ from importlib.metadata import version
 
 from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
-from moa_search.formats.plan import LengthMetrics, Plan, Provenance
+from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
+from moa_search.formats.provenance import LengthMetrics, Provenance
 from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier
 from moa_search.options import SearchOptions
 from moa_search.progress import progress

@@ -16,7 +16,7 @@ from moa_search.errors import ConfigError, ModelMismatchError, PlanFormatError
 from moa_search.evaluation import true_loss
 from moa_search.evaluation.scoring import score_answer
 from moa_search.formats import ModelSignature, Plan
-from moa_search.formats.plan import Budget, LengthMetrics, Provenance
+from moa_search.formats.provenance import Budget, LengthMetrics, Provenance
 from moa_search.modeling.loading import load_model
 from moa_search.runtime import applied
 from moa_search.search import Front

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from moa_search.errors import ModelMismatchError, PlanFormatError
 from moa_search.formats.files import one_line
-from moa_search.formats.plan import Plan, own_window
-from moa_search.formats.signature import ModelSignature
+from moa_search.formats.plan import Plan
+from moa_search.formats.signature import ModelSignature, own_window
 from moa_search.spans import BLOCK_TOKENS, DENSE, MAX_LENGTH, SpanRule
 
 

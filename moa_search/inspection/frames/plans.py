@@ -15,7 +15,7 @@ import pandas as pd
 from moa_search.errors import ConfigError
 from moa_search.formats import Plan, Profile
 from moa_search.formats.paged import grouped
-from moa_search.formats.plan import Budget
+from moa_search.formats.provenance import Budget
 from moa_search.head_groups import GROUPS
 from moa_search.inspection.frames.bits import tiers_text
 from moa_search.inspection.printing import (

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
-from moa_search.formats.plan import Budget, own_window
 from moa_search.formats.profile import ProfileHeader
+from moa_search.formats.provenance import Budget
+from moa_search.formats.signature import own_window
 from moa_search.formats.tiers import PLAIN, Tier, head_bytes
 from moa_search.search.budgets.cost_model import CostModel
 from moa_search.search.budgets.hardware import HARDWARE, Hardware

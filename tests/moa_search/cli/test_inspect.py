@@ -7,7 +7,7 @@ import pytest
 
 from moa_search.cli import inspect
 from moa_search.formats import Plan
-from moa_search.formats.plan import LengthMetrics, Provenance
+from moa_search.formats.provenance import LengthMetrics, Provenance
 from moa_search.search import Front
 from moa_search.spans import SpanRule
 

@@ -10,7 +10,7 @@ import pytest
 from moa_search import Plan, api
 from moa_search.cli import search
 from moa_search.errors import ConfigError
-from moa_search.formats.plan import Validation
+from moa_search.formats.provenance import Validation
 from tests.moa_search.formats.test_tiers import tiered
 
 

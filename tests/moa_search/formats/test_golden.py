@@ -8,7 +8,6 @@ import numpy as np
 
 from moa_search.formats import ModelSignature, Plan, Profile
 from moa_search.formats.foreign import read_foreign
-from moa_search.formats.plan import Budget, LengthMetrics, Provenance
 from moa_search.formats.profile import (
     MEAN_STATISTICS,
     SAMPLE_STATISTICS,
@@ -16,6 +15,7 @@ from moa_search.formats.profile import (
     LengthProfile,
     ProfileHeader,
 )
+from moa_search.formats.provenance import Budget, LengthMetrics, Provenance
 from moa_search.formats.tiers import TierGrid, TierLength, TiersHeader, TierStatistics
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.spans import DENSE, SpanRule

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
 from moa_search.formats import ModelSignature, Plan
-from moa_search.formats.plan import Budget, Provenance, Validation, plan_json_schema
+from moa_search.formats.plan import plan_json_schema
+from moa_search.formats.provenance import Budget, Provenance, Validation
 from moa_search.masks import span_mask
 from moa_search.spans import BETA_ONE, DENSE, SpanRule
 

@@ -13,7 +13,7 @@ from moa_search.errors import ConfigError, PlanFormatError
 from moa_search.formats import tiers
 from moa_search.formats.duo import write_duo
 from moa_search.formats.moa import write_moa
-from moa_search.formats.plan import PLAN_SCHEMAS
+from moa_search.formats.plan_content import PLAN_SCHEMAS
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.spans import DENSE, SpanRule
 from tests.moa_search.formats.test_golden import MODEL

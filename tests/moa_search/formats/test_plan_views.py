@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats import ModelSignature, Plan
-from moa_search.formats.plan import Budget, Provenance
+from moa_search.formats.provenance import Budget, Provenance
 from moa_search.masks import span_mask
 from moa_search.spans import DENSE, SpanRule
 

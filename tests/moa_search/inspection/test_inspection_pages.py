@@ -10,7 +10,7 @@ import pytest
 
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats import Plan
-from moa_search.formats.plan import Validation
+from moa_search.formats.provenance import Validation
 from moa_search.inspection.frames.plans import layer_losses
 from moa_search.inspection.pages import diff_page, front_page, plan_page, profile_page
 from moa_search.inspection.pages.plan import representative_heads

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from moa_search.formats import Plan
-from moa_search.formats.plan import Budget, LengthMetrics, Provenance
+from moa_search.formats.provenance import Budget, LengthMetrics, Provenance
 from moa_search.inspection.frames.plans import plan_facts, plan_frame, rule_frame, span_frame
 from moa_search.inspection.frames.searches import front_frame
 from moa_search.inspection.printing import fact_lines, to_rich
