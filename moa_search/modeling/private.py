@@ -6,6 +6,8 @@ supported.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 CHECKPOINTING_FUNCTION = "_gradient_checkpointing_func"
@@ -19,6 +21,19 @@ CANDIDATES = "_get_candidate_generator"
 
 PREFILL = "_prefill"
 """Method of a model: runs the prompt, in chunks if asked. The runtime wraps it."""
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward pass calls its cache: the first from transformers 5.24 on, the second before and in older models."""
+
+
+@functools.cache
+def cache_name() -> str:
+    """What `generate` and models of the installed transformers call the cache."""
+    from transformers import GenerationMixin
+
+    taken = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in CACHE_NAMES if name in taken)
 
 
 def attention_of(config: Any) -> str | None:

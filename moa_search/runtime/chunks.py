@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moa_search.modeling.private import cache_name
 from moa_search.modeling.rope import constant_rope_tokens
 from moa_search.runtime.layer import MoACacheLayer
 
@@ -19,7 +20,7 @@ prompt is the activations of one layer, and chunks bound those."""
 
 def wants_chunks(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Whether to prefill in chunks: the user set no chunk size, and chunking changes nothing but memory."""
-    cache = model_kwargs["past_key_values"]
+    cache = model_kwargs[cache_name()]
     if generation_config.prefill_chunk_size is not None:
         return False
     # Not every linear-attention layer goes on from its state when it gets several tokens.

@@ -11,13 +11,22 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from transformers import DynamicCache
+import transformers
+from transformers import Cache, DynamicCache
 from transformers.generation import GenerationMode
 
 from moa_search.errors import UnsupportedInputError
 from moa_search.formats.checkpoint import PLAN_FILE
 from moa_search.modeling.generation import refuse_plain_reload
-from moa_search.modeling.private import CANDIDATES, PREFILL, PREPARE_CACHE, attention_of, mask_length_of
+from moa_search.modeling.private import (
+    CACHE_NAMES,
+    CANDIDATES,
+    PREFILL,
+    PREPARE_CACHE,
+    attention_of,
+    cache_name,
+    mask_length_of,
+)
 from moa_search.modeling.text import text_config
 from moa_search.modeling.wrappers import require_no_prefix
 from moa_search.runtime import chunks
@@ -119,7 +128,7 @@ def _prepare_cache_for_generation(
     original = _original(model, PREPARE_CACHE)
     state: Applied = getattr(model, STATE_ATTRIBUTE)
     under_plan = attention_of(text_config(model.config)) == NAME
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(cache_name())
     drafting = getattr(generation_config, "is_assistant", False)
     # Drafts of a model for another one are taken back whole; those that this one gets ask for room themselves.
     rollback = ROLLBACK_TOKENS + (generation_config.max_new_tokens or 0) if drafting else ROLLBACK_TOKENS
@@ -141,8 +150,14 @@ def _prepare_cache_for_generation(
     plain = copy.copy(generation_config)
     plain.cache_implementation = None
     result = original(plain, model_kwargs, generation_mode, batch_size, max_cache_length)
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(cache_name())
     if cache is None:
+        unknown = [name for name, value in model_kwargs.items() if isinstance(value, Cache)]
+        if unknown:
+            raise UnsupportedInputError(
+                f"transformers {transformers.__version__} calls the cache {unknown[0]}, which this moa-search doesn't "
+                "know; upgrade it, or take an older transformers"
+            )
         return result
     if type(cache) is not DynamicCache:
         raise UnsupportedInputError(f"{type(model).__name__} generates with a {type(cache).__name__}, not a plan's")
@@ -156,9 +171,9 @@ def _prepare_cache_for_generation(
         # As large as any before: what was compiled for that stays good.
         asked = getattr(generation_config, "max_cache_len", None) or 0
         length = state.max_length = max(max_cache_length, asked, state.max_length or 0)
-    model_kwargs["past_key_values"] = MoACache.following(state.rules, config, state.fingerprint, max_length=length)
+    made = model_kwargs[cache_name()] = MoACache.following(state.rules, config, state.fingerprint, max_length=length)
     if rolls_back:
-        model_kwargs["past_key_values"].activate_past_recording(rollback)
+        made.activate_past_recording(rollback)
     return result
 
 
@@ -194,7 +209,7 @@ def _prefill(
     model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Prefill a long prompt in chunks, and none of them compiled: prompts have too many lengths for that."""
-    if isinstance(model_kwargs.get("past_key_values"), MoACache):
+    if isinstance(model_kwargs.get(cache_name()), MoACache):
         _check_continues(input_ids, generation_config, model_kwargs)
         # Learned prompts of PEFT, for one, count the tokens of a pass to know what to put in front.
         foreign = _has_foreign(model, "prepare_inputs_for_generation")
@@ -210,7 +225,7 @@ def _prefill(
 
 def _check_continues(input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """Refuse inputs that leave no new token behind what the cache holds, which transformers cuts wrongly in silence."""
-    past = int(model_kwargs["past_key_values"].get_seq_length())
+    past = int(model_kwargs[cache_name()].get_seq_length())
     embeddings, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     given = input_ids.shape[1] if embeddings is None else embeddings.shape[1]
     # A mask without padding is dropped but for its length; one that was never made stands for new tokens only.
@@ -223,31 +238,29 @@ def _check_continues(input_ids: torch.Tensor, generation_config: Any, model_kwar
         )
 
 
-def _prepare_inputs_for_generation(
-    model: Any, input_ids: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
-) -> Any:
+def _prepare_inputs_for_generation(model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Let transformers prepare a pass; where it drops the cache to start over, empty the cache instead.
 
     Phi-3 does that where its rotary table changes. A new cache would forget its fixed size and its room for rollbacks,
     and leave the one that the user handed over behind.
     """
     original = _original(model, "prepare_inputs_for_generation")
-    inputs = original(input_ids, *args, past_key_values=past_key_values, **kwargs)
-    if isinstance(past_key_values, MoACache):
-        if inputs.get("past_key_values") is None and inputs.get("use_cache", True):
-            past_key_values.reset()
-            inputs["past_key_values"] = past_key_values
+    inputs, cache = original(input_ids, *args, **kwargs), kwargs.get(cache_name())
+    if isinstance(cache, MoACache):
+        if inputs.get(cache_name()) is None and inputs.get("use_cache", True):
+            cache.reset()
+            inputs[cache_name()] = cache
         elif kwargs.get("is_first_iteration"):
             mask = kwargs.get("attention_mask")
             tokens = input_ids.shape[1] if mask is None else mask.shape[-1]
-            chunks.warn_of_continuing(model, past_key_values.get_seq_length(), tokens)
+            chunks.warn_of_continuing(model, cache.get_seq_length(), tokens)
     return inputs
 
 
 def _get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let every draft be preceded by room in the cache to roll back all of it."""
     generator = _original(model, CANDIDATES)(*args, **kwargs)
-    cache, propose = kwargs["model_kwargs"].get("past_key_values"), generator.get_candidates
+    cache, propose = kwargs["model_kwargs"].get(cache_name()), generator.get_candidates
 
     def propose_with_room(input_ids: torch.Tensor, *others: Any, **options: Any) -> Any:
         candidates, scores = propose(input_ids, *others, **options)
@@ -266,14 +279,15 @@ def _has_foreign(model: Any, name: str) -> bool:
 
 def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a forward pass that would make a cache of transformers' kind by itself, hand it a `MoACache`."""
-    if kwargs.get("past_key_values") is not None:
+    if any(kwargs.get(name) is not None for name in CACHE_NAMES):
         return args, kwargs
     state: Applied = getattr(model, STATE_ATTRIBUTE)
     use_cache = {**dict(zip(state.parameters, args, strict=False)), **kwargs}.get("use_cache")
     text = text_config(model.config)
     wanted = getattr(text, "use_cache", False) if use_cache is None else use_cache
-    if wanted and "past_key_values" in state.parameters[len(args) :] and attention_of(text) == NAME:
-        return args, {**kwargs, "past_key_values": _new_cache(state.rules, model.config, state.fingerprint)}
+    name = next((name for name in CACHE_NAMES if name in state.parameters[len(args) :]), None)
+    if wanted and name is not None and attention_of(text) == NAME:
+        return args, {**kwargs, name: _new_cache(state.rules, model.config, state.fingerprint)}
     return args, kwargs
 
 

@@ -15,6 +15,7 @@ from moa_search.evaluation.throughput.ways import Way
 from moa_search.formats import Plan
 from moa_search.masks import head_masks
 from moa_search.modeling.attention import swapped
+from moa_search.modeling.private import cache_name
 from moa_search.modeling.text import dtype_name, text_config
 from moa_search.runtime import MoACache
 
@@ -120,10 +121,10 @@ def _masked_attention(
 
 def _step_by_step(model: Any, way: Way, plan: Plan, ids: Tensor) -> Tensor:
     """Logits ``[batch, length, vocabulary]`` of a prefill and single steps through the way's cache."""
-    cache = way.cache(model, PROMPT_TOKENS, ids.shape[1]) or MoACache(model.config, plan)
-    pieces = [model(ids[:, :PROMPT_TOKENS], past_key_values=cache).logits]
+    cached = {cache_name(): way.cache(model, PROMPT_TOKENS, ids.shape[1]) or MoACache(model.config, plan)}
+    pieces = [model(ids[:, :PROMPT_TOKENS], **cached).logits]
     for index in range(PROMPT_TOKENS, ids.shape[1]):
-        pieces.append(model(ids[:, index : index + 1], past_key_values=cache).logits)
+        pieces.append(model(ids[:, index : index + 1], **cached).logits)
     return torch.cat(pieces, 1)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from moa_search.evaluation.throughput.memory import PeakMemory
 from moa_search.evaluation.throughput.ways import Way, cache_bytes
+from moa_search.modeling.private import cache_name
 
 UNTIMED_STEPS = 4
 """Decoding steps before the timed ones: in them, compiled code records CUDA graphs for the cache of this run."""
@@ -55,12 +56,12 @@ def run_once(model: Any, way: Way, ids: torch.Tensor, decode_tokens: int, *, com
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            past_key_values=way.cache(model, length, length + new_tokens),
+            **{cache_name(): way.cache(model, length, length + new_tokens)},
             return_dict_in_generate=True,
             disable_compile=not (way.is_compiled and compiled),
             streamer=clock,
         )
-        stored = cache_bytes(out.past_key_values)
+        stored = cache_bytes(out[cache_name()])
     assert len(clock.times) == 1 + new_tokens
     start, first, *steps = clock.times
     decode_s = steps[-1] - steps[UNTIMED_STEPS - 1]

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+from moa_search.errors import UnsupportedInputError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.runtime import MoACache, applied, apply_plan
 from moa_search.spans import SpanRule
@@ -29,6 +30,13 @@ def pair(request):
 def assert_greedy(reference, sequence, start):
     """Each token from ``start`` on is the one that a whole forward pass of the reference picks."""
     assert torch.equal(sequence[:, start:], logits(reference, sequence)[:, start - 1 : -1].argmax(-1))
+
+
+def test_a_cache_by_another_name_is_an_error(pair, monkeypatch):
+    """As transformers 5.24 had it for those who knew 5.23: a dense cache under a plan, without a word."""
+    monkeypatch.setattr("moa_search.runtime.hooks.cache_name", lambda: "memory")
+    with pytest.raises(UnsupportedInputError, match="doesn't know; upgrade it, or take an older transformers"):
+        pair[0].generate(tokens(1, 20), **GREEDY)
 
 
 @pytest.mark.parametrize("plans", ["its own", "none"])
