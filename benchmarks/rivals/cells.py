@@ -53,6 +53,7 @@ class Stage:
         unknown: Rivals of the other environment that compress before the question is known.
         known: Those that see it.
         generated: Whether answers are generated.
+        first: Number of the first item of each; those before it are another stage's.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Stage:
     unknown: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     generated: bool = False
+    first: int = 0
 
 
 NIAH = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
@@ -85,12 +87,13 @@ STAGES = (
     Stage("check", {("passkey", 1024): 8}, tuple(f"{name}{BY_TORCH}" for name in (*BYTES, "quarter"))),
     Stage("short", grid(RETRIEVAL, {1024: 40, 2048: 40}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
     Stage("long", grid(RETRIEVAL, {4096: 16, 8192: 16}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
-    Stage("ahead", grid(("passkey", "copy"), {4096: 24, 8192: 24}), ("dense", *SPANS, *BYTES, *AHEAD)),
     Stage(
-        "reach",
-        grid(("passkey",), {512: 40, 3072: 24, 4096: 24, 6144: 24, 8192: 24}),
-        ("dense", *CODED, *BYTES, *SPANS, *UNIFORM, *MOA),
+        "longer",
+        grid(("passkey", "copy"), {4096: 24, 8192: 24}),
+        (*PLANS, *UNIFORM, *MOA, *AHEAD),
+        first=16,
     ),
+    Stage("reach", grid(("passkey",), {512: 40, 3072: 24, 6144: 24}), (*PLANS, *UNIFORM, *MOA)),
     Stage("windows", WINDOWS, ("dense", *(f"window {span}" for span in WINDOW_SPANS))),
     Stage("turns", grid(("turns",), {1024: 24, 4096: 16, 2048: 24, 8192: 16}), PLANS, FEWER, at_shares("snapkv")),
     Stage("ruler", grid(RULER, {2048: 12, 8192: 8}), PLANS, FEWER, at_shares("snapkv", "adakv+snapkv")),
@@ -123,7 +126,8 @@ def read_items(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def of_stage(items: list[dict[str, Any]], stage: Stage) -> Iterator[dict[str, Any]]:
     """A stage's items: the first of every task and length, then the second ones."""
-    wanted = [item for item in items if item["number"] < stage.items.get((item["task"], item["length"]), 0)]
+    counts = stage.items
+    wanted = [item for item in items if stage.first <= item["number"] < counts.get((item["task"], item["length"]), 0)]
     for item in sorted(wanted, key=lambda item: int(item["number"])):
         fitting = {**item}
         if stage.generated:

@@ -1,7 +1,7 @@
 """This project's variants of `cells.STAGES`, as JSON lines: ``python here.py --items ... --model ... --out ...``.
 
-A cell is a variant on a stage's items of one task and length; items of equally many tokens run as one batch. Lines are
-as the worker's (`moa_search.evaluation.rivals.exchange`), ``rival`` being the variant's name.
+A cell is a variant on a stage's items of one task and length, which run in batches. Lines are as the worker's
+(`moa_search.evaluation.rivals.exchange`), ``rival`` being the variant's name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moa_search.formats import Plan
 from moa_search.modeling.loading import load_model
 from moa_search.runtime import applied
 
-TOKENS_AT_ONCE = 32_768
+TOKENS_AT_ONCE = 131_072
 
 
 def main() -> None:
@@ -96,23 +96,24 @@ def _answers(model: Any, tokenizer: Any, items: list[dict[str, Any]], *, generat
             yield {"id": item["id"], "generated": _generated(model, tokenizer, item)}
         return
 
-    def sizes(item: dict[str, Any]) -> tuple[int, int]:
-        return len(item["context"]) + len(item["question"]) + len(item["answer"]), len(item["answer"])
+    def tokens(item: dict[str, Any]) -> int:
+        return len(item["context"]) + len(item["question"]) + len(item["answer"])
 
-    alike: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for item in items:
-        alike.setdefault(sizes(item), []).append(item)
-    for (length, answer), group in alike.items():
-        size = max(1, TOKENS_AT_ONCE // length)
-        for batch in (group[first : first + size] for first in range(0, len(group), size)):
-            ids = torch.tensor([item["context"] + item["question"] + item["answer"] for item in batch])
-            ids = ids.to(model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=answer + 1).logits[:, :-1].float()
-            wanted = ids[:, -answer:]
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").tolist()
-            correct = (logits.argmax(-1) == wanted).int().tolist()
-            for item, loss, right in zip(batch, losses, correct, strict=True):
-                yield {"id": item["id"], "nll": [round(one, 6) for one in loss], "correct": right}
+    ordered = sorted(items, key=tokens, reverse=True)
+    size = max(1, TOKENS_AT_ONCE // max(map(tokens, items), default=1))
+    for batch in (ordered[first : first + size] for first in range(0, len(ordered), size)):
+        # Padded at their ends, which no token before looks at.
+        longest = tokens(batch[0])
+        padded = [item["context"] + item["question"] + item["answer"] for item in batch]
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in padded]).to(model.device)
+        start = min(tokens(item) - len(item["answer"]) - 1 for item in batch)  # predicts the first token of an answer
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest - start).logits
+        for number, item in enumerate(batch):
+            end, answer = tokens(item), len(item["answer"])
+            rows, wanted = logits[number, end - answer - 1 - start : end - 1 - start], ids[number, end - answer : end]
+            losses = torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="none")
+            nll, correct = torch.stack([losses, (rows.argmax(-1) == wanted).float()]).tolist()
+            yield {"id": item["id"], "nll": [round(one, 6) for one in nll], "correct": list(map(int, correct))}
 
 
 def _generated(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[int]:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,27 +188,37 @@ class Methods:
             return {"generated": given}
         answer = item["answer"]
         logits = self._forward(cache, position, question + answer[:-1])[-len(answer) :].float()
-        wanted = torch.tensor(answer, device=logits.device)
+        wanted = torch.tensor(answer).to(logits.device, non_blocking=True)
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        return {
-            "nll": [round(loss, 6) for loss in losses.tolist()],
-            "correct": [int(right) for right in (logits.argmax(-1) == wanted).tolist()],
-        }
+        nll, correct = torch.stack([losses, (logits.argmax(-1) == wanted).float()]).tolist()
+        return {"nll": [round(loss, 6) for loss in nll], "correct": list(map(int, correct))}
 
     def _forward(self, cache: Any, position: int, tokens: list[int]) -> Any:
         """Logits ``[token, vocabulary]`` after tokens that follow what a cache holds."""
         import torch
 
         before = [cache.get_seq_length(layer) for layer in range(len(cache.layers))]
-        ids = torch.tensor([tokens], device=self._model.device)
+        ids = torch.tensor([tokens]).to(self._model.device, non_blocking=True)
         at = torch.arange(position, position + len(tokens), device=ids.device)[None]
-        try:
+
+        def logits() -> Any:
             return self._model(input_ids=ids, past_key_values=cache, position_ids=at).logits[0]
+
+        def cut() -> None:
+            for layer, length in zip(cache.layers, before, strict=True):
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+        with _guessing() as failed:
+            found = logits()
+        if not failed or not torch.stack(failed).any():
+            return found
+        cut()
+        try:
+            return logits()
         except ValueError as error:  # kvpress finds no key that all of these queries pass over
             if "fake keys" not in str(error) or len(tokens) == 1:
                 raise
-        for layer, length in zip(cache.layers, before, strict=True):
-            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        cut()
         return torch.cat([self._forward(cache, position + at, [token]) for at, token in enumerate(tokens)])
 
     def _press(self, name: str, share: float, tokens: int) -> Any:
@@ -227,13 +239,14 @@ class Methods:
         shared = read.seconds + scored.get("s", 0)
         if not scored:
             started = time.process_time()
-            press = KVzipPress(compression_ratio=1 - share)
+            press = KVzipPress()  # of no ratio: nothing is masked yet
             press._context_ids, press._cache = read.ids, read.cache()
             # What follows a context in KVzip's own prompt where there is no chat template; items are plain text.
             press._suffix_ids = self._tokenizer.encode("\n", return_tensors="pt", add_special_tokens=False)
             watch = Watch(self._model, press._cache)
             with watch:
                 press._perform_kvzip_compression(self._model, self._tokenizer)
+            press.score_val = press.score_val.cpu()  # where what is masked is chosen: layer by layer, it would wait
             scored |= {"press": press, "watch": watch, "s": time.process_time() - started}
             read.forget_masks()
         press, watch = scored["press"], scored["watch"]
@@ -306,6 +319,7 @@ class Read:
         self._calls: list[tuple[dict[str, Any], Any]] = []
         self._scores: dict[tuple[str, float, int], tuple[Any, float]] = {}
         self.spared_s = 0.0
+        self._positions = torch.arange(len(tokens))
         for layer in self._layers:
             layer.rotary_emb = model.model.rotary_emb  # as presses put it there
         hooks = [layer.register_forward_hook(self._remember, with_kwargs=True) for layer in self._layers]
@@ -372,6 +386,7 @@ class Read:
         counts = [cache.get_seq_length(number) for number in range(len(self._layers))]
         masks = [getattr(layer, "masked_key_indices", None) for layer in self._layers]
         heads = self._config.num_key_value_heads
+        self._settle_masks()
         kept = sum(counts) * heads - sum(len(mask[0]) for mask in masks if mask is not None)
         return cache, {
             "kept": round(kept / (len(counts) * heads * len(self.tokens)), 6),
@@ -380,8 +395,21 @@ class Read:
             "extra_passes": 0.0,
         }
 
+    def _settle_masks(self) -> None:
+        """Bring what presses have masked to the model's device, in one go."""
+        import torch
+
+        masked = [layer for layer in self._layers if getattr(layer, "masked_key_indices", None) is not None]
+        if not masked:
+            return
+        parts = [torch.stack(layer.masked_key_indices[1:]) for layer in masked]  # each [head or token, masked]
+        moved = torch.cat(parts, 1).to(self.ids.device, non_blocking=True)
+        for layer, part in zip(masked, moved.split([part.shape[1] for part in parts], 1), strict=True):
+            layer.masked_key_indices = (torch.zeros_like(part[0]), *part)
+
     def _remember(self, module: Any, arguments: Any, options: dict[str, Any], output: Any) -> None:
-        self._calls.append((options, (output[0], None)))
+        # Each press asks every layer whether these are the first: on a CPU, so that none waits for a GPU.
+        self._calls.append(({**options, "cache_position": self._positions}, (output[0], None)))
 
 
 class Watch:
@@ -411,6 +439,39 @@ class Watch:
             self.read += options["hidden_states"].shape[1]
 
 
+@contextmanager
+def _guessing() -> Iterator[list[Any]]:
+    """Have kvpress take its first guess at a key that no query sees, which is enough in most cases, without looking.
+
+    Looking, in every layer, makes the CPU wait for a GPU; once for a pass is enough.
+
+    Yields:
+        Of every guess, whether it failed, on the model's device; to be read after the block.
+    """
+    failed: list[Any] = []
+    patch = sys.modules.get("kvpress.attention_patch")
+    if patch is None:
+        yield failed
+        return
+    search = patch.search_hyperplane
+
+    def guess(queries: Any, *rest: Any, **options: Any) -> Any:
+        """See kvpress's ``search_hyperplane``, of which this is the first round."""
+        import torch
+
+        if queries.dtype == torch.float16:
+            return search(queries, *rest, **options)
+        plane = queries.mean(1)
+        failed.append((torch.bmm(queries, plane.unsqueeze(-1)) <= 0).any())
+        return -1e5 * plane / plane.norm(dim=-1, keepdim=True) ** 2
+
+    patch.search_hyperplane = guess  # type: ignore[attr-defined]
+    try:
+        yield failed
+    finally:
+        patch.search_hyperplane = search  # type: ignore[attr-defined]
+
+
 def _unpack_plainly() -> None:
     """Let quanto unpack codes on a GPU by its plain code: its own kernel would be compiled first, for minutes."""
     import torch
@@ -433,7 +494,7 @@ def _mask_per_head(model: Any, scores: Any, sink: int, ratio: float) -> None:
     scores[..., :sink] = scores.amax() + 1
     pruned = int(scores.shape[-1] * ratio)
     for layer, of_layer in zip(_attentions(model), scores, strict=True):
-        indices = torch.topk(-of_layer[0].float(), pruned, dim=-1).indices.cpu()  # [kv_head, pruned]
+        indices = torch.topk(-of_layer[0].float(), pruned, dim=-1).indices  # [kv_head, pruned]
         heads = torch.arange(len(indices)).repeat_interleave(pruned)
         layer.masked_key_indices = (torch.zeros_like(heads), heads, indices.flatten())
 

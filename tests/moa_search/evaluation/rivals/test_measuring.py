@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -143,6 +144,22 @@ def test_scores_that_methods_have_in_common_are_worked_out_once(tiny_model):
     layers = list(range(len(network.model.layers)))
     assert found == layers * 3, "Compactor's depend on the share"
     assert read.spared_s >= 0
+
+
+def test_a_key_that_no_query_sees_is_guessed_without_looking(monkeypatch):
+    def search(queries):
+        raise AssertionError("kvpress's own search looks in every round")
+
+    patch = types.ModuleType("kvpress.attention_patch")
+    patch.search_hyperplane = search
+    monkeypatch.setitem(sys.modules, patch.__name__, patch)
+    alike, apart = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[1.0, 0.0], [-1.0, 0.5]]])
+    with worker._guessing() as failed:
+        key = patch.search_hyperplane(alike)
+        patch.search_hyperplane(apart)
+    assert (torch.bmm(alike, key[..., None]) < -1e4).all()
+    assert list(map(bool, failed)) == [False, True]
+    assert patch.search_hyperplane is search
 
 
 def test_the_worker_stands_alone():
