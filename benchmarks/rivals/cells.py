@@ -15,9 +15,6 @@ from typing import Any
 RETRIEVAL = ("passkey", "copy", "multikey")
 SHARES = ("0.25", "0.125")
 
-SCORERS = ("streaming-llm", "snapkv", "expected-attention", "tova", "keydiff", "compactor")
-ADAPTIVE = ("adakv+snapkv", "adakv+expected-attention", "adakv+compactor")
-KVZIP = ("kvzip", "kvzip-layer", "kvzip-head")
 CACHES = ("quantized-cache-4", "quantized-cache-2")
 
 
@@ -27,10 +24,14 @@ def at_shares(*names: str) -> tuple[str, ...]:
 
 
 FULL = ("full",)
-UNKNOWN = (*FULL, *CACHES, *at_shares(*SCORERS, *ADAPTIVE, *KVZIP, "duo-attention"), "kvzip@0.0625")
-KNOWN = at_shares("snapkv", "tova", "expected-attention", "adakv+snapkv", "adakv+compactor")
+UNKNOWN = (
+    *(*FULL, *CACHES, *at_shares("streaming-llm", "snapkv", "expected-attention", "tova", "keydiff", "compactor")),
+    *at_shares("adakv+snapkv", "adakv+compactor", "kvzip", "kvzip-head", "duo-attention"),
+    *("kvzip-layer@0.25", "kvzip@0.0625"),
+)
+KNOWN = at_shares("snapkv", "tova", "expected-attention", "adakv+snapkv")
 """Methods that look at a question which they are shown; the others keep the same tokens but for a few."""
-FEWER = (*FULL, CACHES[0], *at_shares("snapkv", "expected-attention", "adakv+compactor", "kvzip", "duo-attention"))
+FEWER = (*FULL, CACHES[0], *at_shares("snapkv", "kvzip"), "adakv+compactor@0.25", "duo-attention@0.25")
 
 CODED = ("int8", "int4", "int4-plain")
 BYTES = ("quarter-bytes", "eighth-bytes", "sixteenth-bytes")
@@ -83,38 +84,35 @@ WINDOWS = {("passkey", round(span * step)): 40 for span in WINDOW_SPANS for step
 BY_TORCH = " by torch"
 """Ends the names of variants that run by the plain references, to check the kernels with."""
 
+DRAWN = {
+    **grid(("passkey", "copy"), {1024: 40, 2048: 40, 4096: 24, 8192: 24}),
+    **grid(("multikey",), {1024: 40, 2048: 40, 4096: 16, 8192: 16}),
+    **grid(("passkey",), {512: 40, 3072: 24, 6144: 24}),
+    **WINDOWS,
+    **grid(("turns",), {1024: 24, 2048: 24, 4096: 16, 8192: 16}),
+    **grid(RULER, {2048: 12, 4096: 8, 8192: 8}),
+}
+"""Items of each task and length; stages answer the first of them."""
+
+EQUAL = (*PLANS, *UNIFORM, *MOA)
 STAGES = (
-    Stage("check", {("passkey", 1024): 8}, tuple(f"{name}{BY_TORCH}" for name in (*BYTES, "quarter"))),
-    Stage("short", grid(RETRIEVAL, {1024: 40, 2048: 40}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
-    Stage("long", grid(RETRIEVAL, {4096: 16, 8192: 16}), (*PLANS, *UNIFORM, *MOA, *AHEAD), UNKNOWN, KNOWN),
-    Stage(
-        "longer",
-        grid(("passkey", "copy"), {4096: 24, 8192: 24}),
-        (*PLANS, *UNIFORM, *MOA, *AHEAD),
-        first=16,
-    ),
-    Stage("reach", grid(("passkey",), {512: 40, 3072: 24, 6144: 24}), (*PLANS, *UNIFORM, *MOA)),
+    Stage("check", {("passkey", 1024): 8}, tuple(f"{name}{BY_TORCH}" for name in ("quarter-bytes", "quarter"))),
+    Stage("first", grid(RETRIEVAL, {1024: 16, 2048: 16, 4096: 16, 8192: 16}), EQUAL, UNKNOWN, KNOWN),
+    Stage("short", grid(RETRIEVAL, {1024: 40, 2048: 40}), EQUAL, UNKNOWN, KNOWN, first=16),
+    Stage("longer", grid(("passkey", "copy"), {4096: 24, 8192: 24}), PLANS, first=16),
+    Stage("ahead", grid(("passkey", "copy"), {4096: 24, 8192: 24}), AHEAD),
+    Stage("reach", grid(("passkey",), {512: 24, 3072: 24, 6144: 24}), (*PLANS, *MOA)),
     Stage("windows", WINDOWS, ("dense", *(f"window {span}" for span in WINDOW_SPANS))),
-    Stage("turns", grid(("turns",), {1024: 24, 4096: 16, 2048: 24, 8192: 16}), PLANS, FEWER, at_shares("snapkv")),
-    Stage("ruler", grid(RULER, {2048: 12, 8192: 8}), PLANS, FEWER, at_shares("snapkv", "adakv+snapkv")),
+    Stage("turns", grid(("turns",), {1024: 16, 4096: 16}), PLANS, FEWER, ("snapkv@0.25",)),
+    Stage("ruler", grid(RULER, {2048: 8}), ("dense", "int4", *BYTES, "quarter"), FEWER, ("snapkv@0.25",)),
     Stage(
         "ruler-generated",
-        grid(RULER, {4096: 8}),
-        ("dense", "int4", "quarter-bytes", "eighth-bytes", "quarter"),
-        (*FULL, "kvzip@0.25", "kvzip@0.125", "snapkv@0.25"),
-        ("adakv+snapkv@0.25",),
+        grid(RULER, {4096: 6}),
+        ("dense", "int4", "quarter-bytes", "eighth-bytes"),
+        (*FULL, "kvzip@0.25", "snapkv@0.25"),
         generated=True,
     ),
 )
-
-
-def counts() -> dict[tuple[str, int], int]:
-    """How many items are drawn of each task and length."""
-    found: dict[tuple[str, int], int] = {}
-    for stage in STAGES:
-        for key, count in stage.items.items():
-            found[key] = max(count, found.get(key, 0))
-    return found
 
 
 def read_items(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

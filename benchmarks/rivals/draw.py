@@ -1,4 +1,4 @@
-"""Draw the items of `cells.STAGES`: ``python draw.py items.jsonl.gz [MODEL]``.
+"""Draw `cells.DRAWN`: ``python draw.py items.jsonl.gz [MODEL]``.
 
 The tasks' texts differ between Python versions; drawn once, all environments and machines answer the same items.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import counts
+from cells import DRAWN
 
 from moa_search.data import Sample
 from moa_search.data.texts import TextSource
@@ -44,7 +44,7 @@ def main() -> None:
     texts = [str(tokenizer.decode(source.cut(DUO_TOKENS, rng)[1])) for _ in range(DUO_SAMPLES)]
     with gzip.open(path, "wt") as file:
         file.write(json.dumps({"texts": texts}) + "\n")
-        for (name, length), count in counts().items():
+        for (name, length), count in DRAWN.items():
             task = require_tasks([name])[0]
             samples = task.held_out(tokenizer, length=length, count=count, seed=0)
             records = task._made(tokenizer, length, count, 0) if isinstance(task, RulerTask) else [None] * count

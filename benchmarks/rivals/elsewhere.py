@@ -66,6 +66,12 @@ def main() -> None:
     methods = Methods(
         argparse.Namespace(model=options.model, gguf_file=None, dtype="bfloat16", device=options.device), texts
     )
+    if options.duo_scores is not None:
+        import numpy as np
+        from kvpress.presses import duo_attention_press
+
+        key = methods._model.config.name_or_path, worker.DUO_SAMPLES, worker.DUO_TOKENS
+        duo_attention_press.cache[key] = np.load(options.duo_scores)
     done = set()
     if options.out.exists():
         lines = map(json.loads, options.out.open())
@@ -105,6 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--duo-scores", type=Path, help="of heads, found before: .npy, [layer, head]")
     parser.add_argument("--shard", type=int, nargs=2, default=[0, 1], metavar=("K", "OF"))
     parser.add_argument("--stages", nargs="*", default=[])
     return parser.parse_args()
