@@ -218,6 +218,7 @@ def _rows(truth: TrueLoss, front: Front, best: int) -> pd.DataFrame:
                 "chosen_before": front.is_chosen(index),
                 "chosen": index == best,
                 "density": plan.density(length),
+                "share": plan.share(length),
                 "attention_density": plan.attention_density(length),
                 "samples": truth.samples_at(length),
                 "true_loss": loss.value,

@@ -133,6 +133,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """A file's content.
+
+    Raises:
+        ConfigError: It can't be read; a folder's error names files in it, a wrong name's the nearest one there is.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        place, hint = Path(path), ""
+        with contextlib.suppress(OSError):
+            if place.is_dir():
+                files = sorted(file.name for file in place.iterdir() if file.suffix in (".json", ".safetensors"))
+                hint = f"; give a file in it, such as {files[0]}" if files else ""
+            elif not place.exists():
+                hint = nearest(place.name, (file.name for file in place.parent.iterdir() if file.is_file()))
+        raise ConfigError(f"{path}: {error.strerror or error}{hint}") from None
+
+
 def one_line(text: object) -> str:
     """``text`` on one line that any terminal can print, cut to a readable length."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

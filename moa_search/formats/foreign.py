@@ -14,7 +14,7 @@ from moa_search.errors import ConfigError
 from moa_search.formats.duo import DUO_FILES, looks_like_scores, read_duo, read_duo_sizes, write_duo
 from moa_search.formats.engines import ENGINES, Engine
 from moa_search.formats.engines.windows import LayerWindows
-from moa_search.formats.files import atomic_write, parse_plan_json, sha256_of
+from moa_search.formats.files import atomic_write, parse_plan_json, read_file, sha256_of
 from moa_search.formats.hub import SCHEME
 from moa_search.formats.imported import imported
 from moa_search.formats.layer_bits import LAYER_BITS, LayerBits, layer_tiers, stored_in, whole_plan
@@ -49,7 +49,7 @@ def find_format(path: str | os.PathLike[str]) -> PlanFormat:
         if not (Path(path) / DUO_FILES[0]).is_file():
             raise ConfigError(f"{path}: a folder with neither {DUO_FILES[0]} nor a front; give a plan's file")
         return "duo"
-    raw = _read(path)
+    raw = read_file(path)
     content = _loosely(raw)
     if isinstance(content, dict):
         return _format_of(content)
@@ -101,9 +101,9 @@ def read_foreign(
     if kind == "duo":
         plan = _read_duo(Path(path), model, **duo)  # type: ignore[arg-type]
     elif kind == "moa":
-        plan = read_moa(_read(path), model, source=str(path), fold_lengths=fold_lengths)
+        plan = read_moa(read_file(path), model, source=str(path), fold_lengths=fold_lengths)
     else:
-        plan = _read_layers(kind, _read(path), model, str(path), transforms)
+        plan = _read_layers(kind, read_file(path), model, str(path), transforms)
     return plan if bits is None else stored_in(plan, bits, transforms)
 
 
@@ -208,10 +208,10 @@ def _read_duo(
             raise ConfigError(
                 f"{path}: no {DUO_FILES[1]} beside it says how much short heads keep; give sink and recent"
             )
-        own_sink, own_recent = read_duo_sizes(_read(beside), source=str(beside))
+        own_sink, own_recent = read_duo_sizes(read_file(beside), source=str(beside))
         sink, recent = own_sink if sink is None else sink, own_recent if recent is None else recent
     return read_duo(
-        _read(table), model, sink=sink, recent=recent, threshold=threshold, sparsity=sparsity, source=str(table)
+        read_file(table), model, sink=sink, recent=recent, threshold=threshold, sparsity=sparsity, source=str(table)
     )
 
 
@@ -242,10 +242,3 @@ def _described(kind: PlanFormat) -> str:
     names = {"plan": "a plan of ours", "moa": "a plan of MoA's", "duo": "DuoAttention's"}
     names |= {name: f"{kind.title}'s" for name, kind in LAYER_FORMATS.items()}
     return names[kind]
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None

@@ -17,7 +17,7 @@ from pydantic import PrivateAttr
 
 from moa_search.errors import ConfigError, PlanFormatError
 from moa_search.formats import plan_views
-from moa_search.formats.files import atomic_write
+from moa_search.formats.files import atomic_write, read_file
 from moa_search.formats.patterns import (
     DensePattern,
     NativePattern,
@@ -212,10 +212,7 @@ class Plan(PlanCosts, PlanText):
             from moa_search.formats.hub import locate
 
             path = locate(os.fspath(path))
-        try:
-            plan = cls.loads(Path(path).read_bytes(), source=str(path))
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}") from None
+        plan = cls.loads(read_file(path), source=str(path))
         if plan.transforms is not None:
             plan._key_transforms = KeyTransforms.load(Path(path).parent, plan.transforms, plan.model, str(path))
         return plan

@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -33,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from moa_search.errors import ConfigError, ProfileFormatError, ProfileVersionError
+from moa_search.errors import ProfileFormatError, ProfileVersionError
 from moa_search.formats import profile_views
 from moa_search.formats.files import (
     atomic_write,
@@ -42,6 +41,7 @@ from moa_search.formats.files import (
     file_kind,
     one_line,
     parse_json,
+    read_file,
     sha256_of,
 )
 from moa_search.formats.signature import ModelSignature, own_window
@@ -268,10 +268,7 @@ class Profile:
             ProfileVersionError: The schema is of another version.
             ProfileFormatError: The file is truncated, foreign or damaged.
         """
-        try:
-            raw = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}") from None
+        raw = read_file(path)
         try:
             tensors = load(raw)
             outer = parse_json(raw[8 : 8 + int.from_bytes(raw[:8], "little")])

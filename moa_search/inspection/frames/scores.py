@@ -176,12 +176,17 @@ def compared_plans_frame(plans: Mapping[str, Plan], lengths: Sequence[int]) -> T
     for name, plan in plans.items():
         origin = plan.provenance
         how = "" if origin is None else " ".join(filter(None, (origin.searcher, origin.criterion)))
-        kept = {f"density@{length}": plan.density(length) for length in lengths}
+        kept = {f"kept@{length}": _kept_text(plan, length) for length in lengths}
         rows.append({"plan": name, "how": how, **kept, "fingerprint": plan.fingerprint[:19]})
     columns = [column("plan", left=True), column("how", "found by", left=True)]
-    columns += [column(f"density@{length}", f"kept at {length}", percent) for length in lengths]
+    columns += [column(f"kept@{length}", f"kept at {length}") for length in lengths]
     columns.append(column("fingerprint"))
-    return Table(pd.DataFrame(rows), columns, "Plans and the share of the KV cache that they keep")
+    return Table(pd.DataFrame(rows), columns, "Plans and what they keep of the KV cache")
+
+
+def _kept_text(plan: Plan, length: int) -> str:
+    kept = percent(plan.density(length))
+    return kept if plan.is_plain else f"{kept} in {percent(plan.share(length))} of the bytes"
 
 
 def harness_frame(summary: pd.DataFrame) -> Table:

@@ -31,8 +31,7 @@ def front_frame(front: Front) -> Table:
     columns = [Column("plan", lambda row: row["plan"], left=True)]
     columns += [column("asked", None, "{:.4g}".format)] if front.densities else []
     for length in dict.fromkeys(metrics.length for plan in front.plans for metrics in plan.predicted):
-        columns.append(column(f"density@{length}", f"kept @{length}", percent))
-        columns += [column(f"share@{length}", f"bytes @{length}", percent)] if f"share@{length}" in frame else []
+        columns += _kept(f"@{length}", bits=f"share@{length}" in frame)
         columns.append(_predicted(length))
     for length in dict.fromkeys(entry.length for plan in front.plans for entry in plan.validated):
         columns.append(_held_out(length))
@@ -41,6 +40,16 @@ def front_frame(front: Front) -> Table:
     criterion = front.plans[0].provenance.criterion if front.plans[0].provenance else None
     by = f", predicted loss by {criterion}" if criterion else ""
     return Table(frame, columns, f"Plans of the front{by}" + ("; ~ is extrapolated" if guessed else ""))
+
+
+def _kept(at: str, *, bits: bool) -> list[Column]:
+    """What is kept ``at`` a length: of tokens and, where bits differ, of bytes."""
+    if not bits:
+        return [column(f"density{at}", f"kept {at}".strip(), percent)]
+    return [
+        column(f"density{at}", f"tokens {at}".strip(), percent),
+        column(f"share{at}", f"bytes {at}".strip(), percent),
+    ]
 
 
 def _predicted(length: int) -> Column:
@@ -87,7 +96,7 @@ def budget_lines(front: Front) -> list[str]:
 def validation_frame(rows: pd.DataFrame) -> Table:
     """True losses of a front's plans, as `moa_search.api.validate_front` returns them; dense attention first."""
     names = ["length", "true_loss", "dense_loss"]
-    dense = rows[rows["plan"] == rows["plan"].iloc[0]][names].assign(plan="dense", density=1.0)
+    dense = rows[rows["plan"] == rows["plan"].iloc[0]][names].assign(plan="dense", density=1.0, share=1.0)
     dense["true_loss"] = dense["dense_loss"]
     frame = pd.concat([dense, rows]).sort_values("length", kind="stable")
 
@@ -98,7 +107,7 @@ def validation_frame(rows: pd.DataFrame) -> Table:
     columns = [
         column("length", "tokens"),
         Column("plan", name, left=True, stands_out=lambda row: row["chosen"] is True),
-        column("density", "kept", percent),
+        *_kept("", bits=bool((rows["share"] != rows["density"]).any())),
         Column("loss", lambda row: with_error(row["true_loss"], row.get("true_error"), ".3f", ".3f")),
         Column("above dense", lambda row: with_error(row["difference"], row["difference_error"], ".3f", ".3f")),
     ]
@@ -110,8 +119,7 @@ def comparison_frame(rows: pd.DataFrame, criterion: str) -> Table:
     columns = [column("searcher", left=True)]
     in_bits = rows["bits"].notna().any()
     for length in rows.attrs["lengths"]:
-        columns.append(column(f"density@{length}", f"kept @{length}", percent))
-        columns += [column(f"share@{length}", f"bytes @{length}", percent)] if in_bits else []
+        columns += _kept(f"@{length}", bits=in_bits)
         columns.append(_loss(length))
     columns += [_true_loss(length) for length in rows.attrs["true_lengths"]]
     columns.append(column("cpu_s", "CPU s", digits(1)))

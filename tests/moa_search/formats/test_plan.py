@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
-from moa_search.formats import ModelSignature, Plan
+from moa_search.formats import ModelSignature, Plan, Profile
 from moa_search.formats.plan import plan_json_schema
 from moa_search.formats.provenance import Budget, Provenance, Validation
 from moa_search.masks import span_mask
@@ -199,11 +199,21 @@ def test_several_problems_are_counted(tiny_plan: Plan) -> None:
     assert error_of(content).endswith("(and 1 more)")
 
 
-def test_missing_files_and_folders(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.json: No such file"):
+def test_missing_files_and_folders(tiny_plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.json: No such file or directory$"):
         Plan.load(tmp_path / "absent.json")
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match=r"Is a directory$"):
         Plan.load(tmp_path)
+    tiny_plan.save(tmp_path / "quarter.json")
+    for read in (Plan.load, Profile.load):
+        with pytest.raises(
+            ConfigError, match=r"quater\.json: No such file or directory \(did you mean 'quarter.json'\?\)$"
+        ):
+            read(tmp_path / "quater.json")
+        with pytest.raises(ConfigError, match=r"Is a directory; give a file in it, such as quarter\.json$"):
+            read(tmp_path)
+    with pytest.raises(ConfigError, match=r"Not a directory$"):
+        Plan.load(tmp_path / "quarter.json" / "half.json")
 
 
 def test_whatever_stands_for_a_plan_is_read(tiny_plan: Plan, tmp_path: Path) -> None:
