@@ -164,10 +164,25 @@ def test_plans_that_are_not_served(config, plan):
         require_servable(other, "plan.json", config)
 
 
-def test_gpus_are_refused():
-    require_platform(SimpleNamespace(is_cpu=lambda: True))
-    with pytest.raises(BackendUnavailableError, match="vLLM on cuda can't serve plans yet"):
-        require_platform(SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
+def platform(kind):
+    return SimpleNamespace(is_cpu=lambda: kind == "cpu", is_cuda=lambda: kind == "cuda", device_name=kind)
+
+
+def test_gpus_are_refused_unless_they_are_to_be_tried(config, monkeypatch):
+    monkeypatch.delenv("MOA_GPU", raising=False)
+    require_platform(platform("cpu"), config)
+    with pytest.raises(BackendUnavailableError, match="vLLM on cuda was never tested under a plan; MOA_GPU=1 tries it"):
+        require_platform(platform("cuda"), config)
+    monkeypatch.setenv("MOA_GPU", "1")
+    require_platform(platform("cuda"), config)
+    with pytest.raises(BackendUnavailableError, match="vLLM on tpu can't serve plans"):
+        require_platform(platform("tpu"), config)
+    monkeypatch.setenv("MOA_GPU", "0")
+    config.additional_config = {"moa_gpu": True}
+    require_platform(platform("cuda"), config)
+    config.additional_config = {"moa_gpu": "true"}
+    with pytest.raises(BackendUnavailableError):
+        require_platform(platform("cuda"), config)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.32.4.post1"])

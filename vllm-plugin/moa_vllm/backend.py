@@ -76,6 +76,8 @@ class SpanMetadata(AttentionMetadata):
         lengths: ``[request]``, tokens with the new ones.
         block_table: ``[request, block]``.
         slots: ``[token]``, where the new tokens are stored.
+        most_new: Most new tokens of a request.
+        longest: Longest request in tokens, or more.
     """
 
     tokens: int
@@ -83,6 +85,8 @@ class SpanMetadata(AttentionMetadata):
     lengths: torch.Tensor
     block_table: torch.Tensor
     slots: torch.Tensor
+    most_new: int
+    longest: int
 
     @cached_property
     def requests(self) -> list[tuple[int, int, int, int]]:
@@ -109,6 +113,8 @@ class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
             lengths=common.seq_lens,
             block_table=common.block_table_tensor,
             slots=common.slot_mapping,
+            most_new=common.max_query_len,
+            longest=common.max_seq_len,
         )
 
 
@@ -223,19 +229,32 @@ class SpanImpl(AttentionImpl[SpanMetadata]):
         """
         if attn_metadata is None:
             return output.zero_()
-        context, plan = get_forward_context(), self.served.plan
+        context = get_forward_context()
         assert isinstance(context.attn_metadata, dict)
-        for head, (name, rule) in enumerate(zip(self.heads, self.rules, strict=True)):
-            metadata = context.attn_metadata[name]
-            assert isinstance(metadata, SpanMetadata)
-            pages = context.no_compile_layers[name].kv_cache[:, 0]  # [block, token in block, key and value]
-            tokens = metadata.tokens
-            store(key[:tokens, head], value[:tokens, head], pages, metadata.slots[:tokens])
-            mine = slice(head * self.query_group, (head + 1) * self.query_group)
+        steps = [context.attn_metadata[name] for name in self.heads]
+        pages = [context.no_compile_layers[name].kv_cache[:, 0] for name in self.heads]
+        tokens = steps[0].tokens
+        run = self._by_kernel if takes_kernel(query) else self._in_torch
+        run(output[:tokens], query[:tokens], key[:tokens], value[:tokens], pages, steps)
+        return output
+
+    def _in_torch(
+        self,
+        output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: list[torch.Tensor],
+        steps: list[SpanMetadata],
+    ) -> None:
+        plan = self.served.plan
+        for head, (mine, metadata, rule) in enumerate(zip(pages, steps, self.rules, strict=True)):
+            store(key[:, head], value[:, head], mine, metadata.slots[: len(key)])
+            heads = slice(head * self.query_group, (head + 1) * self.query_group)
             for row, begin, end, length in metadata.requests:
-                output[begin:end, mine] = attend(
-                    query[begin:end, mine].transpose(0, 1),
-                    pages,
+                output[begin:end, heads] = attend(
+                    query[begin:end, heads].transpose(0, 1),
+                    mine,
                     metadata.block_table[row],
                     rule,
                     length=length,
@@ -243,4 +262,36 @@ class SpanImpl(AttentionImpl[SpanMetadata]):
                     min_span=plan.min_span,
                     scale=self.scale,
                 ).transpose(0, 1)
-        return output
+
+    def _by_kernel(
+        self,
+        output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: list[torch.Tensor],
+        steps: list[SpanMetadata],
+    ) -> None:
+        from moa_vllm.launch import attend_pages, store_pages
+
+        plan, step = self.served.plan, steps[0]
+        store_pages(key, value, pages, [metadata.slots for metadata in steps])
+        attend_pages(
+            output,
+            query,
+            step.query_starts,
+            step.lengths,
+            pages,
+            [metadata.block_table for metadata in steps],
+            self.rules,
+            sink=plan.sink,
+            min_span=plan.min_span,
+            scale=self.scale,
+            decoding=step.most_new == 1,
+            longest=step.longest,
+        )
+
+
+def takes_kernel(query: torch.Tensor) -> bool:
+    """Whether the Triton kernels run: on GPUs, where plain torch would launch one per request and head."""
+    return query.is_cuda

@@ -112,6 +112,7 @@ def store_pages(
     from moa_vllm.kernel import store_kernel
 
     tokens, heads, dim = keys.shape
+    assert keys.stride()[1:] == values.stride()[1:] == (dim, 1)
     store_kernel[(tokens, heads)](
         keys, values, addresses(pages), addresses(slots),
         keys.stride(0), values.stride(0), pages[0].stride(0), pages[0].stride(1),
@@ -156,6 +157,7 @@ def attend_pages(
 
     (tokens, query_heads, dim), heads, requests = query.shape, len(pages), len(lengths)
     group, device, page = query_heads // heads, query.device, pages[0].shape[1]
+    assert query.stride()[1:] == output.stride()[1:] == (dim, 1)
     settings = settings or settings_for(dim, query.dtype, decoding=decoding)
     longest = _power_of_two(longest or tables[0].shape[1] * page)
     pieces = cut(tuple(rules), min_span, longest, requests, settings, device)

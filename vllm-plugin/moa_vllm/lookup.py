@@ -23,6 +23,11 @@ VARIABLE = "MOA_PLAN"
 
 GROUPS_VARIABLE = "MOA_GROUPS"
 
+GPU_OPTION = "moa_gpu"
+"""Key of ``--additional-config``: true to try a plan on a GPU, where it hasn't been tested within vLLM."""
+
+GPU_VARIABLE = "MOA_GPU"
+
 
 @dataclass(frozen=True)
 class Named:
@@ -50,6 +55,11 @@ def names_plan(config: Any) -> bool:
 def declines_plan(config: Any) -> bool:
     """Whether a saved folder's plan is to be left out."""
     return _options(config).get(OPTION) is False
+
+
+def tries_gpu(config: Any) -> bool:
+    """Whether a plan is to be tried on a GPU."""
+    return _options(config).get(GPU_OPTION) is True or os.environ.get(GPU_VARIABLE) == "1"
 
 
 def find_plan(config: Any) -> Named | None:

@@ -7,6 +7,7 @@ from typing import Any
 from moa_search.errors import BackendUnavailableError, ModelUnsupportedError, UnsupportedInputError
 from moa_search.formats import ModelSignature, Plan
 from moa_search.formats.paged import require_paged
+from moa_vllm.lookup import GPU_VARIABLE, tries_gpu
 
 CACHE_TYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -35,18 +36,26 @@ def require_servable(plan: Plan, source: str, config: Any) -> None:
         raise UnsupportedInputError(f"{source}: a plan can't be served with {', '.join(asked)}; leave it out")
 
 
-def require_platform(platform: Any) -> None:
+def require_platform(platform: Any, config: Any) -> None:
     """Check where vLLM runs.
 
     Args:
         platform: vLLM's ``current_platform``.
+        config: A ``VllmConfig``.
 
     Raises:
-        BackendUnavailableError: Not on a CPU: the kernel for GPUs (`moa_vllm.kernel`) has never run on one.
+        BackendUnavailableError: Not on a CPU, nor on an NVIDIA GPU where `moa_vllm.lookup.tries_gpu` says to try:
+            the kernels ran there, but never within vLLM.
     """
-    if not platform.is_cpu():
+    if platform.is_cpu():
+        return
+    where = f"vLLM on {platform.device_name}"
+    if not platform.is_cuda():
+        raise BackendUnavailableError(f"{where} can't serve plans; moa-serve --engine transformers can")
+    if not tries_gpu(config):
         raise BackendUnavailableError(
-            f"vLLM on {platform.device_name} can't serve plans yet, only on CPUs; moa-serve --engine transformers can"
+            f"{where} was never tested under a plan; {GPU_VARIABLE}=1 tries it; "
+            "moa-serve --engine transformers is tested there"
         )
 
 

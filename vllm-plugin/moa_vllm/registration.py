@@ -60,7 +60,7 @@ def switch_on(config: Any) -> None:
             read_settings_as_saved(config.model_config)
         return
     require_tested(vllm.__version__)
-    require_platform(current_platform)
+    require_platform(current_platform, config)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     named = find_plan(config)
