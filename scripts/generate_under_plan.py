@@ -9,11 +9,17 @@ import torch
 from transformers.utils import logging
 
 from moa_search import MoACache, Plan, apply_plan, load_model
+from moa_search.errors import MoAError
 from moa_search.tasks import build_samples
 
 
 def main() -> None:
-    plan = Plan.load(sys.argv[1])
+    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    try:
+        plan = Plan.load(sys.argv[1])
+    except MoAError as error:
+        sys.exit(f"error: {error}")
     length = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
     logging.disable_progress_bar()
     model, tokenizer = load_model("demo")
