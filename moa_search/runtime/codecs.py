@@ -34,9 +34,22 @@ class LayerCodecs:
     turns: Turns = field(compare=False, repr=False)
 
     def on(self, device: torch.device) -> LayerCodecs:
-        """The same on a device."""
-        turns = self.turns.to(device)
-        return self if turns is self.turns else LayerCodecs(self.tiers, self.transforms, turns)
+        """The same on a device, made once: all caches of a model share it, and what kernels make of it."""
+        turns, known = self.turns, self.__dict__.setdefault("_by_device", {})
+        if device == turns.key_back.device:
+            return self
+        if device not in known:
+            known[device] = LayerCodecs(self.tiers, self.transforms, turns.to(device))
+        found: LayerCodecs = known[device]
+        return found
+
+    def __deepcopy__(self, memo: object) -> LayerCodecs:
+        """Itself: nothing of it changes."""
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what was made for devices."""
+        return {name: value for name, value in self.__dict__.items() if name != "_by_device"}
 
     def layout(self, rings: RingLayout, plain_bytes: int) -> CodeLayout:
         """Where a layer with these rings keeps its codes.

@@ -237,7 +237,32 @@ def coded_append_cases(arch: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def states_cases(arch: str) -> Iterator[Case]:
+    """New tokens as codes give them back, and what a cache holds."""
+    from moa_kernels.coded.launch import RADIX, ROWS_AT_ONCE
+    from moa_kernels.coded.states_kernel import see_kernel, stored_kernel
+    from moa_kernels.launch import padded
+
+    states = ("keys", "values", "seen_keys", "seen_values", "out_keys", "out_values", "plain_keys", "plain_values")
+    states += ("key_sinks", "value_sinks")
+    pointers = dict.fromkeys(states, "*bf16") | dict.fromkeys(("positions", "codes", "lens"), "*i64")
+    pointers |= dict.fromkeys(("key_into", "value_into", "mean", "angles"), "*fp64") | {"order": "*i32"}
+    pointers |= dict.fromkeys(("key_back", "value_back"), "*fp32") | {"layout": "*i32"}
+    pointers |= dict.fromkeys(("key_codes", "value_codes"), "*u8")
+    pointers |= dict.fromkeys(("key_scales", "value_scales"), "*fp16")
+    for width in HEAD_DIMS:
+        shape = {"WIDTH": width, "RADIX": RADIX, "BLOCK_D": padded(width), "BLOCK_E": padded(width) // 8}
+        for kernel, more in ((see_kernel, {}), (stored_kernel, {"ITEMSIZE": 2})):
+            names = [name for name in kernel.arg_names if name.islower()]
+            yield Case(
+                f"{kernel.__name__}-{width}", kernel, {name: pointers.get(name, "i32") for name in names},
+                shape | {"BLOCK_R": ROWS_AT_ONCE} | more, ("key_back", "value_back"),
+                tensor_cores=False,
+            )  # fmt: skip
+
+
 CASES["coded_decode"] = coded_decode_cases
+CASES["coded_states"] = states_cases
 CASES["coded_append"] = coded_append_cases
 
 

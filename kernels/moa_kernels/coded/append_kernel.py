@@ -1,43 +1,11 @@
-"""The Triton kernel that encodes new tokens and stores them: a step of decoding in one launch.
-
-All is computed in float64, as the reference does it: a vector's bytes depend on nothing but the vector and its
-position, so that what is coded token by token equals what was coded with its prompt. A vector is in eight parts of
-neighbouring channels, so that every place of every plane (`moa_kernels.codes.packing`) is one of them, or two.
-"""
+"""The Triton kernel that encodes new tokens and stores them, a step of decoding or a prompt, in one launch."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from moa_kernels.codes.levels import NORMAL_STEPS
-
-STEP_4, STEP_3, STEP_2 = (tl.constexpr(NORMAL_STEPS[bits]) for bits in (4, 3, 2))
-
-
-@triton.jit
-def _add_part(y, a, b, into, row, there, PART: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
-    """A part of ``y = x @ into``, with what some pairs ``a`` and ``b`` of x add to it: float64 [BLOCK_E]."""
-    column = PART * (WIDTH // 8) + tl.arange(0, BLOCK_E)
-    mask = there[:, None] & (tl.arange(0, BLOCK_E) < WIDTH // 8)[None, :]
-    place = into + row[:, None] * WIDTH + column[None, :]
-    first = tl.load(place, mask=mask, other=0.0)
-    second = tl.load(place + (WIDTH // 2) * WIDTH, mask=mask, other=0.0)
-    return y + tl.sum(a[:, None] * first + b[:, None] * second, 0)
-
-
-@triton.jit
-def _level(y, step, bits):
-    """The level that a number is sorted into, in steps; anything where the step is 0 or no number."""
-    half = (1 << (bits - 1)).to(tl.float64)
-    level = tl.floor(y / tl.where(step > 0, step, 1.0))
-    return tl.minimum(tl.maximum(level, -half), half - 1) + 0.5
-
-
-@triton.jit
-def _code(level, bits, within):
-    """The code of a level, int32; 0 in padding."""
-    return tl.where(within, (level + (((1 << bits) - 1).to(tl.float64)) * 0.5).to(tl.int32), 0)
+from moa_kernels.coded.vector import code, to_levels
 
 
 @triton.jit
@@ -104,73 +72,15 @@ def append_kernel(
     tl.store(row_plain + at // ITEMSIZE + column, numbers, mask=column < tl.where(ringed & (bits == 16), WIDTH, 0))
 
     if ringed & (bits < 16):
-        part = tl.arange(0, BLOCK_E)
-        within = part < WIDTH // 8
-        y0 = tl.zeros([BLOCK_E], tl.float64)
-        y1, y2, y3, y4, y5, y6, y7 = y0, y0, y0, y0, y0, y0, y0
-        if bits == 8:
-            y0 = tl.load(source + part, mask=within, other=0.0).to(tl.float64)
-            y1 = tl.load(source + WIDTH // 8 + part, mask=within, other=0.0).to(tl.float64)
-            y2 = tl.load(source + 2 * (WIDTH // 8) + part, mask=within, other=0.0).to(tl.float64)
-            y3 = tl.load(source + 3 * (WIDTH // 8) + part, mask=within, other=0.0).to(tl.float64)
-            y4 = tl.load(source + 4 * (WIDTH // 8) + part, mask=within, other=0.0).to(tl.float64)
-            y5 = tl.load(source + 5 * (WIDTH // 8) + part, mask=within, other=0.0).to(tl.float64)
-            y6 = tl.load(source + 6 * (WIDTH // 8) + part, mask=within, other=0.0).to(tl.float64)
-            y7 = tl.load(source + 7 * (WIDTH // 8) + part, mask=within, other=0.0).to(tl.float64)
-        else:
-            into = into + head.to(tl.int64) * WIDTH * WIDTH
-            for start in range(0, WIDTH // 2, BLOCK_R):
-                pair = start + tl.arange(0, BLOCK_R)
-                there = pair < WIDTH // 2
-                # Keys by pairs of their rotary embedding, which is undone; values by halves.
-                turns = pair < tl.where(is_key, WIDTH // 2, 0)
-                first = tl.load(order + pair, mask=turns, other=0) + tl.where(is_key, 0, pair)
-                second = tl.load(order + WIDTH // 2 + pair, mask=turns, other=0) + tl.where(
-                    is_key, 0, WIDTH // 2 + pair
-                )
-                a = tl.load(source + first, mask=there, other=0.0).to(tl.float64)
-                b = tl.load(source + second, mask=there, other=0.0).to(tl.float64)
-                cos, sin = _turn(angles, position, pair, turns, WIDTH, RADIX)
-                a, b = a * cos + b * sin, b * cos - a * sin
-                a -= tl.load(mean + head * WIDTH + pair, mask=turns, other=0.0)
-                b -= tl.load(mean + head * WIDTH + WIDTH // 2 + pair, mask=turns, other=0.0)
-                y0 = _add_part(y0, a, b, into, pair, there, 0, WIDTH, BLOCK_E)
-                y1 = _add_part(y1, a, b, into, pair, there, 1, WIDTH, BLOCK_E)
-                y2 = _add_part(y2, a, b, into, pair, there, 2, WIDTH, BLOCK_E)
-                y3 = _add_part(y3, a, b, into, pair, there, 3, WIDTH, BLOCK_E)
-                y4 = _add_part(y4, a, b, into, pair, there, 4, WIDTH, BLOCK_E)
-                y5 = _add_part(y5, a, b, into, pair, there, 5, WIDTH, BLOCK_E)
-                y6 = _add_part(y6, a, b, into, pair, there, 6, WIDTH, BLOCK_E)
-                y7 = _add_part(y7, a, b, into, pair, there, 7, WIDTH, BLOCK_E)
-        # As `moa_kernels.codes.levels.quantise`. A vector with a number that is none has such a sum of squares.
-        squares = tl.sum(y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3 + y4 * y4 + y5 * y5 + y6 * y6 + y7 * y7, 0)
-        normal = tl.where(bits == 4, STEP_4, tl.where(bits == 3, STEP_3, STEP_2)).to(tl.float64)
-        step = tl.sqrt(squares * (1.0 / WIDTH)) * normal
-        if bits == 8:
-            largest = tl.maximum(tl.maximum(tl.abs(y0), tl.abs(y1)), tl.maximum(tl.abs(y2), tl.abs(y3)))
-            others = tl.maximum(tl.maximum(tl.abs(y4), tl.abs(y5)), tl.maximum(tl.abs(y6), tl.abs(y7)))
-            step = tl.max(tl.maximum(largest, others), 0) * (2.0 / 255)
-        l0, l1, l2, l3 = _level(y0, step, bits), _level(y1, step, bits), _level(y2, step, bits), _level(y3, step, bits)
-        l4, l5, l6, l7 = _level(y4, step, bits), _level(y5, step, bits), _level(y6, step, bits), _level(y7, step, bits)
-        along = tl.sum(y0 * l0 + y1 * l1 + y2 * l2 + y3 * l3 + y4 * l4 + y5 * l5 + y6 * l6 + y7 * l7, 0)
-        ratio = tl.where(step > 0, squares / tl.where(step > 0, along, 1.0), squares)
-        ratio = ratio.to(tl.float32).to(tl.float16)  # by way of float32, as PyTorch does it
-        ratio = tl.where(tl.abs(ratio.to(tl.float32)) <= 65504.0, ratio, float("nan"))
+        within = tl.arange(0, BLOCK_E) < WIDTH // 8
+        l0, l1, l2, l3, l4, l5, l6, l7, ratio = to_levels(
+            source, into, mean, order, angles, head, position, bits, is_key, WIDTH, RADIX, BLOCK_E, BLOCK_R
+        )
         tl.store(scale, ratio)
-        c0, c1, c2, c3 = (
-            _code(l0, bits, within),
-            _code(l1, bits, within),
-            _code(l2, bits, within),
-            _code(l3, bits, within),
-        )
-        c4, c5, c6, c7 = (
-            _code(l4, bits, within),
-            _code(l5, bits, within),
-            _code(l6, bits, within),
-            _code(l7, bits, within),
-        )
+        c0, c1, c2, c3 = code(l0, bits, within), code(l1, bits, within), code(l2, bits, within), code(l3, bits, within)
+        c4, c5, c6, c7 = code(l4, bits, within), code(l5, bits, within), code(l6, bits, within), code(l7, bits, within)
         EIGHTH: tl.constexpr = WIDTH // 8
-        target = row_codes + part
+        target = row_codes + tl.arange(0, BLOCK_E)
         if bits == 8:
             _store_byte(target, c0, within)
             _store_byte(target + EIGHTH, c1, within)
@@ -197,19 +107,3 @@ def append_kernel(
                 low = (c0 & 1) | ((c1 & 1) << 1) | ((c2 & 1) << 2) | ((c3 & 1) << 3)
                 low |= ((c4 & 1) << 4) | ((c5 & 1) << 5) | ((c6 & 1) << 6) | ((c7 & 1) << 7)
                 _store_byte(target + 2 * EIGHTH, low, within)
-
-
-@triton.jit
-def _digit(angles, row, pair, there, WIDTH: tl.constexpr):
-    place = angles + row * WIDTH + pair
-    return tl.load(place, mask=there, other=1.0), tl.load(place + WIDTH // 2, mask=there, other=0.0)
-
-
-@triton.jit
-def _turn(angles, position, pair, there, WIDTH: tl.constexpr, RADIX: tl.constexpr):
-    """Cosines and sines of a position, from those of its three digits; 1 and 0 where not ``there``."""
-    cos, sin = _digit(angles, position % RADIX, pair, there, WIDTH)
-    cos_1, sin_1 = _digit(angles, RADIX + position // RADIX % RADIX, pair, there, WIDTH)
-    cos, sin = cos * cos_1 - sin * sin_1, sin * cos_1 + cos * sin_1
-    cos_2, sin_2 = _digit(angles, 2 * RADIX + position // (RADIX * RADIX), pair, there, WIDTH)
-    return cos * cos_2 - sin * sin_2, sin * cos_2 + cos * sin_2

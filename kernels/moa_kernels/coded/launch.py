@@ -1,7 +1,4 @@
-"""Launches the Triton kernels over codes: decoding, and storing a step's new tokens.
-
-Prompts, and what a prompt attends, are coded and decoded by torch on the device, in float64 as well: the same bytes.
-"""
+"""Launches the Triton kernels over codes: decoding, storing new tokens, and what a prompt attends."""
 
 from __future__ import annotations
 
@@ -18,16 +15,16 @@ from moa_kernels.backends import interpreting, multiprocessors
 from moa_kernels.coded import reference
 from moa_kernels.coded.append_kernel import append_kernel
 from moa_kernels.coded.decode_kernel import merge_kernel, split_kernel
-from moa_kernels.coded.reference import AppendCodes, DecodeCodes, see_tokens, stored_states
+from moa_kernels.coded.reference import AppendCodes, DecodeCodes, SeeTokens, StoredStates
+from moa_kernels.coded.states_kernel import see_kernel, stored_kernel
 from moa_kernels.codes.codec import BITS
 from moa_kernels.codes.storage import Turns
-from moa_kernels.decode.op import MOST_NEW_TOKENS
 from moa_kernels.launch import COMPILER_OPTIONS, launch_config, padded, rows_contiguous
 
 __all__ = ["append_codes", "decode_codes", "see_tokens", "stored_states"]
 
-TILES_PER_MULTIPROCESSOR = 6
-"""As for `moa_kernels.decode.launch`, whose simulations of ragged batches hold here, too."""
+TILES_PER_MULTIPROCESSOR = 4
+"""Fewer than `moa_kernels.decode.launch` makes: a program first fetches its head's transform. Measured on an H200."""
 
 MERGED_AT_ONCE = 16
 """Partial results that a program of `merge_kernel` loads together: their latencies overlap."""
@@ -55,6 +52,7 @@ class Tables(NamedTuple):
         order: int32 ``[width]``.
         angles: Cosines, then sines, of the rotary embedding at each digit, float32 ``[3 * RADIX, width]``.
         value_back: Float32 ``[kv_heads, width, width]``.
+        key_back: ``key_back`` by halves, float32 ``[kv_heads, width, width]``.
         into: ``key_into`` with its rows by halves, float64.
         exact_mean: By halves, float64.
         exact_angles: As ``angles``, float64.
@@ -66,6 +64,7 @@ class Tables(NamedTuple):
     order: Tensor
     angles: Tensor
     value_back: Tensor
+    key_back: Tensor
     into: Tensor
     exact_mean: Tensor
     exact_angles: Tensor
@@ -84,7 +83,7 @@ def tables(turns: Turns) -> Tables:
         angles = _angles(tuple(turns.frequencies.tolist()), back.device)
         found = Tables(
             (back / size[:, None, None]).half(), size.float(), turns.mean_by_halves.float(), turns.order.int(),
-            angles.float(), turns.value_back.float(),
+            angles.float(), turns.value_back.float(), back.float().contiguous(),
             turns.key_into[:, turns.order].contiguous(), turns.mean_by_halves, angles,
         )  # fmt: skip
         _tables[turns.key_back] = found
@@ -163,7 +162,7 @@ def append_codes(call: AppendCodes) -> None:
     """As `moa_kernels.coded.reference.append_codes`, which does it for more tokens than a step has."""
     new_keys, new_values, stored, lens, layout, turns, counts = call
     batch, kv_heads, new, width = new_keys.shape
-    if new > MOST_NEW_TOKENS or width % 8 or new_keys.dtype == torch.float64:
+    if width % 8 or new_keys.dtype == torch.float64:
         reference.append_codes(call)
         return
     if batch * new == 0:
@@ -180,3 +179,49 @@ def append_codes(call: AppendCodes) -> None:
         HAS_COUNTS=counts is not None, WIDTH=width, ITEMSIZE=new_keys.element_size(), RADIX=RADIX,
         BLOCK_D=padded(width), BLOCK_E=padded(width) // 8, BLOCK_R=ROWS_AT_ONCE, **COMPILER_OPTIONS,
     )  # fmt: skip
+
+
+def see_tokens(call: SeeTokens) -> tuple[Tensor, Tensor]:
+    """As `moa_kernels.coded.reference.see_tokens`."""
+    keys, values, positions, layout, turns = call
+    batch, kv_heads, tokens, width = keys.shape
+    if width % 8 or keys.dtype == torch.float64:
+        return reference.see_tokens(call)
+    keys, values = rows_contiguous(keys), rows_contiguous(values)
+    seen_keys, seen_values = torch.empty(2, *keys.shape, dtype=keys.dtype, device=keys.device)
+    if batch * tokens == 0:
+        return seen_keys, seen_values
+    known = tables(turns)
+    see_kernel[(batch * tokens * kv_heads * 2,)](
+        keys, values, seen_keys, seen_values, positions.contiguous(), layout.tensor(keys.device), known.into,
+        turns.value_into, known.key_back, known.value_back, known.exact_mean, known.order, known.exact_angles,
+        tokens, kv_heads, layout.sink, *keys.stride()[:3], *values.stride()[:3],
+        tokens if len(positions) == batch else 0,
+        WIDTH=width, RADIX=RADIX, BLOCK_D=padded(width), BLOCK_E=padded(width) // 8, BLOCK_R=ROWS_AT_ONCE,
+        **COMPILER_OPTIONS,
+    )  # fmt: skip
+    return seen_keys, seen_values
+
+
+def stored_states(call: StoredStates) -> tuple[Tensor, Tensor]:
+    """As `moa_kernels.coded.reference.stored_states`."""
+    lens, stored, layout, turns = call
+    sinks, width, kv_heads = stored.key_sinks, layout.width, len(layout.key_bits)
+    if width % 8 or sinks.dtype == torch.float64:
+        return reference.stored_states(call)
+    rings, device = layout.rings, sinks.device
+    keys, values = torch.empty(2, len(lens), rings.slots, width, dtype=sinks.dtype, device=device)
+    longest = max(rings.capacities)
+    if len(lens) * longest == 0:
+        return keys, values
+    known = tables(turns)
+    stored_kernel[(len(lens) * longest * kv_heads * 2,)](
+        keys, values, stored.key_codes, stored.value_codes, _plain(stored.key_codes, sinks),
+        _plain(stored.value_codes, sinks), stored.key_scales, stored.value_scales, stored.key_sinks, stored.value_sinks,
+        lens, rings.tensor(device), layout.tensor(device), known.key_back, known.value_back, known.exact_mean,
+        known.order, known.exact_angles, longest, rings.slots, kv_heads,
+        layout.keys.nbytes, layout.values.nbytes, layout.keys.scale_slots, layout.values.scale_slots,
+        WIDTH=width, ITEMSIZE=sinks.itemsize, RADIX=RADIX, BLOCK_D=padded(width), BLOCK_E=padded(width) // 8,
+        BLOCK_R=ROWS_AT_ONCE, **COMPILER_OPTIONS,
+    )  # fmt: skip
+    return keys, values

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from moa_kernels.backends import BackendUnavailableError
-from moa_kernels.coded import decode_codes
+from moa_kernels.coded import decode_codes, see_tokens, stored_states
 from moa_kernels.launch import LaunchConfig, overridden
 
 from ..codes_by_hand import CodedCase
@@ -74,11 +74,31 @@ def test_every_pair_of_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(60, 70))
-def test_appending_gives_the_bytes_of_writing_token_by_token(seed, monkeypatch):
+def test_appending_gives_the_bytes_of_writing_token_by_token(seed):
     """In float64: what a step codes equals what a prompt codes."""
-    monkeypatch.setattr(launch, "MOST_NEW_TOKENS", 90)
     case = CodedCase.drawn(seed, (*DTYPES, torch.float32)[seed % 3], longest=25)
     same(*appended(case, random.Random(seed), "triton"))
+
+
+@pytest.mark.parametrize("seed", range(80, 86))
+def test_plain_vectors_are_those_of_plain_torch(seed):
+    """Of new tokens, at any positions, and of every slot; those without a token are zeros."""
+    case = CodedCase.drawn(seed, (*DTYPES, torch.float32)[seed % 3], longest=12)
+    generator = torch.Generator().manual_seed(seed)
+    batch, _, tokens, _ = case.keys.plain.shape
+    at = torch.randint(0, 5000, (batch if seed % 2 else 1, tokens), generator=generator).sort().values
+    new = case.keys.plain, case.values.plain, at, case.layout, case.turns
+    # Rings that were never filled, and some that hold nothing of what they could.
+    lens = case.arguments[2] // (1 if seed % 3 else 2)
+    held = case.stored, lens, case.layout, case.turns
+    for operation, arguments in ((see_tokens, new), (stored_states, held)):
+        for found, expected in zip(
+            operation(*arguments, impl="triton"), operation(*arguments, impl="torch"), strict=True
+        ):
+            assert found.dtype == expected.dtype
+            assert found.isfinite().all()
+            size = expected.double().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+            assert ((found.double() - expected.double()).abs() / size).max() <= 8 * torch.finfo(found.dtype).eps
 
 
 def test_positions_of_several_digits(monkeypatch):

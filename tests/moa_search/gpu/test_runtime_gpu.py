@@ -69,15 +69,15 @@ def logits_in_parts(model, cache, sequence, sizes):
 
 @pytest.mark.parametrize(("kind", "bits"), [*((kind, 16) for kind in KINDS), ("Llama", "mixed"), ("Gemma2", "mixed")])
 def test_kernels_give_what_torch_gives_in_chunks_and_token_by_token(kind, bits):
-    model, plan = build(kind, bits=bits)
+    # Kernels multiply codes on tensor cores, in 16 bits.
+    model, plan = build(kind, torch.float32 if bits == 16 else torch.float16, bits)
     sequence, sizes = tokens(2, 1600), [700, 1, 1, 500, 300, *[1] * 98]
     found = {}
     for impl in ("torch", "triton", "auto"):
         with applied(model, plan, impl=impl):
             found[impl] = logits_in_parts(model, MoACache(model.config, plan), sequence, sizes)
     scale = found["torch"].abs().max()
-    # Kernels turn coded keys back in float16, torch in the model's float32.
-    assert (found["triton"] - found["torch"]).abs().max() < (2e-3 if bits == 16 else 1e-2) * scale
+    assert (found["triton"] - found["torch"]).abs().max() < (2e-3 if bits == 16 else 2e-2) * scale
     assert torch.equal(found["auto"], found["triton"])
 
 
@@ -147,6 +147,12 @@ def test_a_recorded_step_replays_a_thousand_times_while_rings_wrap(bits):
     assert recorded.layers[0].lens.tolist() == [start + steps] * 2
 
 
+def requested():
+    """Bytes that tensors asked for; the allocator may hand out up to a MiB more for each."""
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [16, "mixed"])
 @pytest.mark.parametrize("length", [100, 500, 1000, 2000, 4000, 8000])
@@ -156,13 +162,11 @@ def test_the_allocator_counts_what_the_plan_predicts(length, bits):
     batch, heads = 8, 4
     block = 2 * 64 * 2 * plan.block * heads * batch  # keys and values, width, bytes per number, tokens
     model(tokens(batch, 10), past_key_values=MoACache(model.config, plan))  # whatever is made once
-    torch.cuda.synchronize()
-    before, cache = torch.cuda.memory_allocated(), MoACache(model.config, plan)
+    before, cache = requested(), MoACache(model.config, plan)
     for part in tokens(batch, length).split(1000, 1):
         model(part, past_key_values=cache, logits_to_keep=1)
-    torch.cuda.synchronize()
     del part
-    taken, predicted = torch.cuda.memory_allocated() - before, plan.kv_bytes(length, batch=batch)
+    taken, predicted = requested() - before, plan.kv_bytes(length, batch=batch)
     assert predicted <= cache.nbytes <= predicted + block
     assert cache.nbytes <= taken <= cache.nbytes + 2**20  # and tables of a few numbers
 

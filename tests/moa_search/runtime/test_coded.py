@@ -294,3 +294,13 @@ def test_a_block_under_a_plan_leaves_the_model_dense():
         assert not torch.equal(logits(model, prompt), before)
     assert torch.equal(logits(model, prompt), before)
     assert torch.equal(logits(remove_plan(apply_plan(model, mixed_plan(model))), prompt), before)
+
+
+def test_caches_share_the_transforms(model):
+    """Each is some MiB at a real model's size, and kernels make tables of them."""
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            found.append(model(tokens(1, 20)).past_key_values)
+    found.append(found[0].copy())
+    assert len({id(cache.layers[0].codecs.turns) for cache in found}) == 1
