@@ -163,7 +163,7 @@ _fill("prefill", dict.fromkeys((16, 32, 64), (64, 32, 4, 2)) | {128: (64, 32, 4,
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 3)}, "sm_90")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 3)) | {256: (32, 32, 4, 2)}, "sm_80")
 _fill("decode", dict.fromkeys((16, 32, 64, 128), (32, 64, 4, 2)) | {256: (32, 32, 4, 2)}, "sm_86")
-# coded_decode: Hopper's matrix units take blocks of 64 keys; at 128, some spilled registers cost less than smaller blocks.
+# coded_decode: Hopper's matrix units take 64 keys; at 128, some spilled registers cost less than smaller blocks.
 for _arch_ in ("sm_90", "sm_80", "sm_86"):
     _fill("coded_decode", dict.fromkeys((16, 32, 64), (16, 64, 4, 3)), _arch_)
     _fill("coded_decode", {128: (16, 32, 8, 3), 256: (16, 32, 8, 2)}, _arch_)

@@ -33,6 +33,7 @@ class Case:
         num_stages: Pipeline stages.
         tensor_cores: Whether it must use them.
         max_registers: Per thread, or None.
+        spills: Most loads and stores of spilled registers, where they were measured to cost less than smaller tiles.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     num_stages: int = 3
     tensor_cores: bool = True
     max_registers: int | None = None
+    spills: int = 0
 
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {}
@@ -206,6 +208,7 @@ def coded_decode_cases(arch: str) -> Iterator[Case]:
             f"coded-decode-{head_dim}-{dtype}-{group}x{new}-{tiers}", split_kernel,
             {name: types.get(name, "i32") for name in split_kernel.arg_names if name.islower()}, shape | constants,
             (*aligned, "value_codes_stride"), config.num_warps * (2 if block_m > 16 else 1), config.num_stages,
+            spills=80 if head_dim == 128 and arch == "sm_90" else 0,
         )  # fmt: skip
         if tiers == "4-4":
             names = [name for name in merge_kernel.arg_names if name.islower()]
@@ -390,6 +393,7 @@ def compiled(case: Case, arch: str) -> dict[str, Any]:
         "tensor_core_instructions": counts["HGMMA"] + counts["HMMA"],
         "asynchronous_copies": counts["LDGSTS"],
         "needs_tensor_cores": case.tensor_cores,
+        "most_spills": case.spills,
     }
 
 

