@@ -64,7 +64,7 @@ class HeadGroups:
 
 
 def group_heads(
-    rules: Sequence[Sequence[SpanRule]], *, min_span: int, longest: int, groups: int | None = None
+    rules: Sequence[Sequence[SpanRule]], *, min_span: int, longest: int, groups: int | None = None, ranks: int = 1
 ) -> HeadGroups:
     """Put like heads together.
 
@@ -76,20 +76,25 @@ def group_heads(
         min_span: Smallest span in tokens.
         longest: Longest context in tokens.
         groups: Groups at most; by default `GROUPS`.
+        ranks: Processes that have an equal share of each layer's heads, in order. A group has as many heads on each.
 
     Raises:
-        ConfigError: ``groups`` isn't positive.
+        ConfigError: ``groups`` isn't positive, or the heads of a layer don't fall into ``ranks`` equal shares.
     """
+    if uneven := [len(layer) for layer in rules if len(layer) % ranks]:
+        raise ConfigError(f"{uneven[0]} KV heads don't fall into {ranks} equal shares")
     if groups is not None and groups < 1:
         raise ConfigError(f"groups is {groups}; it must be at least 1")
     flat = [rule for layer in rules for rule in layer]
-    most = min(groups or GROUPS, len(flat))
-    size = math.gcd(*Counter(flat).values())
-    if len(flat) // size > most:
-        size = _group_size(len(flat), most)
+    rank_of = np.array([head * ranks // len(layer) for layer in rules for head in range(len(layer))])
+    mine = len(flat) // ranks
+    most = min(groups or GROUPS, mine)
+    size = math.gcd(*Counter(zip(flat, rank_of.tolist(), strict=True)).values())
+    if mine // size > most:
+        size = _group_size(mine, most)
     lengths = [max(1, longest >> halvings) for halvings in range(LENGTHS)]
     shares = np.array([[span(n, rule, min_span) / n for n in lengths] for rule in flat])
-    labels = _like_with_like(shares, size).tolist()
+    labels = _like_with_like(shares, size, rank_of).tolist()
     members = [[rule for rule, label in zip(flat, labels, strict=True) if label == k] for k in range(max(labels) + 1)]
     numbers = iter(labels)
     return HeadGroups(
@@ -122,16 +127,18 @@ def _group_size(heads: int, groups: int) -> int:
     return size
 
 
-def _like_with_like(shares: Floats, size: int) -> Ints:
-    """A group for each head ``[head]``: the best of several sorted orders, each with pairs swapped."""
-    found = [_swapped(shares, np.argsort(-key, kind="stable"), size) for key in (shares.mean(axis=1), *shares.T)]
+def _like_with_like(shares: Floats, size: int, rank_of: Ints) -> Ints:
+    """A group for each head ``[head]``: the best of several sorted orders, each with pairs of a rank swapped."""
+    found = [_swapped(shares, key, size, rank_of) for key in (shares.mean(axis=1), *shares.T)]
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _swapped(shares: Floats, order: Ints, size: int) -> tuple[float, Ints]:
-    """Cut an order into groups, and swap pairs of heads as long as less is held; what is held, and the groups."""
+def _swapped(shares: Floats, key: Floats, size: int, rank_of: Ints) -> tuple[float, Ints]:
+    """Cut each rank's heads, largest first, and swap pairs while less is held; what is held, and the groups."""
     labels = np.empty(len(shares), dtype=np.int64)
-    labels[order] = np.arange(len(shares)) // size
+    for rank in range(int(rank_of.max()) + 1):
+        heads = np.flatnonzero(rank_of == rank)
+        labels[heads[np.argsort(-key[heads], kind="stable")]] = np.arange(len(heads)) // size
     count = int(labels.max()) + 1
     held = np.array([shares[labels == group].max(axis=0).sum() for group in range(count)])
     without = _without_each(shares, labels)
@@ -142,7 +149,7 @@ def _swapped(shares: Floats, order: Ints, size: int) -> tuple[float, Ints]:
             # What this head's group and any other head's hold after the two have changed places.
             after = np.maximum(without[head], shares).sum(axis=1) + np.maximum(without, share).sum(axis=1)
             gain = held[labels[head]] + held[labels] - after
-            gain[labels == labels[head]] = 0
+            gain[(labels == labels[head]) | (rank_of != rank_of[head])] = 0
             other = int(gain.argmax())
             if gain[other] > 1e-9:
                 labels[head], labels[other] = labels[other], labels[head]

@@ -80,3 +80,29 @@ def test_an_envelope_names_the_rules_that_count_somewhere():
 def test_no_groups_at_all_are_refused():
     with pytest.raises(ConfigError, match="at least 1"):
         group_heads([[DENSE]], min_span=MIN_SPAN, longest=64, groups=0)
+
+
+@given(LAYERS, st.integers(1, 12), st.sampled_from([1, 2, 4]))
+def test_every_rank_has_as_many_heads_of_a_group(layers, groups, ranks):
+    rules = [layer * ranks for layer in layers]  # a layer's heads lie on the ranks in order
+    found = group_heads(rules, min_span=MIN_SPAN, longest=4096, groups=groups, ranks=ranks)
+    assert len(found.sizes) <= groups
+    for group in range(len(found.sizes)):
+        counts = [
+            sum(labels[rank * len(labels) // ranks : (rank + 1) * len(labels) // ranks].count(group)
+                for labels in found.group_of)
+            for rank in range(ranks)
+        ]  # fmt: skip
+        assert len(set(counts)) == 1
+        spans = [
+            span(1024, rule, MIN_SPAN)
+            for layer, labels in zip(rules, found.group_of, strict=True)
+            for rule, label in zip(layer, labels, strict=True)
+            if label == group
+        ]
+        assert found.span(group, 1024) == max(spans)
+
+
+def test_heads_that_ranks_cannot_share_are_refused():
+    with pytest.raises(ConfigError, match="3 KV heads don't fall into 2 equal shares"):
+        group_heads([[DENSE] * 3], min_span=MIN_SPAN, longest=64, ranks=2)

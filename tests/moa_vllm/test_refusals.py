@@ -57,6 +57,7 @@ def config(hf_config, tmp_path, monkeypatch):
             hf_text_config=hf_config,
             max_model_len=512,
             runner_type="generate",
+            get_total_num_kv_heads=lambda: hf_config.num_key_value_heads,
             **dict.fromkeys(KINDS, False),
         ),
         parallel_config=SimpleNamespace(**dict.fromkeys(PARALLEL, 1), use_ubatching=False),
@@ -119,7 +120,7 @@ def test_what_names_no_plan_is_an_error(config, plan, tmp_path, options, error, 
 @pytest.mark.parametrize(
     ("part", "name", "value", "says"),
     [
-        *(("parallel_config", name, 2, "--" + name.replace("_", "-")) for name in PARALLEL),
+        *(("parallel_config", name, 4, "--" + name.replace("_", "-")) for name in PARALLEL),
         ("parallel_config", "use_ubatching", True, "--enable-dbo"),
         ("cache_config", "cache_dtype", "fp8", "--kv-cache-dtype fp8"),
         ("cache_config", "cache_dtype", "int4_per_token_head", "--kv-cache-dtype int4_per_token_head"),
@@ -140,6 +141,14 @@ def test_what_a_plan_cannot_be_served_with(config, plan, part, name, value, says
         require_servable(plan, "plan.json", config)
     assert str(refused.value).startswith("plan.json: ")
     assert "\n" not in str(refused.value)
+
+
+def test_ranks_may_share_the_heads(config, plan):
+    config.parallel_config.tensor_parallel_size = 2
+    require_servable(plan, "plan.json", config)
+    config.model_config.get_total_num_kv_heads = lambda: 3
+    with pytest.raises(UnsupportedInputError, match="can't be served with --tensor-parallel-size 2"):
+        require_servable(plan, "plan.json", config)
 
 
 def test_the_own_backend_may_be_named(config, plan):

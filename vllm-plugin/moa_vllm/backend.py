@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -192,8 +193,11 @@ class SpanImpl(AttentionImpl[SpanMetadata]):
         layers = self.config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         index = extract_layer_index(name)
-        self.rules = self.served.plan.rules[index]
-        for head, group in enumerate(self.served.groups.group_of[index]):
+        # Under tensor parallelism, a rank has its share of the heads; their numbers are those of the whole model.
+        first = get_tensor_model_parallel_rank() * self.num_kv_heads
+        mine = slice(first, first + self.num_kv_heads)
+        self.rules = self.served.plan.rules[index][mine]
+        for head, group in enumerate(self.served.groups.group_of[index][mine], start=first):
             # One number in the name: vLLM reads the layer's from it.
             self.heads.append(f"{name}.kv_head_{head}")
             layers[self.heads[-1]] = HeadCache(layer, self.served, group)

@@ -73,7 +73,9 @@ def _of_engine(config: Any) -> dict[str, bool]:
     parallel, cache = config.parallel_config, config.cache_config
     chosen = config.attention_config.backend
     return {
-        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
+        f"--tensor-parallel-size {parallel.tensor_parallel_size}": (
+            config.model_config.get_total_num_kv_heads() % parallel.tensor_parallel_size != 0
+        ),
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--decode-context-parallel-size": (parallel.decode_context_parallel_size or 1) > 1,
         "--prefill-context-parallel-size": (parallel.prefill_context_parallel_size or 1) > 1,

@@ -35,11 +35,12 @@ def served_plan(config: Any) -> Served:
     if named is None:
         raise ConfigError("no plan is named; see docs/vllm.md")
     rules = tuple(tuple(layer) for layer in named.plan.rules)
-    groups = _grouped(rules, named.plan.min_span, config.model_config.max_model_len, named.groups)
+    ranks = config.parallel_config.tensor_parallel_size
+    groups = _grouped(rules, named.plan.min_span, config.model_config.max_model_len, named.groups, ranks)
     return Served(named.plan, groups)
 
 
 @lru_cache(maxsize=4)
-def _grouped(rules: Any, min_span: int, longest: int, groups: int | None) -> HeadGroups:
+def _grouped(rules: Any, min_span: int, longest: int, groups: int | None, ranks: int) -> HeadGroups:
     # Every layer asks.
-    return group_heads(rules, min_span=min_span, longest=longest, groups=groups)
+    return group_heads(rules, min_span=min_span, longest=longest, groups=groups, ranks=ranks)

@@ -44,3 +44,24 @@ def engine(demo_folder: str, request: pytest.FixtureRequest) -> Any:
     """The demo model under the plan of a quarter, in a small pool whose freed blocks are full of NaN."""
     options = getattr(request.module, "ENGINE", {})
     return Engine(demo_folder, PLANS / "quarter.json", **options)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[str, Path]:
+    """A small model of random weights, and a plan for it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moa_search import ModelSignature, Plan, SpanRule
+    from moa_search.spans import DENSE
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=512, max_position_embeddings=1024, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    rules = [[DENSE, SpanRule(48, 0)], [SpanRule(0, 64), SpanRule(-64, 128)]]
+    plan = Plan.from_rules(rules, ModelSignature.of(config), sink=16, block=32)
+    plan.save(tmp_path / "plan.json")
+    return str(tmp_path / "model"), tmp_path / "plan.json"

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from engines import Engine, Reference
-from moa_search import ModelSignature, Plan, SpanRule
-from moa_search.spans import DENSE
 from moa_vllm import backend, launch
 
 NEW = 4
@@ -28,23 +25,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     monkeypatch.setattr(launch, "attend_pages", counted)
     monkeypatch.setattr(backend, "takes_kernel", lambda query: True)
     return found
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> tuple[str, Path]:
-    """A small model of random weights, since the interpreter is slow, and a plan for it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=512, max_position_embeddings=1024, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    rules = [[DENSE, SpanRule(48, 0)], [SpanRule(0, 64), SpanRule(-64, 128)]]
-    plan = Plan.from_rules(rules, ModelSignature.of(config), sink=16, block=32)
-    plan.save(tmp_path / "plan.json")
-    return str(tmp_path / "model"), tmp_path / "plan.json"
 
 
 def test_prompts_in_chunks_and_decoding(small: tuple[str, Path], launches: list[bool]) -> None:
