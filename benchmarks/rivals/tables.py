@@ -20,6 +20,7 @@ DATA = ROOT / "docs" / "data"
 PAGES = [ROOT / "docs" / f"results-{name}.md" for name in ("rivals", "rivals-tables", "effective-context")]
 TASKS = ("passkey", "copy", "multikey")
 LENGTHS = (1024, 2048, 4096, 8192)
+ENOUGH = 4
 BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 30
 """Of a dense 16-bit cache: keys and values of 3 heads of width 64 in 30 layers."""
 
@@ -81,7 +82,7 @@ class Items:
     def cell(
         self, task: str, length: int, answers: str = "forced", *, of: tuple[str, ...] = ()
     ) -> dict[tuple[str, str], pd.DataFrame]:
-        """By variant and question, rows of the same items for all that answered at least half of the most items.
+        """By variant and question, rows of the same items for all that answered at least `ENOUGH` or all of them.
 
         Args:
             task: Its name.
@@ -95,7 +96,7 @@ class Items:
             rows = rows[rows.variant.isin(of)] if of else rows
             found = {name: part.set_index("item") for name, part in rows.groupby(["variant", "question"], sort=False)}
             most = max(map(len, found.values()), default=0)
-            found = {name: part for name, part in found.items() if 2 * len(part) >= most}
+            found = {name: part for name, part in found.items() if len(part) >= min(most, ENOUGH)}
             common = sorted(set.intersection(*(set(part.index) for part in found.values()))) if found else []
             self._cells[key] = {name: part.loc[common] for name, part in found.items()} if common else {}
         return self._cells[key]
@@ -130,9 +131,9 @@ def costs_of(items: Items, variant: str, question: str, length: int) -> list[str
     return [*shares, f"{cost.extra_passes:.1f}".removesuffix(".0")]
 
 
-def at_length(items: Items, length: int) -> str:
+def at_length(items: Items, length: int, of: tuple[str, ...] = ()) -> str:
     """Every variant at a length."""
-    cells = {task: items.cell(task, length) for task in TASKS}
+    cells = {task: items.cell(task, length, of=of) for task in TASKS}
     counts = [f"{task}, n = {len(next(iter(cell.values()), []))}" for task, cell in cells.items()]
     rows = []
     for title, question, variants in GROUPS:
@@ -148,16 +149,23 @@ def at_length(items: Items, length: int) -> str:
     return table([f"{length} tokens", "tokens read", "bytes held", "at peak", "extra passes", *counts], rows)
 
 
-def excess(items: Items, variant: str, question: str, length: int, tasks: Sequence[str] = TASKS) -> np.ndarray | None:
-    """NLL less dense attention's, by item, the mean over tasks whose items stand side by side by their numbers."""
+def excess(
+    items: Items,
+    variant: str,
+    question: str,
+    lengths: Sequence[int],
+    tasks: Sequence[str] = TASKS,
+    of: tuple[str, ...] = (),
+) -> np.ndarray | None:
+    """NLL less dense attention's of every item of some lengths and tasks."""
     parts = []
-    for task in tasks:
-        cell = items.cell(task, length)
-        if (variant, question) not in cell or ("dense", "unknown") not in cell:
-            return None
-        parts.append((cell[variant, question].nll - cell["dense", "unknown"].nll).to_numpy())
-    count = min(map(len, parts))
-    return np.mean([part[:count] for part in parts], axis=0)
+    for length in lengths:
+        for task in tasks:
+            cell = items.cell(task, length, of=of)
+            if (variant, question) not in cell or ("dense", "unknown") not in cell:
+                return None
+            parts.append((cell[variant, question].nll - cell["dense", "unknown"].nll).to_numpy())
+    return np.concatenate(parts)
 
 
 def signed(values: np.ndarray, digits: int = 2) -> str:
@@ -166,44 +174,60 @@ def signed(values: np.ndarray, digits: int = 2) -> str:
     return f"{values.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def over_lengths(items: Items) -> str:
-    """Mean over tasks of the NLL less dense attention's, by length."""
-    lengths = [length for length in LENGTHS if excess(items, "quarter-bytes", "unknown", length) is not None]
+def _columns(items: Items, of: tuple[str, ...] = ()) -> dict[str, list[int]]:
+    """Lengths that were measured, and all of them, by what stands above the column."""
+    lengths = [length for length in LENGTHS if excess(items, "quarter-bytes", "unknown", [length], of=of) is not None]
+    groups = {str(length): [length] for length in lengths} | {"all": lengths}
+    found = {}
+    for name, group in groups.items():
+        values = excess(items, "quarter-bytes", "unknown", group, of=of)
+        assert values is not None
+        found[f"{name}, n = {len(values)}"] = group
+    return found
+
+
+def over_lengths(items: Items, of: tuple[str, ...] = ()) -> str:
+    """NLL less dense attention's on equal items, by length."""
+    columns = _columns(items, of)
     rows = []
     for title, question, variants in GROUPS[1:]:
         of_group = []
         for variant in variants:
-            found = [excess(items, variant, question, length) for length in lengths]
+            found = [excess(items, variant, question, group, of=of) for group in columns.values()]
             if any(one is not None for one in found):
-                held = next(items.cost(variant, question, length).held for length in lengths)
+                length = next(group[0] for group, one in zip(columns.values(), found, strict=True) if one is not None)
+                cost = items.cost(variant, question, length)
                 shown = ["-" if one is None else signed(one) for one in found]
-                of_group.append([name_of(variant), f"{100 * held:.1f}%", *shown])
+                shares = [f"{100 * cost.tokens_read:.0f}%", f"{100 * cost.held:.1f}%"]
+                of_group.append([name_of(variant), *shares, *shown])
         if of_group:
-            rows += [[f"*{title}*", *[""] * (1 + len(lengths))], *of_group]
-    return table(["NLL less dense attention's, mean of three tasks", "bytes held", *map(str, lengths)], rows)
+            rows += [[f"*{title}*", *[""] * (2 + len(columns))], *of_group]
+    return table(["NLL less dense attention's", "tokens read", "bytes held", *columns], rows)
 
 
 def pairs(items: Items) -> str:
-    """Paired differences, by length the mean over tasks, and each task's at the longest."""
-    lengths = [length for length in LENGTHS if excess(items, "quarter-bytes", "unknown", length) is not None]
+    """Paired differences on equal items, by length."""
+    columns = _columns(items)
     rows = []
     for mine, other in PAIRS:
         row = [name_of(mine), name_of(other)]
-        for length in lengths:
-            both = [excess(items, one, "unknown", length) for one in (mine, other)]
+        for group in columns.values():
+            both = [excess(items, one, "unknown", group) for one in (mine, other)]
             row.append("-" if any(one is None for one in both) else signed(both[0] - both[1]))
-        rows.append(row)
-    return table(["NLL of", "less", *map(str, lengths)], rows)
+        if set(row[2:]) != {"-"}:
+            rows.append(row)
+    return table(["NLL of", "less", *columns], rows)
 
 
-def pairs_by_task(items: Items, length: int) -> str:
-    """The same by task at one length."""
+def pairs_by_task(items: Items) -> str:
+    """The same by task, over all lengths."""
     rows = []
     for mine, other in PAIRS:
-        found = [[excess(items, one, "unknown", length, [task]) for one in (mine, other)] for task in TASKS]
+        found = [[excess(items, one, "unknown", LENGTHS, [task]) for one in (mine, other)] for task in TASKS]
         shown = ["-" if any(one is None for one in both) else signed(both[0] - both[1]) for both in found]
-        rows.append([name_of(mine), name_of(other), *shown])
-    return table([f"NLL of, {length} tokens", "less", *TASKS], rows)
+        if set(shown) != {"-"}:
+            rows.append([name_of(mine), name_of(other), *shown])
+    return table(["NLL of, all lengths", "less", *TASKS], rows)
 
 
 def turns(items: Items) -> str:
@@ -243,15 +267,16 @@ def ruler(items: Items, length: int, answers: str) -> str:
     return table([f"{length} tokens, {n} a task", "mean", *header], rows)
 
 
+OURS = ("dense", "int8", "int4", "int4-plain", *NAMES)
 REACH = ("dense", "int8", "int4", "int4-plain", *NAMES)
 
 
 def reach(items: Items) -> str:
     """How far passkeys are found, by bytes per token of context."""
     lengths = sorted({length for length in items.all[items.all.task == "passkey"].length if length % 512 == 0})
-    cells = {length: items.cell("passkey", length, of=REACH) for length in lengths}
     rows = []
     for variant in REACH:
+        cells = {length: items.cell("passkey", length, of=(variant,)) for length in lengths}
         found = {length: cell[variant, "unknown"] for length, cell in cells.items() if (variant, "unknown") in cell}
         if len(found) < 3:
             continue
@@ -264,8 +289,7 @@ def reach(items: Items) -> str:
         between = f"[{far.low}, {far.high}]"
         shown = [f"{found[length].score.mean():.2f}" if length in found else "" for length in lengths]
         rows.append([name_of(variant), f"{share * BYTES_PER_TOKEN:,.0f}", f"{passes} {between}", *shown])
-    counts = [f"{length}, n = {len(next(iter(cell.values()), []))}" for length, cell in cells.items()]
-    return table(["", "bytes per token", "finds 90 % of passkeys to", *counts], rows)
+    return table(["", "bytes per token", "finds 90 % of passkeys to", *map(str, lengths)], rows)
 
 
 def windows(items: Items) -> str:
@@ -283,11 +307,11 @@ def ahead(items: Items) -> str:
     names = {"half": "ahead-0.5", "quarter": "ahead-0.25", "eighth": "ahead-0.125"}
     names |= {"quarter-bytes": "bits-ahead-0.25", "eighth-bytes": "bits-ahead-0.125"}
     names |= {"sixteenth-bytes": "bits-ahead-0.0625"}
-    rows = []
+    rows, lengths = [], (4096, 8192)
     for default, every in names.items():
         for task in ("passkey", "copy"):
             shown = []
-            for length in LENGTHS:
+            for length in lengths:
                 cell = items.cell(task, length, of=(*names, *names.values()))
                 if (default, "unknown") not in cell or (every, "unknown") not in cell:
                     shown.append("-")
@@ -295,18 +319,20 @@ def ahead(items: Items) -> str:
                 one, two = cell[every, "unknown"].nll, cell[default, "unknown"].nll
                 shown.append(f"{two.mean():.2f}, {one.mean():.2f}: {signed((one - two).to_numpy())}")
             rows.append([name_of(default), task, *shown])
-    return table(["NLL of the plan ahead to 4096, to 8192: difference", "", *map(str, LENGTHS)], rows)
+    return table(["NLL of the plan ahead to 4096, to 8192: difference", "", *map(str, lengths)], rows)
 
 
 def tables(items: Items) -> Iterator[tuple[str, str]]:
     """All of them by name."""
     for length in LENGTHS:
         yield f"length-{length}", at_length(items, length)
-        yield f"pairs-{length}", pairs_by_task(items, length)
+        yield f"plans-{length}", at_length(items, length, of=OURS)
         for answers in ("forced", "generated"):
             yield f"ruler-{length}-{answers}", ruler(items, length, answers)
     yield "lengths", over_lengths(items)
+    yield "plans", over_lengths(items, OURS)
     yield "pairs", pairs(items)
+    yield "pairs-by-task", pairs_by_task(items)
     yield "turns", turns(items)
     yield "reach", reach(items)
     yield "windows", windows(items)
