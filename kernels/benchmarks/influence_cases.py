@@ -33,12 +33,12 @@ def windows_of(length: int) -> list[int]:
 def _case(length: int, device: torch.device) -> Case:
     generator = torch.Generator(device).manual_seed(length)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    group = GROUP if device.type == "cuda" else 1
+    group, kv_heads = (GROUP, KV_HEADS) if device.type == "cuda" else (1, 2)
 
     def randn(heads: int) -> Tensor:
         return torch.randn(1, heads, length, DIM, generator=generator, device=device, dtype=dtype)
 
-    query, key, value, grad = randn(group * KV_HEADS), randn(KV_HEADS), randn(KV_HEADS), randn(group * KV_HEADS)
+    query, key, value, grad = randn(group * kv_heads), randn(kv_heads), randn(kv_heads), randn(group * kv_heads)
     windows = windows_of(length)
     settings = {
         "windows": windows, "row_buckets": BUCKETS, "bucket_rows": -(-length // BUCKETS),

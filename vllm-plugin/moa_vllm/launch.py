@@ -38,8 +38,8 @@ class Settings:
 def settings_for(head_dim: int, dtype: torch.dtype, *, decoding: bool) -> Settings:
     """What suits a step: decoding alone, or prompts among it."""
     block_d = _power_of_two(head_dim)
-    # More would run out of shared memory, and four warps of registers.
-    tile = 64 if block_d * dtype.itemsize <= 256 else 32
+    # More would run out of shared memory, and four warps, with a prompt's rows, of registers.
+    tile = 64 if block_d * dtype.itemsize <= (256 if decoding else 128) else 32
     warps = 8 if block_d > 128 else 4
     return Settings(1, tile, warps) if decoding else Settings(16, tile, warps, programs=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from engines import Reference, saved_under
 from moa_search.cli import serve
 
 SERVE = [sys.executable, "-c", "from moa_search.cli.serve import main; main()"]
-TURNS, NEW = 5, 12
+TURNS, NEW = int(os.environ.get("MOA_TURNS", "5")), 12
+"""Of each conversation, and new tokens of a turn; 30 turns take 4 minutes more."""
+
 QUESTIONS = (
     "Tell me about the sea and the ships that cross it, and what sailors eat. " * 6,
     "What is the capital of France, and which rivers does it lie on? " * 9,

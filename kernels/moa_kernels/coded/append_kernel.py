@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa_kernels.coded.vector import code, to_levels
+from moa_kernels.coded.vector_kernel import code, to_levels
 
 
 @triton.jit
