@@ -62,8 +62,7 @@ def _attend(
 ) -> torch.Tensor:
     if rules.codecs is not None:
         return coded.attend(query, key, value, valid, rules, past, impl, **options)
-    # A cache of fixed size asks the device for its length, which no step may unless the plan streams.
-    if rules.stream is not None and rules.streams(key.shape[2] + (0 if past is None else past.longest)):
+    if rules.streams(key.shape[2], past):
         return _beyond(query, key, value, valid, rules, past, **options)
     decodes = past is not None and past.decodes(query.shape[2], valid)
     if past is not None and decodes and past.is_compileable:

@@ -24,6 +24,8 @@ from moa_search.spans import BETA_ONE, SpanRule, span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moa_search.runtime.layer import MoACacheLayer
+
 
 @dataclass(frozen=True)
 class LayerRules:
@@ -45,9 +47,14 @@ class LayerRules:
     codecs: LayerCodecs | None = None
     stream: Stream | None = field(default=None, compare=False)
 
-    def streams(self, length: int) -> bool:
-        """Whether one of ``length`` tokens may be beyond the context of a stream."""
-        return self.stream is not None and length > self.stream.context
+    def streams(self, tokens: int, past: MoACacheLayer | None = None) -> bool:
+        """Whether one of ``tokens`` new tokens after a past may be beyond the context of a stream.
+
+        Only a stream asks for the past's length: a cache of fixed size asks the device for it, which no step may.
+        """
+        if self.stream is None:
+            return False
+        return tokens + (0 if past is None else past.longest) > self.stream.context
 
     @cached_property
     def heads_by_rule(self) -> dict[SpanRule, tuple[int, ...]]:

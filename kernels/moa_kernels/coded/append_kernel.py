@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa_kernels.coded.vector_kernel import code, to_levels
+from moa_kernels.coded.vector_kernel import code, to_levels, vector_at
 
 
 @triton.jit
@@ -46,16 +46,13 @@ def append_kernel(
     at = tl.load(table + 1) + slot * tl.load(table + 2)
     scale_at = tl.load(table + 3) + slot
     if is_key:
-        source = new_keys + batch * keys_batch_stride + head.to(tl.int64) * keys_head_stride + token * keys_token_stride
+        source = vector_at(new_keys, batch, head, token, keys_batch_stride, keys_head_stride, keys_token_stride)
         row_codes, row_plain = key_codes + batch * key_codes_stride + at, plain_keys
         scale = key_scales + batch * key_scales_stride + scale_at
         sinks, into = key_sinks, key_into
         at = batch * key_codes_stride + at
     else:
-        source = (
-            new_values + batch * values_batch_stride + head.to(tl.int64) * values_head_stride
-            + token * values_token_stride
-        )  # fmt: skip
+        source = vector_at(new_values, batch, head, token, values_batch_stride, values_head_stride, values_token_stride)
         row_codes, row_plain = value_codes + batch * value_codes_stride + at, plain_values
         scale = value_scales + batch * value_scales_stride + scale_at
         sinks, into = value_sinks, value_into

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moa_kernels.coded.vector_kernel import digit, turn
 from moa_kernels.decode.kernel import _in_reach, _rules
 from moa_kernels.device import LOG2E, MASKED, close_softmax, oldest_key, scores_of
 
@@ -150,24 +151,6 @@ def _slots(first_slot, start, ring, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _angle(angles, row, pair, HEAD_DIM: tl.constexpr):
-    """Cosines and sines of a row of the table."""
-    within = pair < HEAD_DIM // 2
-    place = angles + row * HEAD_DIM + pair
-    return tl.load(place, mask=within, other=1.0), tl.load(place + HEAD_DIM // 2, mask=within, other=0.0)
-
-
-@triton.jit
-def _angle_at(angles, position, pair, HEAD_DIM: tl.constexpr, RADIX: tl.constexpr):
-    """Cosines and sines of any position, from those of its three digits: [pair], twice."""
-    cos, sin = _angle(angles, position % RADIX, pair, HEAD_DIM)
-    cos_1, sin_1 = _angle(angles, RADIX + position // RADIX % RADIX, pair, HEAD_DIM)
-    cos, sin = cos * cos_1 - sin * sin_1, sin * cos_1 + cos * sin_1
-    cos_2, sin_2 = _angle(angles, 2 * RADIX + position // (RADIX * RADIX), pair, HEAD_DIM)
-    return cos * cos_2 - sin * sin_2, sin * cos_2 + cos * sin_2
-
-
-@triton.jit
 def _in_half_range(a, b):
     """Rows of numbers by the power of two in front of the largest one's mantissa, at most 2 then, and that power."""
     size = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1).to(tl.int32, bitcast=True) & 0x7F800000
@@ -212,7 +195,7 @@ def _attend(
         q_a = tl.load(q_row + first_channel, mask=q_mask, other=0.0).to(tl.float32)
         q_b = tl.load(q_row + second_channel, mask=q_mask, other=0.0).to(tl.float32)
         q_a, q_b, q_size = _in_half_range(q_a, q_b)
-        low_cos, low_sin = _angle_at(angles, first_at + low, pair, HEAD_DIM, RADIX)
+        low_cos, low_sin = turn(angles, first_at + low, pair, pair < HEAD_DIM // 2, HEAD_DIM, RADIX)
         q_a, q_b = (
             q_a * low_cos[None, :] + q_b * low_sin[None, :], q_b * low_cos[None, :] - q_a * low_sin[None, :]
         )  # fmt: skip
@@ -220,7 +203,7 @@ def _attend(
         place = angles + tl.arange(0, BLOCK_N)[:, None] * HEAD_DIM + pair[None, :]
         cos = tl.load(place, mask=paired, other=1.0).to(tl.float16)
         sin = tl.load(place + HEAD_DIM // 2, mask=paired, other=0.0).to(tl.float16)
-        step_cos, step_sin = _angle(angles, BLOCK_N, pair, HEAD_DIM)
+        step_cos, step_sin = digit(angles, BLOCK_N, pair, pair < HEAD_DIM // 2, HEAD_DIM)
         mean_a = tl.load(mean + pair, mask=pair < HEAD_DIM // 2, other=0.0).to(tl.float16)
         mean_b = tl.load(mean + HEAD_DIM // 2 + pair, mask=pair < HEAD_DIM // 2, other=0.0).to(tl.float16)
         size = tl.load(back_size)

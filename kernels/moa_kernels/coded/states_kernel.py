@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa_kernels.coded.vector_kernel import from_levels, to_levels
+from moa_kernels.coded.vector_kernel import from_levels, to_levels, vector_at
 
 
 @triton.jit
@@ -26,12 +26,10 @@ def see_kernel(
     row = ((batch * num_kv_heads + head) * tokens + token) * WIDTH
     bits = tl.load(codes + head * 8 + tl.where(is_key, 0, 4)).to(tl.int32)
     if is_key:
-        source = keys + batch * keys_batch_stride + head.to(tl.int64) * keys_head_stride + token * keys_token_stride
+        source = vector_at(keys, batch, head, token, keys_batch_stride, keys_head_stride, keys_token_stride)
         target, into, back = seen_keys + row, key_into, key_back
     else:
-        source = (
-            values + batch * values_batch_stride + head.to(tl.int64) * values_head_stride + token * values_token_stride
-        )
+        source = vector_at(values, batch, head, token, values_batch_stride, values_head_stride, values_token_stride)
         target, into, back = seen_values + row, value_into, value_back
     if (bits == 16) | (position < sink):
         column = tl.arange(0, BLOCK_D)

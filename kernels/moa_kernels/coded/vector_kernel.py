@@ -17,6 +17,12 @@ STEP_4, STEP_3, STEP_2 = (tl.constexpr(NORMAL_STEPS[bits]) for bits in (4, 3, 2)
 
 
 @triton.jit
+def vector_at(states, batch, head, token, batch_stride, head_stride, token_stride):
+    """Where a token's vector of a KV head begins."""
+    return states + batch * batch_stride + head.to(tl.int64) * head_stride + token.to(tl.int64) * token_stride
+
+
+@triton.jit
 def _add_part(y, a, b, into, row, there, PART: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
     """A part of ``y = x @ into``, with what some pairs ``a`` and ``b`` of x add to it: float64 [BLOCK_E]."""
     column = PART * (WIDTH // 8) + tl.arange(0, BLOCK_E)
@@ -71,7 +77,7 @@ def to_levels(
             second = tl.load(order + WIDTH // 2 + pair, mask=turns, other=0) + tl.where(is_key, 0, WIDTH // 2 + pair)
             a = tl.load(source + first, mask=there, other=0.0).to(tl.float64)
             b = tl.load(source + second, mask=there, other=0.0).to(tl.float64)
-            cos, sin = _turn(angles, position, pair, turns, WIDTH, RADIX)
+            cos, sin = turn(angles, position, pair, turns, WIDTH, RADIX)
             a, b = a * cos + b * sin, b * cos - a * sin
             a -= tl.load(mean + head * WIDTH + pair, mask=turns, other=0.0)
             b -= tl.load(mean + head * WIDTH + WIDTH // 2 + pair, mask=turns, other=0.0)
@@ -153,23 +159,24 @@ def from_levels(
             second = tl.load(order + WIDTH // 2 + pair, mask=turns, other=0) + tl.where(is_key, 0, WIDTH // 2 + pair)
             a = a * scale + tl.load(mean + head * WIDTH + pair, mask=turns, other=0.0).to(tl.float32)
             b = b * scale + tl.load(mean + head * WIDTH + WIDTH // 2 + pair, mask=turns, other=0.0).to(tl.float32)
-            cos, sin = _turn(angles, position, pair, turns, WIDTH, RADIX)
+            cos, sin = turn(angles, position, pair, turns, WIDTH, RADIX)
             cos, sin = cos.to(tl.float32), sin.to(tl.float32)
             tl.store(target + first, a * cos - b * sin, mask=there)
             tl.store(target + second, b * cos + a * sin, mask=there)
 
 
 @triton.jit
-def _digit(angles, row, pair, there, WIDTH: tl.constexpr):
+def digit(angles, row, pair, there, WIDTH: tl.constexpr):
+    """Cosines and sines of a row of the table; 1 and 0 where not ``there``."""
     place = angles + row * WIDTH + pair
     return tl.load(place, mask=there, other=1.0), tl.load(place + WIDTH // 2, mask=there, other=0.0)
 
 
 @triton.jit
-def _turn(angles, position, pair, there, WIDTH: tl.constexpr, RADIX: tl.constexpr):
+def turn(angles, position, pair, there, WIDTH: tl.constexpr, RADIX: tl.constexpr):
     """Cosines and sines of a position, from those of its three digits; 1 and 0 where not ``there``."""
-    cos, sin = _digit(angles, position % RADIX, pair, there, WIDTH)
-    cos_1, sin_1 = _digit(angles, RADIX + position // RADIX % RADIX, pair, there, WIDTH)
+    cos, sin = digit(angles, position % RADIX, pair, there, WIDTH)
+    cos_1, sin_1 = digit(angles, RADIX + position // RADIX % RADIX, pair, there, WIDTH)
     cos, sin = cos * cos_1 - sin * sin_1, sin * cos_1 + cos * sin_1
-    cos_2, sin_2 = _digit(angles, 2 * RADIX + position // (RADIX * RADIX), pair, there, WIDTH)
+    cos_2, sin_2 = digit(angles, 2 * RADIX + position // (RADIX * RADIX), pair, there, WIDTH)
     return cos * cos_2 - sin * sin_2, sin * cos_2 + cos * sin_2

@@ -185,6 +185,8 @@ class Methods:
                 position += len(ids)
                 ids = [int(logits[-1].argmax())]
                 given += ids
+                if self._is_enough(given, item):
+                    break
             return {"generated": given}
         answer = item["answer"]
         logits = self._forward(cache, position, question + answer[:-1])[-len(answer) :].float()
@@ -192,6 +194,10 @@ class Methods:
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         nll, correct = torch.stack([losses, (logits.argmax(-1) == wanted).float()]).tolist()
         return {"nll": [round(loss, 6) for loss in nll], "correct": list(map(int, correct))}
+
+    def _is_enough(self, given: list[int], item: dict[str, Any]) -> bool:
+        """Whether an answer may end before its item's number of tokens."""
+        return False
 
     def _forward(self, cache: Any, position: int, tokens: list[int]) -> Any:
         """Logits ``[token, vocabulary]`` after tokens that follow what a cache holds."""
