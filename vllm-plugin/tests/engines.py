@@ -37,6 +37,11 @@ class Trace:
     seconds: float = 0.0
     answers: dict[str, Answer] = field(default_factory=dict)
 
+    @property
+    def tokens(self) -> list[Tokens]:
+        """Answers to the prompts of `Engine.run`, in their order."""
+        return [self.answers[str(number)].tokens for number in range(len(self.answers))]
+
 
 class Engine:
     """The engine; blocks are full of NaN until something is stored, and again as soon as they are free."""
@@ -187,6 +192,10 @@ class Reference:
         )
         found: Tokens = output[0, len(prompt) :].tolist()
         return found
+
+    def run_each(self, prompts: Iterable[Sequence[int]], new: int) -> list[Tokens]:
+        """The continuation of each prompt, one by one."""
+        return [self.run(prompt, new) for prompt in prompts]
 
 
 def text_tokens(folder: str) -> Tokens:

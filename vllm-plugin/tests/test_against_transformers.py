@@ -28,8 +28,7 @@ def test_a_mix_of_lengths_in_chunks(engine: Engine, reference: Reference, text: 
     prompts = [text[97 * i : 97 * i + length] for i, length in enumerate(LENGTHS)]
     trace = engine.run(prompts, NEW)
     assert trace.running == len(LENGTHS)
-    for number, prompt in enumerate(prompts):
-        assert trace.answers[str(number)].tokens == reference.run(prompt, NEW), len(prompt)
+    assert trace.tokens == reference.run_each(prompts, NEW)
     assert engine.used_blocks == 0
 
 
@@ -40,8 +39,7 @@ def test_a_preempted_request(engine: Engine, reference: Reference, text: Tokens)
     with engine.small_pool(needed + 5):  # the prompts fit, their answers don't
         trace = engine.run(prompts, 60)
     assert trace.preempted
-    for number, prompt in enumerate(prompts):
-        assert trace.answers[str(number)].tokens == reference.run(prompt, 60)
+    assert trace.tokens == reference.run_each(prompts, 60)
     assert engine.used_blocks == 0
 
 

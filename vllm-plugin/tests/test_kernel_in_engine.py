@@ -34,10 +34,7 @@ def test_prompts_in_chunks_and_decoding(small: tuple[str, Path], launches: list[
     )
     reference = Reference(*small)
     prompts = [[7 * i % 509 for i in range(start, start + length)] for start, length in ((0, 9), (50, 150), (300, 97))]
-    for number, prompt in enumerate(prompts):
-        engine.add(str(number), prompt, NEW, detokenize=False)
-    trace = engine.drain()
-    for number, prompt in enumerate(prompts):
-        assert trace.answers[str(number)].tokens == reference.run(prompt, NEW), len(prompt)
+    trace = engine.run(prompts, NEW, detokenize=False)
+    assert trace.tokens == reference.run_each(prompts, NEW)
     assert {True, False} <= set(launches)
     assert engine.used_blocks == 0

@@ -37,11 +37,8 @@ def engine(small: tuple[str, Path]) -> Engine:
 def test_two_ranks_give_the_tokens_of_transformers(engine: Engine, small: tuple[str, Path]) -> None:
     reference = Reference(*small)
     prompts = [[7 * i % 509 for i in range(start, start + length)] for start, length in ((0, 9), (50, 400), (300, 97))]
-    for number, prompt in enumerate(prompts):
-        engine.add(str(number), prompt, NEW, detokenize=False)
-    trace = engine.drain()
-    for number, prompt in enumerate(prompts):
-        assert trace.answers[str(number)].tokens == reference.run(prompt, NEW), len(prompt)
+    trace = engine.run(prompts, NEW, detokenize=False)
+    assert trace.tokens == reference.run_each(prompts, NEW)
     # Each rank has two of the four heads, one a group.
     assert [len(group.layer_names) for group in engine.groups] == [1, 1]
     assert engine.used_blocks == 0
