@@ -1,13 +1,12 @@
 """kvpress's methods on `cells.STAGES`, run by its own environment's Python: ``python elsewhere.py --items ...``.
 
-Loads `moa_search/evaluation/rivals/worker.py` by its path and answers item by item, every method and setting, so that
-whenever it is stopped all methods have answered the same items.
+Answers by `moa_search/evaluation/rivals/worker`, item by item, every method and setting, so that whenever it is stopped
+all methods have answered the same items.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import sys
@@ -20,18 +19,7 @@ from typing import Any
 
 from cells import STAGES, mine, of_stage, read_items
 
-WORKER = Path(__file__).parents[2] / "moa_search" / "evaluation" / "rivals" / "worker.py"
 FAILURES = 2
-
-
-def load_worker() -> Any:
-    """The worker's module, without the package around it."""
-    spec = importlib.util.spec_from_file_location("worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> None:
@@ -42,24 +30,28 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    worker = load_worker()
+    sys.path.append(
+        str(Path(__file__).parents[2] / "moa_search" / "evaluation" / "rivals")
+    )  # without what is around it
+    from worker import DUO_SAMPLES, DUO_TOKENS
+    from worker.methods import Methods
 
-    class Methods(worker.Methods):  # type: ignore[misc, name-defined]
+    class EarlyMethods(Methods):  # type: ignore[misc]
         """Stops where an answer holds all that is wanted, which RULER's score can't tell from more."""
 
         def _is_enough(self, given: list[int], item: dict[str, Any]) -> bool:
-            text = self._tokenizer.decode(given, skip_special_tokens=True).lower()
+            text = self.tokenizer.decode(given, skip_special_tokens=True).lower()
             return all(one.lower() in text for one in item["texts"])
 
     items, texts = read_items(options.items)
-    methods = Methods(
+    methods = EarlyMethods(
         argparse.Namespace(model=options.model, gguf_file=None, dtype="bfloat16", device=options.device), texts
     )
     if options.duo_scores is not None:
         import numpy as np
         from kvpress.presses import duo_attention_press
 
-        key = methods._model.config.name_or_path, worker.DUO_SAMPLES, worker.DUO_TOKENS
+        key = methods.model.config.name_or_path, DUO_SAMPLES, DUO_TOKENS
         duo_attention_press.cache[key] = np.load(options.duo_scores)
     done = set()
     if options.out.exists():

@@ -173,7 +173,7 @@ class Elsewhere:
         source = find_source(self.model)
         if source.adapter is not None:
             raise ConfigError(f"rivals: {self.model} is an adapter, which kvpress's environment can't load; merge it")
-        command = [self.python, worker.__file__, "--items", str(paths[0]), "--answers", str(paths[1])]
+        command = [self.python, *worker.__path__, "--items", str(paths[0]), "--answers", str(paths[1])]
         command += ["--model", source.name, "--dtype", dtype, "--device", device]
         if "gguf_file" in source.options:
             command += ["--gguf-file", source.options["gguf_file"]]
