@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moa_search.api.common import (
     load_profile,
@@ -15,6 +15,7 @@ from moa_search.api.common import (
     with_a_budget,
 )
 from moa_search.api.validating import try_front
+from moa_search.errors import ConfigError
 from moa_search.options import FrontOptions, ValidationOptions, takes
 
 if TYPE_CHECKING:
@@ -36,11 +37,9 @@ def search_front(profile: str | Profile, options: FrontOptions) -> Front:
     Raises:
         MoAError: The profile, a budget or an option can't be used; see `moa_search.errors`.
     """
-    from moa_search.errors import ConfigError
-    from moa_search.search import search_densities, search_profile
+    from moa_search.search import search_profile, search_several
 
-    if options.densities and options.density:
-        raise ConfigError("density asks for one plan, densities for one each: give one of them")
+    several = _several(options)
     require_writable_folder(options.output)
     if not options.overwrite and options.validate is None:
         require_replaceable(options.output)
@@ -49,22 +48,39 @@ def search_front(profile: str | Profile, options: FrontOptions) -> Front:
     if options.validate is not None:  # before the search: a wrong model is told at once, and nothing is written
         network = model_and_tokenizer(options.validate, trust_remote_code=options.trust_remote_code)
         require_profile_fits(statistics, network[0])
+    if several is not None:
+        shares, budget = several
+        options = options.replace(**{budget: shares[:1]})
     options = with_a_budget(options)
     note_missing_bits(statistics, options)
-    if options.densities:
-        front = search_densities(statistics, options, list(options.densities))
-    else:
-        front = search_profile(statistics, options)
+    front = search_profile(statistics, options) if several is None else search_several(statistics, options, *several)
     folder = None if options.output is None else Path(options.output)
     if folder is not None:
         front.save(folder)
-        if options.densities:
-            from moa_search.inspection.plots import save_density_plot
+        if several is not None:
+            from moa_search.inspection.plots import save_budgets_plot
 
-            save_density_plot(front, folder / "front" / "densities.png")
+            save_budgets_plot(front, folder / "front" / "budgets.png")
     if network is not None:
         front, _ = try_front(front, network, ValidationOptions(), folder=folder)
     return front
+
+
+def _several(options: FrontOptions) -> tuple[list[float], Literal["density", "kv_share"]] | None:
+    """Budgets that a plan is asked for each, and the option that they are values of.
+
+    Raises:
+        ConfigError: One plan is asked for too, or both kinds are.
+    """
+    if options.densities and options.kv_shares:
+        raise ConfigError("densities and kv_shares ask for one plan each: give one of them")
+    if options.densities and options.density:
+        raise ConfigError("density asks for one plan, densities for one each: give one of them")
+    if options.kv_shares and options.kv_share:
+        raise ConfigError("kv_share asks for one plan, kv_shares for one each: give one of them")
+    if options.densities:
+        return list(options.densities), "density"
+    return (list(options.kv_shares), "kv_share") if options.kv_shares else None
 
 
 @takes(FrontOptions)

@@ -14,6 +14,9 @@ from moa_search.options import ReportOptions
 if TYPE_CHECKING:
     from moa_search.formats import Plan, PlanLike
 
+DENSITIES = (0.5, 0.25, 0.125)
+"""Of a report's plans where no budget is given."""
+
 
 def named_plans(plan: Sequence[str | PlanLike], taken: Collection[str] = ()) -> dict[str, Plan]:
     """Plans, loaded where a file is given, by the shortest names that tell them apart.
@@ -56,7 +59,7 @@ def given_plans(plan: Sequence[str | PlanLike], taken: Collection[str] = ()) -> 
 
 
 def searched_plans(options: ReportOptions) -> list[dict[str, Plan]]:
-    """Plans of every searcher by name, grouped by density, kept in a folder: MoA's search can take minutes.
+    """Plans of every searcher by name, grouped by budget, kept in a folder: MoA's search can take minutes.
 
     Each is kept as ``plans/HASH/NAME.json``, where the hash holds what the search depends on: a plan that is there
     needn't be searched again, and whoever evaluates the file finds it under the same name.
@@ -66,22 +69,27 @@ def searched_plans(options: ReportOptions) -> list[dict[str, Plan]]:
     from moa_search.formats.files import canonical_json, sha256_of
     from moa_search.version import __version__
 
-    if not options.searchers or not options.densities:
-        raise ConfigError("profile: nothing to search for; give --searchers and --densities")
+    densities = options.densities
+    if densities is None:
+        densities = () if options.kv_shares else DENSITIES
+    budgets = [("density", density, "") for density in dict.fromkeys(densities)]
+    budgets += [("kv_share", share, " of bytes") for share in dict.fromkeys(options.kv_shares)]
+    if not options.searchers or not budgets:
+        raise ConfigError("profile: nothing to search for; give --searchers, and --densities or --kv-shares")
     statistics = load_profile(options.profile)
     lengths = options.budget_lengths and list(options.budget_lengths)
     asked = canonical_json([statistics.checksum, lengths, __version__])
     kept = Path(options.output) / "plans" / sha256_of(asked).removeprefix("sha256:")[:8]
     groups = []
-    for density in dict.fromkeys(options.densities):
+    for budget, share, unit in budgets:
         group: dict[str, Plan] = {}
         for searcher in dict.fromkeys(options.searchers):
-            name = f"{searcher} @ {density:.15g}"
+            name = f"{searcher} @ {share:.15g}{unit}"
             path = kept / f"{name}.json"
             if path.exists():
                 group[name] = Plan.load(path)
             else:
-                group[name] = search_plan(statistics, density=[density], searcher=searcher, budget_lengths=lengths)
+                group[name] = search_plan(statistics, **{budget: [share]}, searcher=searcher, budget_lengths=lengths)
                 group[name].save(path)
         groups.append(group)
     return groups

@@ -30,8 +30,8 @@ def show(front: Front, *, output: str, validate: str | None, **options: Any) -> 
     why = "all lengths weigh the same"
     if validate is not None:
         why = "the best on held-out samples"
-    elif front.densities:
-        why = "the knee of the losses" if front.has_knee else "the first density asked for"
+    elif front.asked:
+        why = "the knee of the losses" if front.has_knee else "the first budget asked for"
     elif options.get("searcher") == "uniform":
         why = "what uses most of the budgets"
     elif options.get("length_weights"):
@@ -97,7 +97,7 @@ MAIN = Command(
     search_front,
     show,
     examples=(
-        "moa-search profile.safetensors --density 0.25 --output plans",
+        "moa-search profile.safetensors --kv-share 0.125 --output plans",
         "moa-search profile.safetensors --budget kv=2GiB@32768x8 --output plans",
     ),
     required=("output",),
@@ -115,13 +115,13 @@ COMMANDS = {
         "sets the baselines beside our search",
         compare_searchers,
         show_comparison,
-        examples=("moa-search compare profile.safetensors --density 0.25 --validate demo",),
+        examples=("moa-search compare profile.safetensors --kv-share 0.125 --validate demo",),
     ),
     "tune": Command(
         "searches settings of the search by true loss",
         tune_plan,
         show_study,
-        examples=("moa-search tune profile.safetensors --model demo --density 0.25 --output tuned",),
+        examples=("moa-search tune profile.safetensors --model demo --kv-share 0.125 --output tuned",),
         interrupted="the study is kept; the same command resumes it",
     ),
     "push": Command(

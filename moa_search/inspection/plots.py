@@ -69,11 +69,11 @@ def save_front_plot(front: Front, path: str | os.PathLike[str]) -> None:
     save_figure(chart(lambda ax: draw_front(ax, front.plans, front.names, front.chosen_index)), path)
 
 
-def plot_densities(front: Front) -> Figure:
+def plot_budgets(front: Front) -> Figure:
     """Predicted loss over the share of bytes, one line per length with its standard error; the knee is marked.
 
     Args:
-        front: Of several densities.
+        front: Of several budgets.
     """
     from matplotlib.figure import Figure
 
@@ -92,7 +92,7 @@ def plot_densities(front: Front) -> Figure:
         )
     if front.has_knee:
         at = 100 * front.chosen.predicted[-1].bytes_kept
-        axes.axvline(at, color="grey", linestyle=":", label=f"knee, {front.densities[front.chosen_index or 0]:.4g}")
+        axes.axvline(at, color="grey", linestyle=":", label=f"knee, {front.asked[front.chosen_index or 0]:.4g}")
     criterion = front.chosen.provenance.criterion if front.chosen.provenance else None
     axes.set_xlabel("bytes of the KV cache kept (%)")
     axes.set_ylabel("predicted loss" + (f" ({criterion})" if criterion else ""))
@@ -102,9 +102,9 @@ def plot_densities(front: Front) -> Figure:
     return figure
 
 
-def save_density_plot(front: Front, path: str | os.PathLike[str]) -> None:
-    """Write `plot_densities` as PNG, atomically."""
-    save_figure(plot_densities(front), path)
+def save_budgets_plot(front: Front, path: str | os.PathLike[str]) -> None:
+    """Write `plot_budgets` as PNG, atomically."""
+    save_figure(plot_budgets(front), path)
 
 
 def plot_throughput(summary: pd.DataFrame, facts: Mapping[str, str]) -> Figure:

@@ -116,3 +116,10 @@ class DensitiesOptions(BudgetOptions):
 
     densities: Several[Share] = ()
     """Several densities instead of one: the best plan for each, and the one where keeping more stops paying."""
+
+
+class SharesOptions(DensitiesOptions):
+    """Budgets."""
+
+    kv_shares: Several[Share] = ()
+    """Several shares of the bytes instead of one, likewise."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from moa_search.options.base import Count, Lengths, Options, Positive, Several, Share, Tokens
+from moa_search.options.base import Count, Lengths, ListOrNone, Options, Positive, Several, Share, Tokens
 from moa_search.options.groups import Baselines, ModelOptions, PlanOptions, Searcher
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS
 
@@ -105,13 +106,15 @@ class ReportOptions(TaskOptions, PlanOptions, ModelOptions):
     output: str
     """Folder for the page and its tables."""
     profile: Any = None
-    """Profile to search further plans in, one for each searcher and density."""
+    """Profile to search further plans in, one for each searcher and budget."""
     searchers: Several[Searcher] = ("exact", "moa")
     """Which search: exact is ours, moa is MoA's; the first is compared with the others."""
-    densities: Several[Share] = (0.5, 0.25, 0.125)
-    """Shares of the KV cache that searched plans keep at most."""
+    densities: Annotated[Sequence[Share] | None, ListOrNone] = None
+    """Shares of the KV cache's tokens that searched plans keep at most; 0.5 0.25 0.125 without kv_shares."""
+    kv_shares: Several[Share] = ()
+    """Shares of a 16-bit KV cache's bytes that searched plans keep at most."""
     budget_lengths: Lengths = None
-    """Lengths in tokens that the densities hold at, as for moa-search; those of the items make all plans of a density
+    """Lengths in tokens that densities and shares hold at, as for moa-search; those of the items make all plans of one
     keep as much at each."""
     lengths: Several[Tokens] = Field(default=(512, 1024, 2048, 4096), min_length=1)
     """Tokens per item, answer included."""

@@ -33,6 +33,7 @@ from moa_search.options.groups import (
     LoadingOptions,
     ModelOptions,
     Searcher,
+    SharesOptions,
     TrustRemoteCode,
 )
 
@@ -108,7 +109,7 @@ with warnings.catch_warnings():
     # `validate` is also a method of pydantic's models, deprecated and not used here.
     warnings.filterwarnings("ignore", message='Field name "validate"')
 
-    class FrontOptions(SearchOptions, DensitiesOptions):
+    class FrontOptions(SearchOptions, SharesOptions):
         """Result."""
 
         validate: str | None = None  # type: ignore[assignment]

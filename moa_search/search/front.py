@@ -37,22 +37,22 @@ class BudgetUse:
 
 @dataclass(frozen=True)
 class Front:
-    """Plans of which none beats another: under one set of budgets, or one for each of several densities.
+    """Plans of which none beats another: under one set of budgets, or one for each of several.
 
     Attributes:
         plans: Under one set of budgets the first has the weights asked for, or equal ones on every profiled length.
         chosen_index: Which plan to use unless there is a reason to prefer another; None where none was chosen.
         usage: The budgets with what the chosen plan uses of them. Plans don't say it, so a front that was loaded
             doesn't know it, nor the two that follow.
-        densities: The density that each plan was asked to keep, increasing; empty under one set of budgets.
-        has_knee: Whether the chosen one is the knee of the losses over ``densities``.
+        asked: The share of tokens or bytes that each plan may keep at most, increasing; empty under one set of budgets.
+        has_knee: Whether the chosen one is the knee of the losses over ``asked``.
         numbers: Of the plans' files; by default from 0 on.
     """
 
     plans: Sequence[Plan]
     chosen_index: int | None = 0
     usage: Sequence[BudgetUse] = ()
-    densities: tuple[float, ...] = ()
+    asked: tuple[float, ...] = ()
     has_knee: bool = False
     numbers: Sequence[int] = ()
 
@@ -126,7 +126,7 @@ class Front:
                 file.write(content.encode())
                 file.flush()  # a full disk shows before the first file is replaced
         try:
-            stale = [*(root / "front").glob("plan-*.json"), root / "front" / "densities.png", root / "validation.csv"]
+            stale = [*(root / "front").glob("plan-*.json"), root / "front" / "budgets.png", root / "validation.csv"]
             for path in stale:
                 if path not in contents:
                     path.unlink(missing_ok=True)

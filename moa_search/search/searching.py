@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Literal
 
 from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
@@ -46,25 +47,31 @@ def search_profile(profile: Profile, options: SearchOptions) -> Front:
     return Front(plans, usage=[BudgetUse(row.spec, used(row, chosen)) for row in space.rows])
 
 
-def search_densities(profile: Profile, options: SearchOptions, densities: Sequence[float]) -> Front:
-    """The best plan for each of several densities, and the one where keeping more stops paying.
+def search_several(
+    profile: Profile,
+    options: SearchOptions,
+    shares: Sequence[float],
+    budget: Literal["density", "kv_share"] = "density",
+) -> Front:
+    """The best plan for each of several budgets, and the one where keeping more stops paying.
 
     Args:
         profile: Influence statistics.
-        options: All else; ``density`` and ``front_steps`` don't count.
-        densities: Each holds at every budget length.
+        options: All else; what ``budget`` names and ``front_steps`` don't count.
+        shares: Each holds at every budget length.
+        budget: The option that they are values of: shares of tokens, or of bytes.
 
     Raises:
         MoAError: As `search_profile`.
     """
-    asked = sorted(set(densities))
+    asked = sorted(set(shares))
     fronts = [
-        search_profile(profile, options.replace(density=[density], front_steps=0))
-        for density in progress(asked, what="Searching", unit="density")
+        search_profile(profile, options.replace(**{budget: [share]}, front_steps=0))
+        for share in progress(asked, what="Searching", unit="budget")
     ]
     plans = [front.chosen for front in fronts]
     found = knee(asked, [_weighted_loss(plan) for plan in plans])
-    chosen = asked.index(densities[0]) if found is None else found
+    chosen = asked.index(shares[0]) if found is None else found
     return Front(plans, chosen, fronts[chosen].usage, tuple(asked), found is not None)
 
 

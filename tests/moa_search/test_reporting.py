@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from moa_search import api, load_model
+from moa_search.api.variants import searched_plans
 from moa_search.cli import evaluate
 from moa_search.formats import ModelSignature, Plan
+from moa_search.options import ReportOptions
 from moa_search.spans import SpanRule
 
 
@@ -87,6 +89,16 @@ def test_from_a_yaml_file_to_a_page_and_its_tables(config, monkeypatch, capsys, 
     for name in (*names, "Effective context", "Scores: passkey", "Differences", "Plans", "teacher-forced"):
         assert name in page
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
+
+
+def test_plans_are_searched_for_shares_of_bytes_too(profile, tmp_path):
+    asked = ReportOptions(output=str(tmp_path), profile=str(profile), searchers=["exact"], kv_shares=[0.5])
+    (group,) = searched_plans(asked)
+    (name,) = group
+    assert name == "exact @ 0.5 of bytes"
+    assert group[name].share(300) <= 0.5
+    both = searched_plans(asked.replace(densities=[0.25]))
+    assert [name for group in both for name in group] == ["exact @ 0.25", "exact @ 0.5 of bytes"]
 
 
 def test_a_second_run_measures_and_searches_nothing(config, monkeypatch, capsys, tmp_path):

@@ -23,13 +23,13 @@ def front_frame(front: Front) -> Table:
     rows: list[dict[str, Any]] = front.rows()
     for index, (row, name, plan) in enumerate(zip(rows, front.names, front.plans, strict=True)):
         mark = f" (plan.json{', knee' if front.has_knee else ''})" if front.is_chosen(index) else ""
-        row |= {"plan": name + mark, "asked": front.densities[index] if front.densities else None}
+        row |= {"plan": name + mark, "asked": front.asked[index] if front.asked else None}
         row |= {f"extrapolated@{metrics.length}": metrics.extrapolated for metrics in plan.predicted}
         for entry in plan.validated:
             row |= {f"true_loss@{entry.length}": entry.loss, f"dense_loss@{entry.length}": entry.dense_loss}
     frame = pd.DataFrame(rows)
     columns = [Column("plan", lambda row: row["plan"], left=True)]
-    columns += [column("asked", None, "{:.4g}".format)] if front.densities else []
+    columns += [column("asked", None, "{:.4g}".format)] if front.asked else []
     for length in dict.fromkeys(metrics.length for plan in front.plans for metrics in plan.predicted):
         columns += _kept(f"@{length}", bits=f"share@{length}" in frame)
         columns.append(_predicted(length))

@@ -150,7 +150,7 @@ class TestOptions:
             "anchor": "prompt", "rules_per_layer": 2, "length_weights": ["512=1"], "predict_lengths": [4096],
             "robust": 0.5, "min_span": 64, "layer_floor": ["0=1.0"], "validate": "demo", "searchers": ["moa", "duo"],
             "criteria": ["squared"], "trials": 7, "sampler": "random", "storage": "s.journal", "study": "n",
-            "tiers": [8, 4], "kv_share": [0.5], "transforms": "p", "trust_remote_code": True,
+            "tiers": [8, 4], "kv_share": [0.5], "kv_shares": [0.1, 0.2], "transforms": "p", "trust_remote_code": True,
             "name": "n", "tile_query": 64, "tile_key": 64,
             "workers": 2, "devices": ["cuda:1"], "impl": "torch",
             "fold_lengths": [1024, 4096], "threshold": 0.4, "sparsity": 0.5, "recent": 256, "save": "s",

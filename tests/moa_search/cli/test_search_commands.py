@@ -37,18 +37,19 @@ def one_line(result):
 
 
 class TestSearch:
-    def test_several_densities_make_one_table_and_one_picture(self, call, profiled, tmp_path):
-        status, out, err = call(profiled, "--densities", 0.3, 0.5, 0.8, "--output", tmp_path)
+    @pytest.mark.parametrize("option", ["--densities", "--kv-shares"])
+    def test_several_budgets_make_one_table_and_one_picture(self, call, profiled, tmp_path, option):
+        status, out, err = call(profiled, option, 0.3, 0.5, 0.8, "--output", tmp_path)
         assert status == 0, err
         assert "3" in out
-        assert (tmp_path / "front" / "densities.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "front" / "budgets.png").read_bytes().startswith(b"\x89PNG")
         plans = [Plan.load(tmp_path / "front" / f"plan-{index:02d}.json") for index in range(3)]
         assert [plan.density(300) <= density for plan, density in zip(plans, (0.3, 0.5, 0.8), strict=True)] == [
             True
         ] * 3
         assert Plan.load(tmp_path / "plan.json") in plans
         assert call(profiled, "--density", 0.3, "--output", tmp_path)[0] == 0
-        assert not (tmp_path / "front" / "densities.png").exists()
+        assert not (tmp_path / "front" / "budgets.png").exists()
 
     def test_budgets_in_other_units_say_what_they_use(self, call, profiled, tmp_path):
         status, out, err = call(profiled, "--budget", "kv=100KiB@2048x2", "tokens=150@600", "--output", tmp_path)
@@ -70,6 +71,8 @@ class TestSearch:
         ("arguments", "words"),
         [
             (["--density", 0.5, "--densities", 0.5, 0.6], "give one of them"),
+            (["--kv-share", 0.5, "--kv-shares", 0.5, 0.6], "give one of them"),
+            (["--densities", 0.5, 0.6, "--kv-shares", 0.5, 0.6], "give one of them"),
             (["--budget", "memry=2GiB@32k"], "did you mean 'memory'"),
             (["--budget", "decode=1ms@1024"], "hardware"),
             (["--layer-floor", "9=1.0"], "outside 0..1"),

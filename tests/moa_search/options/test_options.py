@@ -39,7 +39,8 @@ KINDS = (
     InspectPlanOptions, ProfileOptions, ReportOptions, ThroughputOptions, TuneOptions, ValidateOptions,
 )  # fmt: skip
 ONE = {
-    "density": 0.25, "kv_share": 0.125, "densities": 0.5, "budget_lengths": 1024, "budget": "kv=2MiB@2048",
+    "density": 0.25, "kv_share": 0.125, "densities": 0.5, "kv_shares": 0.125, "budget_lengths": 1024,
+    "budget": "kv=2MiB@2048",
     "predict_lengths": 4096,
     "layer_floor": "0=1.0", "searchers": "moa", "lengths": 512, "sources": "copy", "criteria": "signed",
     "devices": "cuda:0", "tasks": "copy", "plan": "plan.json", "baselines": "dense", "depths": 0.5, "against": "dense",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moa_search.errors import ConfigError
-from moa_search.search import SearchOptions, search_densities, search_profile
+from moa_search.search import SearchOptions, search_profile, search_several
 from moa_search.search.searchers import find_searcher
 from moa_search.search.searching import make_space
 from moa_search.search.space import density_specs, parse_floors
@@ -184,9 +184,9 @@ def test_a_prompt_anchored_plan_is_judged_as_it_runs(tiny_profile):
 
 class TestSeveralDensities:
     def test_one_plan_for_each_and_more_never_loses_more(self, tiny_profile):
-        front = search_densities(tiny_profile, SearchOptions(), [0.6, 0.2, 0.4, 0.8])
-        assert front.densities == (0.2, 0.4, 0.6, 0.8)
-        for plan, density in zip(front.plans, front.densities, strict=True):
+        front = search_several(tiny_profile, SearchOptions(), [0.6, 0.2, 0.4, 0.8])
+        assert front.asked == (0.2, 0.4, 0.6, 0.8)
+        for plan, density in zip(front.plans, front.asked, strict=True):
             assert all(metrics.density <= density for metrics in plan.predicted)
         totals = [sum(metrics.loss for metrics in plan.predicted) for plan in front.plans]
         assert totals == sorted(totals, reverse=True)
@@ -195,6 +195,6 @@ class TestSeveralDensities:
         assert front.budgets == list(front.chosen.provenance.budgets)
 
     def test_without_a_knee_the_first_asked_for_is_chosen(self, tiny_profile):
-        front = search_densities(tiny_profile, SearchOptions(), [0.6, 0.2])
+        front = search_several(tiny_profile, SearchOptions(), [0.6, 0.2])
         assert not front.has_knee
         assert front.chosen is front.plans[1]

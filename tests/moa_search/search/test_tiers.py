@@ -13,7 +13,7 @@ from moa_search.options import SearchOptions
 from moa_search.search.front import Front
 from moa_search.search.losses import plan_losses, rule_losses
 from moa_search.search.searchers import find_searcher
-from moa_search.search.searching import candidate_tiers, make_space, search_profile
+from moa_search.search.searching import candidate_tiers, make_space, search_profile, search_several
 from moa_search.spans import DENSE, SpanRule
 from tests.moa_search.formats.test_tiers import tiered
 from tests.moa_search.search.test_losses import looked_up
@@ -66,6 +66,16 @@ def looked_up_in(profile, entry, values, rule, anchor):
         return looked_up(entry, values, rule, anchor)
     finally:
         reference.SINK, reference.BLOCK = before
+
+
+def test_a_plan_for_each_share_of_bytes_and_more_never_loses_more(profile):
+    front = search_several(profile, SearchOptions(), [0.5, 0.2, 0.35], "kv_share")
+    assert front.asked == (0.2, 0.35, 0.5)
+    for plan, share in zip(front.plans, front.asked, strict=True):
+        assert all(plan.share(length) <= share for length in profile.lengths)
+        assert not plan.is_plain, "bits are chosen along with spans"
+    totals = [sum(metrics.loss for metrics in plan.predicted) for plan in front.plans]
+    assert totals == sorted(totals, reverse=True)
 
 
 def test_sixteen_bits_alone_find_the_plans_of_spans_byte_for_byte(profile, tiny_profile):
