@@ -1,4 +1,4 @@
-"""What every file format shares: atomic writing, canonical hashing and one-line validation errors."""
+"""What file formats share: atomic writing, canonical hashing, checked arrays and one-line validation errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from moa_search.errors import ConfigError, PlanFormatError
 
@@ -125,6 +128,26 @@ def sha256_of(*parts: bytes) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return f"sha256:{digest.hexdigest()}"
+
+
+def take_tensor(
+    tensors: dict[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...], dtype: type = np.float32
+) -> npt.NDArray[Any]:
+    """Take an array out of a file's.
+
+    Raises:
+        ValueError: It is missing, of another shape or type, or not finite.
+    """
+    if name not in tensors:
+        raise ValueError(f"tensor {name} is missing")
+    tensor = tensors.pop(name)
+    if tensor.shape != shape:
+        raise ValueError(f"tensor {name} has shape {tensor.shape}, expected {shape}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"tensor {name} holds {tensor.dtype}, expected {np.dtype(dtype)}")
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"tensor {name} holds values that aren't finite")
+    return tensor
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from moa_search.formats.patterns import Pattern, Strict
 from moa_search.formats.provenance import LengthMetrics, Provenance, Validation
-from moa_search.formats.signature import ModelSignature, own_window
+from moa_search.formats.signature import ModelSignature, check_native_layers, own_window
 from moa_search.formats.tiers import PLAIN, Tier, wants_transform
 from moa_search.spans import BLOCK_TOKENS, SINK_TOKENS, SpanRule
 from moa_search.version import __version__
@@ -48,11 +48,7 @@ class PlanContent(Strict):
         for layer, heads in enumerate(self.patterns):
             if len({pattern.kind == "native" for pattern in heads}) > 1:
                 raise ValueError(f"layer {layer} is native in some KV heads only; a layer is native as a whole")
-        native = self.native_layers
-        if native and own_window(self.model) is None:
-            raise ValueError(f"layer {native[0]} is native, but model.config names no sliding_window")
-        if len(native) == len(self.patterns):
-            raise ValueError("every layer is native, so there is no head that a plan could shorten")
+        check_native_layers(self.model, self.native_layers)
         return self
 
     @model_validator(mode="after")

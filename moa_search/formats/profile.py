@@ -43,9 +43,10 @@ from moa_search.formats.files import (
     parse_json,
     read_file,
     sha256_of,
+    take_tensor,
 )
-from moa_search.formats.signature import ModelSignature, own_window
-from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics
+from moa_search.formats.signature import ModelSignature, check_native_layers
+from moa_search.formats.tiers import SIDES, TierLength, TiersHeader, TierStatistics, WindowGrid
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.version import __version__
 
@@ -63,30 +64,14 @@ LOSSES = ("squared", "signed", "absolute", "elementwise", "absolute_error", "ele
 Floats = npt.NDArray[np.float32]
 
 
-class LengthHeader(BaseModel):
+class LengthHeader(WindowGrid):
     """What was measured at one length.
 
     Attributes:
-        length: Tokens per sample, prompt and answer.
-        windows: Window sizes in tokens, increasing, the last one at least ``length``.
-        row_buckets: Number of equal slices of the rows.
         samples: Samples measured.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    length: int = Field(ge=1)
-    windows: tuple[int, ...] = Field(min_length=1)
-    row_buckets: int = Field(ge=1)
     samples: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _windows_form_a_grid(self) -> LengthHeader:
-        if self.windows[0] < 1 or any(a >= b for a, b in itertools.pairwise(self.windows)):
-            raise ValueError(f"the windows at length {self.length} don't increase from 1 on")
-        if self.windows[-1] < self.length:
-            raise ValueError(f"the last window at length {self.length} is {self.windows[-1]}, shorter than that")
-        return self
 
 
 class ProfileHeader(BaseModel):
@@ -132,15 +117,10 @@ class ProfileHeader(BaseModel):
 
     @model_validator(mode="after")
     def _native_layers_make_sense(self) -> ProfileHeader:
-        native, layers = self.native_layers, self.model.num_hidden_layers
-        if not native:
-            return self
-        if native[0] < 0 or native[-1] >= layers or any(a >= b for a, b in itertools.pairwise(native)):
-            raise ValueError(f"the native layers don't increase within 0..{layers - 1}")
-        if len(native) == layers:
-            raise ValueError("every layer is native, so there is no head that a plan could shorten")
-        if own_window(self.model) is None:
-            raise ValueError(f"layer {native[0]} is native, but model.config names no sliding_window")
+        native, layers = self.native_layers, range(self.model.num_hidden_layers)
+        if list(native) != sorted(layer for layer in set(native) if layer in layers):
+            raise ValueError(f"the native layers don't increase within 0..{layers[-1]}")
+        check_native_layers(self.model, native)
         return self
 
     @property
@@ -379,10 +359,10 @@ def _unpack(
         per_sample = {name: _take_halved(left, f"{entry.length}/{name}", shape) for name in SAMPLE_STATISTICS}
         by_length[entry.length] = LengthProfile(
             header=entry,
-            loss=_take(left, f"{entry.length}/loss", (entry.samples,)),
+            loss=take_tensor(left, f"{entry.length}/loss", (entry.samples,)),
             per_sample=per_sample,
-            mean={name: _take(left, f"{entry.length}/{name}", grid) for name in MEAN_STATISTICS},
-            error={name: _take(left, f"{entry.length}/{name}_error", grid) for name in MEAN_STATISTICS},
+            mean={name: take_tensor(left, f"{entry.length}/{name}", grid) for name in MEAN_STATISTICS},
+            error={name: take_tensor(left, f"{entry.length}/{name}_error", grid) for name in MEAN_STATISTICS},
         )
         _require_zeros(by_length[entry.length], header.native_layers)
     tiers = None if header.tiers is None else _unpack_tiers(header, header.tiers, left)
@@ -399,7 +379,7 @@ def _fill_in(tensors: dict[str, npt.NDArray[Any]], entry: LengthHeader) -> None:
     """
     cells = (entry.row_buckets, len(entry.windows))
     at = f"{entry.length}/measured"
-    measured = _take(tensors, at, cells, np.uint8)
+    measured = take_tensor(tensors, at, cells, np.uint8)
     if (measured > 1).any():
         raise ValueError(f"tensor {at} holds more than 0 and 1")
     for name in (f"{entry.length}/{name}" for name in LOSSES):
@@ -434,7 +414,7 @@ def _unpack_tiers(header: ProfileHeader, tiers: TiersHeader, left: dict[str, npt
             }
             for side in SIDES
         ]
-        answer_tokens = _take(left, f"{grid.length}/answer_tokens", (entry.samples,))
+        answer_tokens = take_tensor(left, f"{grid.length}/answer_tokens", (entry.samples,))
         if (answer_tokens < 1).any():
             raise ValueError(f"tensor {grid.length}/answer_tokens holds less than one token")
         by_length[grid.length] = TierLength(grid, answer_tokens, *sides)
@@ -446,25 +426,10 @@ def _unpack_tiers(header: ProfileHeader, tiers: TiersHeader, left: dict[str, npt
 
 def _take_halved(tensors: dict[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...]) -> Floats:
     """What `_halve` made two tensors of."""
-    half = _take(tensors, name, shape, np.float16)
-    scale = _take(tensors, f"{name}_scale", shape[:3])
+    half = take_tensor(tensors, name, shape, np.float16)
+    scale = take_tensor(tensors, f"{name}_scale", shape[:3])
     values: Floats = half.astype(np.float32) * scale[..., None, None]
     return values
-
-
-def _take(
-    tensors: dict[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...], dtype: type = np.float32
-) -> npt.NDArray[Any]:
-    if name not in tensors:
-        raise ValueError(f"tensor {name} is missing")
-    tensor = tensors.pop(name)
-    if tensor.shape != shape:
-        raise ValueError(f"tensor {name} has shape {tensor.shape}, expected {shape}")
-    if tensor.dtype != dtype:
-        raise ValueError(f"tensor {name} holds {tensor.dtype}, expected {np.dtype(dtype)}")
-    if not np.isfinite(tensor).all():
-        raise ValueError(f"tensor {name} holds values that aren't finite")
-    return tensor
 
 
 def _require_zeros(entry: LengthProfile, native_layers: tuple[int, ...]) -> None:
@@ -481,5 +446,5 @@ def _require_zero_layers(statistics: dict[str, Floats], native_layers: tuple[int
 
 def _keys() -> set[str]:
     """Every key that may appear in the header."""
-    kinds = (ProfileHeader, LengthHeader, TiersHeader, TierGrid, ModelSignature)
+    kinds = (ProfileHeader, LengthHeader, TiersHeader, ModelSignature)
     return {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}

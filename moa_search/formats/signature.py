@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -134,6 +135,22 @@ def own_window(model: ModelSignature) -> int | None:
     """The sliding window in tokens that the model's configuration names, or None."""
     window = model.config.get("sliding_window")
     return window if type(window) is int and window > 0 else None
+
+
+def check_native_layers(model: ModelSignature, layers: Sequence[int]) -> None:
+    """Check that a model can have these native layers.
+
+    Args:
+        model: The model.
+        layers: Those that keep its sliding window, each once.
+
+    Raises:
+        ValueError: They are all that it has, or its configuration names no window.
+    """
+    if len(layers) == model.num_hidden_layers:
+        raise ValueError("every layer is native, so there is no head that a plan could shorten")
+    if layers and own_window(model) is None:
+        raise ValueError(f"layer {layers[0]} is native, but model.config names no sliding_window")
 
 
 def _plain(value: Any) -> JsonValue:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,11 @@ SIDES = ("key", "value")
 Floats = npt.NDArray[np.float32]
 
 
-class TierGrid(BaseModel):
-    """Where the influence of codecs was measured at one length.
+class WindowGrid(BaseModel):
+    """Where influence was measured at one length.
 
     Attributes:
-        length: Tokens per sample.
+        length: Tokens per sample, prompt and answer.
         windows: Window sizes in tokens, increasing, the last one at least ``length``.
         row_buckets: Number of equal slices of the rows.
     """
@@ -51,11 +51,11 @@ class TierGrid(BaseModel):
     row_buckets: int = Field(ge=1)
 
     @model_validator(mode="after")
-    def _windows_form_a_grid(self) -> TierGrid:
+    def _windows_increase_to_the_length(self) -> Self:
         if self.windows[0] < 1 or any(a >= b for a, b in itertools.pairwise(self.windows)):
-            raise ValueError(f"the tiers' windows at length {self.length} don't increase from 1 on")
+            raise ValueError(f"the windows at length {self.length} don't increase from 1 on")
         if self.windows[-1] < self.length:
-            raise ValueError(f"the tiers' last window at length {self.length} is {self.windows[-1]}, shorter than that")
+            raise ValueError(f"the last window at length {self.length} is {self.windows[-1]}, shorter than that")
         return self
 
 
@@ -70,7 +70,7 @@ class TiersHeader(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bits: tuple[int, ...] = Field(min_length=1)
-    lengths: tuple[TierGrid, ...] = Field(min_length=1)
+    lengths: tuple[WindowGrid, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _bits_are_known(self) -> TiersHeader:
@@ -122,7 +122,7 @@ class TierLength:
         values: The same of values.
     """
 
-    header: TierGrid
+    header: WindowGrid
     answer_tokens: Floats = field(repr=False)
     keys: dict[int, dict[str, Floats]] = field(repr=False)
     values: dict[int, dict[str, Floats]] = field(repr=False)
@@ -202,7 +202,7 @@ class TierStatistics:
     __hash__ = None  # type: ignore[assignment]
 
 
-def tier_grid(length: int) -> TierGrid:
+def tier_grid(length: int) -> WindowGrid:
     """Where codecs are measured: in heads that see everything, over all rows.
 
     Nothing else is asked of a profile (`TierLength.rounding`). Files from before hold more windows and buckets.
@@ -210,4 +210,4 @@ def tier_grid(length: int) -> TierGrid:
     Args:
         length: Tokens per sample.
     """
-    return TierGrid(length=length, windows=(length,), row_buckets=1)
+    return WindowGrid(length=length, windows=(length,), row_buckets=1)

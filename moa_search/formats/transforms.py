@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from moa_search.errors import PlanFormatError
-from moa_search.formats.files import atomic_write, one_line
+from moa_search.formats.files import atomic_write, one_line, take_tensor
 from moa_search.formats.signature import ModelSignature
 
 SCHEMA = "moa-transforms/1"
@@ -74,23 +74,17 @@ class KeyTransforms:
             "mean": ((*heads, width), np.float32),
             "order": ((width,), np.int32),
         }
-        if tensors.keys() != wanted.keys():
-            raise ValueError(f"transforms hold {', '.join(sorted(tensors))}, not {', '.join(wanted)}")
-        for name, (shape, dtype) in wanted.items():
-            tensor = tensors[name]
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"transforms/{name} holds {tensor.dtype} {tensor.shape}, expected {np.dtype(dtype)} {shape}"
-                )
-            if not np.isfinite(tensor).all():
-                raise ValueError(f"transforms/{name} holds values that aren't finite")
+        left = {f"transforms/{name}": tensor for name, tensor in tensors.items()}
+        taken = {name: take_tensor(left, f"transforms/{name}", *of) for name, of in wanted.items()}
+        if left:
+            raise ValueError(f"tensor {min(left)} belongs to no transform")
         signs, sizes = np.linalg.slogdet(tensors["balance"].astype(np.float64))
         if not (np.isfinite(sizes) & (signs != 0)).all():
             layer, head = np.argwhere(~np.isfinite(sizes) | (signs == 0))[0]
             raise ValueError(f"transforms/balance has no inverse at layer {layer}, KV head {head}")
         if not np.array_equal(np.sort(tensors["order"]), np.arange(width)):
             raise ValueError("transforms/order doesn't name every channel once")
-        return cls(**tensors)
+        return cls(**taken)
 
     @cached_property
     def _bytes(self) -> bytes:

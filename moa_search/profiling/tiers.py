@@ -14,7 +14,7 @@ from moa_kernels.codes import Codec, Transform, wants_transform
 from moa_kernels.influence.coded import CODED_STATISTICS, coded_changes
 from torch import Tensor
 
-from moa_search.formats.tiers import SIDES, TierGrid, TierLength, TiersHeader, TierStatistics, tier_grid
+from moa_search.formats.tiers import SIDES, TierLength, TiersHeader, TierStatistics, tier_grid
 from moa_search.formats.transforms import KeyTransforms
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -45,10 +45,6 @@ class TierMeter:
     transforms: KeyTransforms
     impl: Impl = "auto"
 
-    def grid(self, length: int) -> TierGrid:
-        """Where codecs are measured at a length in tokens."""
-        return tier_grid(length)
-
     @property
     def statistics(self) -> list[str]:
         """Names of what `changes` gives."""
@@ -78,7 +74,7 @@ class TierMeter:
             sink: First tokens, kept and stored in 16 bits.
             options: Of the attention, as for `coded_changes`.
         """
-        grid = self.grid(length)
+        grid = tier_grid(length)
         of_keys = Transform.of_keys(*map(torch.from_numpy, self.transforms.layer(layer))).to(key.device)
         of_values = Transform.rotation(len(value), value.shape[-1]).to(value.device)
         found = coded_changes(
@@ -108,7 +104,7 @@ class TierMeter:
 
     def header(self, lengths: Sequence[int]) -> TiersHeader:
         """For a profile of these lengths."""
-        return TiersHeader(bits=self.bits, lengths=tuple(self.grid(length) for length in lengths))
+        return TiersHeader(bits=self.bits, lengths=tuple(map(tier_grid, lengths)))
 
 
 class TierAccumulator:
@@ -140,7 +136,7 @@ class TierAccumulator:
         for length, samples in sorted(self._samples.items()):
             keys, values = ({bits: _stacked(samples, side, bits) for bits in self._meter.bits} for side in SIDES)
             tokens = np.array(self._tokens[length], dtype=np.float32)
-            by_length[length] = TierLength(self._meter.grid(length), tokens, keys, values)
+            by_length[length] = TierLength(tier_grid(length), tokens, keys, values)
         return TierStatistics(self._meter.transforms, by_length)
 
 

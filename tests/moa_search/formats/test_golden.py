@@ -16,7 +16,7 @@ from moa_search.formats.profile import (
     ProfileHeader,
 )
 from moa_search.formats.provenance import Budget, LengthMetrics, Provenance
-from moa_search.formats.tiers import TierGrid, TierLength, TiersHeader, TierStatistics
+from moa_search.formats.tiers import TierLength, TiersHeader, TierStatistics, WindowGrid
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.spans import DENSE, SpanRule
 
@@ -110,7 +110,7 @@ def profile_1() -> Profile:
 def profile_2() -> Profile:
     """The same with two tiers."""
     profile = profile_1()
-    lengths = tuple(TierGrid(length=n, windows=(64, n), row_buckets=1) for n in profile.lengths)
+    lengths = tuple(WindowGrid(length=n, windows=(64, n), row_buckets=1) for n in profile.lengths)
     tiers = TiersHeader(bits=(8, 2), lengths=lengths)
 
     def counting(start: int, *shape: int) -> np.ndarray:

@@ -116,10 +116,23 @@ def test_transforms_of_another_model_are_refused(plan, tmp_path):
     content = json.loads(plan.dumps()) | {"transforms": wide.checksum}
     del content["checksum"]
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(
-        PlanFormatError, match=r"no transforms of this plan's model \(transforms/balance holds float32 \(2, 2, 8, 8\)"
-    ):
+    says = r"no transforms of this plan's model \(tensor transforms/balance has shape \(2, 2, 8, 8\), expected"
+    with pytest.raises(PlanFormatError, match=says):
         Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"mean": None}, "tensor transforms/mean is missing"),
+        ({"means": np.zeros(1)}, "tensor transforms/means belongs to no transform"),
+        ({"order": np.arange(MODEL.head_dim)}, "tensor transforms/order holds int64, expected int32"),
+    ],
+)
+def test_transforms_are_all_there_and_nothing_else(change, says):
+    tensors = {name: values for name, values in (transforms().tensors() | change).items() if values is not None}
+    with pytest.raises(ValueError, match=says):
+        KeyTransforms.of(tensors, MODEL)
 
 
 def test_a_plan_without_its_file_says_how_to_read_it(plan, tmp_path):

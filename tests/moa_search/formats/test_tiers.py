@@ -124,7 +124,7 @@ def test_a_pairs_change_is_the_sum_of_its_keys_and_values(path: Path) -> None:
         (lambda c, t: c["tiers"].update(bits=[4, 8]), "tiers: the tiers' bits are [4, 8]"),
         (lambda c, t: c["tiers"].update(bits=[5]), "tiers: the tiers' bits are [5]"),
         (lambda c, t: c["tiers"]["lengths"].pop(), "top level: the tiers' lengths aren't the profile's"),
-        (lambda c, t: c["tiers"]["lengths"][0].update(windows=[64]), "tiers.lengths.0: the tiers' last window"),
+        (lambda c, t: c["tiers"]["lengths"][0].update(windows=[64]), "tiers.lengths.0: the last window"),
         (lambda c, t: c["tiers"].update(bit=1), "tiers.bit: unknown key (did you mean 'bits'?)"),
         (lambda c, t: t["transforms/mean"].fill(0), "damaged, its content doesn't match its checksum"),
     ],
