@@ -26,7 +26,7 @@ from search_instances import BITS_ERROR, Curves
 
 from moa_search.api import search_front
 from moa_search.formats import ModelSignature, Plan, Profile
-from moa_search.formats.profile import (
+from moa_search.formats.profile_content import (
     MEAN_STATISTICS,
     SAMPLE_STATISTICS,
     LengthHeader,

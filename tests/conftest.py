@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moa_search.formats import ModelSignature, Plan, Profile
-from moa_search.formats.profile import (
+from moa_search.formats.profile_content import (
     MEAN_STATISTICS,
     SAMPLE_STATISTICS,
     LengthHeader,

@@ -12,7 +12,7 @@ from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest
 
 if TYPE_CHECKING:
-    from moa_search.formats.profile import LengthProfile
+    from moa_search.formats.profile_content import LengthProfile
 
 CRITERIA = ("squared", "root_squared", "signed", "absolute", "elementwise", "recall")
 """How a rule's effect on a head is summed up.

@@ -10,13 +10,8 @@ import numpy.typing as npt
 
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats.files import sha256_of
-from moa_search.formats.profile import (
-    MEAN_STATISTICS,
-    SAMPLE_STATISTICS,
-    LengthProfile,
-    Profile,
-    ProfileHeader,
-)
+from moa_search.formats.profile import Profile
+from moa_search.formats.profile_content import MEAN_STATISTICS, SAMPLE_STATISTICS, LengthProfile, ProfileHeader
 from moa_search.formats.tiers import TierLength, TierStatistics
 
 Floats = npt.NDArray[np.float32]

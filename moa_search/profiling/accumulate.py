@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.formats.profile import MEAN_STATISTICS, SAMPLE_STATISTICS, LengthHeader, LengthProfile
+from moa_search.formats.profile_content import MEAN_STATISTICS, SAMPLE_STATISTICS, LengthHeader, LengthProfile
 
 Doubles = npt.NDArray[np.float64]
 

@@ -17,7 +17,8 @@ from moa_kernels.codes import BITS, token_bytes
 from moa_search.data import Sample, hash_samples
 from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
 from moa_search.formats import ModelSignature
-from moa_search.formats.profile import LengthProfile, Profile, ProfileHeader, RunSummary
+from moa_search.formats.profile import Profile, RunSummary
+from moa_search.formats.profile_content import LengthProfile, ProfileHeader
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.modeling.loading import weights_hash
 from moa_search.modeling.support import (

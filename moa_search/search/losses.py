@@ -12,7 +12,8 @@ from moa_search.errors import ConfigError, ProfilingError
 from moa_search.formats.criteria import head_losses, require_criterion, statistic_of
 from moa_search.formats.files import nearest
 from moa_search.formats.plan import Plan
-from moa_search.formats.profile import SAMPLE_STATISTICS, LengthHeader, LengthProfile, Profile
+from moa_search.formats.profile import Profile
+from moa_search.formats.profile_content import SAMPLE_STATISTICS, LengthHeader, LengthProfile
 from moa_search.formats.tiers import PLAIN, Tier, TierLength
 from moa_search.spans import SpanRule, span
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
-from moa_search.formats.profile import ProfileHeader
+from moa_search.formats.profile_content import ProfileHeader
 from moa_search.formats.provenance import Budget
 from moa_search.formats.signature import own_window
 from moa_search.formats.tiers import PLAIN, Tier, head_bytes

@@ -8,7 +8,7 @@ import numpy as np
 
 from moa_search.formats import ModelSignature, Plan, Profile
 from moa_search.formats.foreign import read_foreign
-from moa_search.formats.profile import (
+from moa_search.formats.profile_content import (
     MEAN_STATISTICS,
     SAMPLE_STATISTICS,
     LengthHeader,

@@ -6,7 +6,7 @@ import pytest
 from moa_search.errors import ConfigError, ModelMismatchError
 from moa_search.formats import Profile
 from moa_search.formats.merge import merge
-from moa_search.formats.profile import MEAN_STATISTICS, SAMPLE_STATISTICS
+from moa_search.formats.profile_content import MEAN_STATISTICS, SAMPLE_STATISTICS
 from moa_search.profiling.accumulate import LengthAccumulator
 
 

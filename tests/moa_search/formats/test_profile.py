@@ -16,7 +16,8 @@ from safetensors.numpy import load, save
 from moa_search.errors import ConfigError, ProfileFormatError, ProfileVersionError
 from moa_search.formats import Profile
 from moa_search.formats import profile as profile_module
-from moa_search.formats.profile import METADATA_KEY, SAMPLE_STATISTICS, LengthHeader
+from moa_search.formats.profile import METADATA_KEY
+from moa_search.formats.profile_content import SAMPLE_STATISTICS, LengthHeader
 
 Content = dict[str, Any]
 Tensors = dict[str, np.ndarray]

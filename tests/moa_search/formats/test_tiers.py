@@ -13,7 +13,7 @@ import pytest
 from moa_search.errors import ConfigError, ProfileFormatError
 from moa_search.formats import Profile
 from moa_search.formats.merge import merge
-from moa_search.formats.profile import SAMPLE_STATISTICS, ProfileHeader
+from moa_search.formats.profile_content import SAMPLE_STATISTICS, ProfileHeader
 from moa_search.formats.tiers import CODED_BITS, TierLength, TiersHeader, TierStatistics, tier_grid
 from moa_search.formats.transforms import KeyTransforms
 from moa_search.search.losses import rule_losses

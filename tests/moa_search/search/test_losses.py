@@ -6,12 +6,12 @@ import pytest
 from moa_search.errors import ConfigError, ProfilingError
 from moa_search.formats import Plan
 from moa_search.formats.criteria import CRITERIA
-from moa_search.formats.profile import (
+from moa_search.formats.profile import Profile
+from moa_search.formats.profile_content import (
     MEAN_STATISTICS,
     SAMPLE_STATISTICS,
     LengthHeader,
     LengthProfile,
-    Profile,
     ProfileHeader,
 )
 from moa_search.search.losses import losses_from, rule_losses

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moa_search.errors import BudgetInfeasibleError, ConfigError
 from moa_search.formats.plan import Plan
-from moa_search.formats.profile import LengthHeader, ProfileHeader
+from moa_search.formats.profile_content import LengthHeader, ProfileHeader
 from moa_search.formats.provenance import Budget
 from moa_search.formats.signature import ModelSignature
 from moa_search.search.budgets.cost_model import CostModel
