@@ -99,7 +99,7 @@ def as_stored(plan: Plan, layer: int, states: torch.Tensor, side: int) -> torch.
             transform = Transform.rotation(1, width)
         elif bits < 8:
             transform = Transform.of_keys(*map(torch.from_numpy, given.layer(layer))).of([head])
-        codec, positions = Codec(bits, transform), torch.arange(plan.sink, states.shape[2])
+        codec, positions = Codec(bits, transform), torch.arange(states.shape[2])[plan.sink :]
         coded = codec.encode(states[:, head : head + 1, plan.sink :], positions)
         found[:, head : head + 1, plan.sink :] = codec.decode(coded, states.dtype, positions)
     return found
