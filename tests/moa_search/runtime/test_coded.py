@@ -109,6 +109,15 @@ def test_greedy_generation_equals_repeated_whole_passes(model):
     assert torch.equal(model.generate(prompt, max_new_tokens=40, do_sample=False), greedy(reference, prompt, 40))
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 12])
+def test_prompts_within_the_sink_and_at_the_first_wrap(model, length):
+    """The sink has 4 tokens, the smallest ring 8."""
+    reference, prompt = explicit(tiny_model(), mixed_plan(model)), tokens(1, length)
+    expected = greedy(reference, prompt, 20)
+    for options in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False, **options), expected)
+
+
 def test_a_copied_prefix_and_a_rollback_go_on_as_if_nothing_had_happened(model):
     reference, prompt = explicit(tiny_model(), mixed_plan(model)), tokens(1, 80)
     cache = MoACache(model.config, mixed_plan(model))
