@@ -1,7 +1,8 @@
 """Answers of all environments as tables of items and of costs.
 
-``python collect.py ITEMS PLANS_FOLDER ANSWERS.jsonl... --out FOLDER`` writes ``rivals-smollm2-135m.csv.gz``, one row
-per answer (or turn of it), and ``rivals-costs-smollm2-135m.csv``, what each variant holds.
+``python collect.py ITEMS PLANS_FOLDER ANSWERS.jsonl... --out FOLDER --name rivals`` writes
+``rivals-smollm2-135m.csv.gz``, one row per answer (or turn of it), and ``rivals-costs-smollm2-135m.csv``, what each
+variant holds. A generated answer's NLL is that of the answer that holds all that is wanted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moa_search.evaluation.scoring import AnswerScore, readings
 from moa_search.formats import Plan
 from moa_search.tasks import Task, require_tasks
 from moa_search.tasks.ruler.records import string_match
+from moa_search.tasks.ruler.task import text_of
 
 HEAD_DIM, LAYERS = 64, 30
 COSTS = ["variant", "question", "length", "tokens_read", "held", "peak", "extra_passes"]
@@ -42,11 +44,13 @@ def main() -> None:
     for line in _lines(options.answers):
         item = items[line["id"]]
         name, question = line["rival"], line["question"]
-        versions.add(json.dumps(line.get("versions", {}), sort_keys=True))
+        made = {"device": line.get("device", ""), "versions": _said(line.get("versions", {}))}
+        versions.add(" ".join(made.values()))
         keys = {"task": item["task"], "length": item["length"], "variant": name, "question": question}
         mode = "generated" if "generated" in line else "forced"
         for number, (nll, score) in enumerate(_scores(item, line, tokenizer)):
-            rows.append({**keys, "answers": mode, "item": item["number"], "turn": number, "nll": nll, "score": score})
+            row = {**keys, "answers": mode, "item": item["number"], "turn": number, "nll": nll, "score": score}
+            rows.append({**row, **made})
         if "kept" in line:
             cost = [line[key] for key in ("kept", "held", "peak", "extra_passes")]
             costs.append([name, question, item["length"], *cost])
@@ -54,13 +58,12 @@ def main() -> None:
             costs.append([name, question, item["length"], *_costs(name, item["length"], plans)])
     found = pd.DataFrame(rows).drop_duplicates(["task", "length", "variant", "question", "answers", "item", "turn"])
     keys = ["task", "length", "answers", "variant", "question", "item", "turn"]
-    found = found.sort_values(keys).reset_index(drop=True)[[*keys, "nll", "score"]]
+    found = found.sort_values(keys).reset_index(drop=True)[[*keys, "nll", "score", "device", "versions"]]
     options.out.mkdir(exist_ok=True, parents=True)
-    found.round(5).to_csv(
-        options.out / "rivals-smollm2-135m.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
-    )
+    path = options.out / f"{options.name}-smollm2-135m.csv.gz"
+    found.round(5).to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
     mean = pd.DataFrame(costs, columns=COSTS).groupby(COSTS[:3], sort=True).mean().round(4).reset_index()
-    mean.to_csv(options.out / "rivals-costs-smollm2-135m.csv", index=False)
+    mean.to_csv(options.out / f"{options.name}-costs-smollm2-135m.csv", index=False)
     print(found.groupby(["answers", "length", "task"]).agg(rows=("nll", "size"), variants=("variant", "nunique")))
     print(*versions, sep="\n")
 
@@ -79,12 +82,15 @@ def _scores(item: dict[str, Any], line: dict[str, Any], tokenizer: Any) -> list[
     supervised = None if item["supervised"] is None else np.array(item["supervised"], dtype=bool)
     sample = Sample(ids, len(item["answer"]), item["task"], item["depth"], "", item["length"], "", supervised)
     if "generated" in line:
-        name = item["task"].removeprefix("ruler:")
-        given = tokenizer.decode(line["generated"], skip_special_tokens=True)
-        return [(float("nan"), string_match(name, item["texts"], given))]
+        given = text_of(tokenizer, line["generated"])
+        return [(float(np.mean(line["nll"])), string_match(item["task"].removeprefix("ruler:"), item["texts"], given))]
     counts = sample.counted
     answer = AnswerScore(np.array(line["nll"])[counts], np.array(line["correct"], dtype=bool)[counts])
     return [(score.nll, score.score) for score in readings(task, sample, answer)]
+
+
+def _said(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
 
 
 def _costs(name: str, length: int, plans: dict[str, Plan]) -> list[float]:
@@ -103,6 +109,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("plans", type=Path)
     parser.add_argument("answers", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs/data"))
+    parser.add_argument("--name", default="rivals", help="of the files")
     parser.add_argument("--model", help="whose tokenizer reads generated answers")
     return parser.parse_args()
 

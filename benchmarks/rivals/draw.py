@@ -1,13 +1,13 @@
-"""Draw `cells.DRAWN`: ``python draw.py items.jsonl.gz [MODEL]``.
+"""Draw `cells.DRAWN`: ``python draw.py items.jsonl.gz``; ``--only turns ruler`` draws some tasks.
 
 The tasks' texts differ between Python versions; drawn once, all environments and machines answer the same items.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from moa_search.evaluation.rivals.exchange import item_of
 from moa_search.evaluation.rivals.worker import DUO_SAMPLES, DUO_TOKENS
 from moa_search.modeling.loading import load_model
 from moa_search.tasks import require_tasks
-from moa_search.tasks.ruler.task import RulerTask
+from moa_search.tasks.ruler.records import RulerRecord
+from moa_search.tasks.ruler.task import RulerTask, sample_of
 
 
 def described(sample: Sample, number: int) -> dict[str, Any]:
@@ -38,16 +39,29 @@ def described(sample: Sample, number: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    path, model = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "demo"
-    tokenizer = load_model(model)[1]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("items", type=Path)
+    parser.add_argument("--model", default="demo", help="whose tokenizer counts")
+    parser.add_argument("--only", nargs="*", help="tasks, or 'ruler' for all of RULER's")
+    parser.add_argument("--lengths", type=int, nargs="*")
+    options = parser.parse_args()
+    tokenizer = load_model(options.model)[1]
     source, rng = TextSource.library(tokenizer, "calibration"), np.random.default_rng(0)
     texts = [str(tokenizer.decode(source.cut(DUO_TOKENS, rng)[1])) for _ in range(DUO_SAMPLES)]
-    with gzip.open(path, "wt") as file:
+    with gzip.open(options.items, "wt") as file:
         file.write(json.dumps({"texts": texts}) + "\n")
         for (name, length), count in DRAWN.items():
+            if options.only and name.partition(":")[0] not in options.only:
+                continue
+            if options.lengths and length not in options.lengths:
+                continue
             task = require_tasks([name])[0]
-            samples = task.held_out(tokenizer, length=length, count=count, seed=0)
-            records = task._made(tokenizer, length, count, 0) if isinstance(task, RulerTask) else [None] * count
+            records: list[RulerRecord | None] = [None] * count
+            if isinstance(task, RulerTask):
+                made = task._made(tokenizer, length, count, 0)
+                records, samples = [*made], [sample_of(tokenizer, record, length, name) for record in made]
+            else:
+                samples = task.held_out(tokenizer, length=length, count=count, seed=0)
             for number, (sample, record) in enumerate(zip(samples, records, strict=True)):
                 item = described(sample, number)
                 if record is not None:

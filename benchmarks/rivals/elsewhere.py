@@ -7,6 +7,7 @@ all methods have answered the same items.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import sys
@@ -17,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from cells import STAGES, mine, of_stage, read_items
+from cells import STAGES, is_enough, machine, mine, of_stage, read_items
 
 FAILURES = 2
 
@@ -30,21 +31,34 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.path.append(
-        str(Path(__file__).parents[2] / "moa_search" / "evaluation" / "rivals")
-    )  # without what is around it
+    # Without what is around it.
+    sys.path.append(str(Path(__file__).parents[2] / "moa_search" / "evaluation" / "rivals"))
     from worker import DUO_SAMPLES, DUO_TOKENS
     from worker.methods import Methods
 
-    class EarlyMethods(Methods):  # type: ignore[misc]
-        """Stops where an answer holds all that is wanted, which RULER's score can't tell from more."""
+    class BriefMethods(Methods):  # type: ignore[misc]
+        """Answers freely only from where an answer that holds all that is wanted isn't what the model would write."""
+
+        def _answer(self, cache: Any, position: int, question: list[int], item: dict[str, Any]) -> dict[str, Any]:
+            if "generate" not in item:
+                return super()._answer(cache, position, question, item)  # type: ignore[no-any-return]
+            answer = item["answer"]
+            forced = {key: value for key, value in item.items() if key != "generate"}
+            spare = copy.copy(cache)
+            spare.layers = list(map(copy.copy, cache.layers))  # a pass gives a layer new tensors
+            found = super()._answer(cache, position, question, forced)
+            right = [*found["correct"], 0].index(0)
+            self._before = given = answer[:right]
+            if not is_enough(self.tokenizer, given, item):
+                free = super()._answer(spare, position, question + given, item)
+                given = given + free["generated"]
+            return {**found, "generated": given}
 
         def _is_enough(self, given: list[int], item: dict[str, Any]) -> bool:
-            text = self.tokenizer.decode(given, skip_special_tokens=True).lower()
-            return all(one.lower() in text for one in item["texts"])
+            return is_enough(self.tokenizer, self._before + given, item)
 
     items, texts = read_items(options.items)
-    methods = EarlyMethods(
+    methods = BriefMethods(
         argparse.Namespace(model=options.model, gguf_file=None, dtype="bfloat16", device=options.device), texts
     )
     if options.duo_scores is not None:
@@ -53,6 +67,7 @@ def main() -> None:
 
         key = methods.model.config.name_or_path, DUO_SAMPLES, DUO_TOKENS
         duo_attention_press.cache[key] = np.load(options.duo_scores)
+    where = machine(options.device)
     done = set()
     if options.out.exists():
         lines = map(json.loads, options.out.open())
@@ -71,7 +86,7 @@ def main() -> None:
                         try:
                             for line in methods.answers(item, list(wanted), question):
                                 wanted.remove(line["rival"])
-                                out.write(json.dumps(line) + "\n")
+                                out.write(json.dumps({**line, "device": where["device"]}) + "\n")
                         except Exception:  # one method less; the others go on
                             rival, trace = wanted.pop(0), traceback.format_exc(limit=-4)
                             failed[rival] += 1

@@ -7,18 +7,19 @@ A cell is a variant on a stage's items of one task and length, which run in batc
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import BY_TORCH, STAGES, Stage, mine, of_stage, read_items
+from cells import BY_TORCH, STAGES, Stage, is_enough, machine, mine, of_stage, read_items
 
 from moa_search.evaluation.compare import Variant, constant_like, uniform_like
 from moa_search.evaluation.rivals.measuring import coded_variants
@@ -27,8 +28,6 @@ from moa_search.formats import Plan
 from moa_search.modeling.loading import load_model
 from moa_search.runtime import applied
 
-TOKENS_AT_ONCE = 131_072
-
 
 def main() -> None:
     options = _options()
@@ -36,17 +35,20 @@ def main() -> None:
     model, tokenizer = load_model(options.model, dtype="bfloat16", device=options.device)
     items, _ = read_items(options.items)
     plans = {path.stem if path.stem != "plan" else path.parent.name: Plan.load(path) for path in options.plans}
+    where = machine(model.device.type)
     done = set()
     if options.out.exists():
         done = {(line["rival"], line["id"], "generated" in line) for line in map(json.loads, options.out.open())}
     with options.out.open("a", buffering=1) as out:
-        for stage, name, (task, length), part in mine(list(_cells(items, options.stages)), *options.shard):
+        for stage, name, (task, length), part in mine(list(_cells(items, options)), *options.shard):
             missing = [item for item in part if (name, item["id"], stage.generated) not in done]
+            if not missing:
+                continue
             started = time.perf_counter()
             for impl in dict.fromkeys([options.impl, "torch"]):
                 try:
                     with _running(name, model, plans, length, impl):
-                        lines = list(_answers(model, tokenizer, missing, generated=stage.generated))
+                        lines = list(_answers(model, tokenizer, missing, options.tokens, generated=stage.generated))
                 except Exception:  # the cell once more in plain torch; the others go on
                     what = f"{impl} {stage.name} {name} {task} {length}"
                     trace = traceback.format_exc(limit=-4)
@@ -54,22 +56,30 @@ def main() -> None:
                     if "CUDA error" in trace:  # nothing runs any more in this process
                         sys.exit(1)
                     continue
-                lines = [{"rival": name, "question": "unknown", "impl": impl, **line} for line in lines]
+                lines = [{"rival": name, "question": "unknown", "impl": impl, **line, **where} for line in lines]
                 out.writelines(json.dumps(line) + "\n" for line in lines)
                 break
             print(f"{stage.name} {name} {task} {length}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def _cells(items: list[dict[str, Any]], stages: Sequence[str]) -> Iterator[tuple[Stage, str, tuple[str, int], Any]]:
-    """Cells, a variant's one after the other."""
+def _cells(
+    items: list[dict[str, Any]], options: argparse.Namespace
+) -> Iterator[tuple[Stage, str, tuple[str, int], list[dict[str, Any]]]]:
+    """Cells, a variant's one after the other; in rounds of some items, all variants answer these before the next."""
     for stage in STAGES:
-        if not stages or stage.name in stages:
-            chosen = list(of_stage(items, stage))
+        if options.stages and stage.name not in options.stages:
+            continue
+        by_key: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in stage.items}
+        for item in of_stage(items, stage):
+            by_key[item["task"], item["length"]].append(item)
+        size = options.round or max(stage.items.values())
+        for first in range(0, max(stage.items.values()), size):
             for name, key in itertools.product(stage.here, stage.items):
                 kind, _, span = name.rpartition(" ")
                 if kind == "window" and not int(span) < key[1] < 1.3 * int(span):
                     continue
-                yield stage, name, key, [item for item in chosen if (item["task"], item["length"]) == key]
+                if part := by_key[key][first : first + size]:
+                    yield stage, name, key, part
 
 
 def _running(name: str, model: Any, plans: dict[str, Plan], length: int, impl: Any) -> AbstractContextManager[Any]:
@@ -90,17 +100,19 @@ def plan_named(name: str, plans: dict[str, Plan], length: int) -> Plan:
 
 
 @torch.no_grad()
-def _answers(model: Any, tokenizer: Any, items: list[dict[str, Any]], *, generated: bool) -> Iterator[dict[str, Any]]:
+def _answers(
+    model: Any, tokenizer: Any, items: list[dict[str, Any]], at_once: int, *, generated: bool
+) -> Iterator[dict[str, Any]]:
     if generated:
         for item in items:
-            yield {"id": item["id"], "generated": _generated(model, tokenizer, item)}
+            yield {"id": item["id"], **_generated(model, tokenizer, item)}
         return
 
     def tokens(item: dict[str, Any]) -> int:
         return len(item["context"]) + len(item["question"]) + len(item["answer"])
 
     ordered = sorted(items, key=tokens, reverse=True)
-    size = max(1, TOKENS_AT_ONCE // max(map(tokens, items), default=1))
+    size = max(1, at_once // max(map(tokens, items), default=1))
     for batch in (ordered[first : first + size] for first in range(0, len(ordered), size)):
         # Padded at their ends, which no token before looks at.
         longest = tokens(batch[0])
@@ -116,20 +128,31 @@ def _answers(model: Any, tokenizer: Any, items: list[dict[str, Any]], *, generat
             yield {"id": item["id"], "nll": [round(one, 6) for one in nll], "correct": list(map(int, correct))}
 
 
-def _generated(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[int]:
-    """Greedy tokens, until the answer holds all that is wanted, which RULER's score can't tell from more."""
-    ids = torch.tensor([item["context"] + item["question"]], device=model.device)
-    given: list[int] = []
-    cache = None
-    for _ in range(item["generate"]):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        ids = out.logits[:, -1:].argmax(-1)
-        given.append(int(ids))
-        text = tokenizer.decode(given, skip_special_tokens=True).lower()
-        if all(one.lower() in text for one in item["texts"]):
-            break
-    return given
+def _generated(model: Any, tokenizer: Any, item: dict[str, Any]) -> dict[str, Any]:
+    """What the model says of an answer that holds all that is wanted, and what it answers greedily.
+
+    Greedy tokens are those of that answer up to the first that isn't ranked first, so only the others are decoded.
+    """
+    answer = item["answer"]
+
+    def after(tokens: list[int], cache: Any, count: int) -> tuple[torch.Tensor, Any]:
+        ids = torch.tensor([tokens], device=model.device)
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=count)
+        return out.logits[0].float(), out.past_key_values
+
+    first, cache = after(item["context"] + item["question"], None, 1)
+    rest, _ = after(answer[:-1], copy.deepcopy(cache), len(answer) - 1) if len(answer) > 1 else (first[:0], None)
+    logits, wanted = torch.cat([first, rest]), torch.tensor(answer, device=model.device)
+    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").tolist()
+    greedy = logits.argmax(-1)
+    correct = (greedy == wanted).int().tolist()
+    right = [*correct, 0].index(0)
+    given = unread = answer[:right] + greedy[right : right + 1].tolist()  # with the token instead of the answer's
+    while not is_enough(tokenizer, given, item):
+        logits, cache = after(unread, cache, 1)
+        unread = [int(logits.argmax(-1))]
+        given = given + unread
+    return {"nll": [round(loss, 6) for loss in losses], "correct": correct, "generated": given}
 
 
 def _options() -> argparse.Namespace:
@@ -142,6 +165,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--shard", type=int, nargs=2, default=[0, 1], metavar=("K", "OF"))
     parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--round", type=int, help="items of each task and length that all variants answer first")
+    parser.add_argument("--tokens", type=int, default=131_072, help="of items that run at once")
     return parser.parse_args()
 
 

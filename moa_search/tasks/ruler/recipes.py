@@ -1,7 +1,7 @@
 """RULER's thirteen tasks, made by its published recipe (Hsieh et al. 2024, arXiv 2404.06654, appendices B and C).
 
-Wording, counts and room for answers are RULER's; texts and words are this project's: essays are the standard library's
-texts, words are theirs, and questions are about facts stated among passages of them.
+Wording, counts, worked examples and room for answers are RULER's; texts and words are this project's: essays are the
+standard library's texts, words are theirs, and questions are about facts stated among passages of them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ import numpy as np
 
 from moa_search.data.texts import Document
 from moa_search.tasks.facts import FACTS
-from moa_search.tasks.ruler.records import RulerRecord
+from moa_search.tasks.ruler.records import RulerRecord, numbered
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SENTENCE_WORDS = 30
 WORD_LETTERS = range(4, 11)
 CODED_LETTERS = 6
 ZETA = 2.0
-VOCABULARY = 500
+ZETA_SUM = np.pi**2 / 6
+"""Of all weights of Zipf's law with exponent `ZETA`."""
+TOKENS_PER_CODED_WORD = 50
+"""Tokens of an item for each word of the vocabulary of coded text."""
 COMMON_WORDS = 10
 LONG_TOKENS = 4096
 """From this length on common words are repeated as often as in RULER's paper; shorter lists have no room."""
+EXAMPLE_NOISE = 12
+"""Blocks of noise in the worked example of variable tracking, which RULER gives 500 tokens."""
 
 
 class Texts:
@@ -149,7 +154,7 @@ class Needles(Recipe):
 
 @dataclass(frozen=True)
 class Tracking(Recipe):
-    """Variable tracking: a chain of assignments in noise.
+    """Variable tracking: a chain of assignments in noise, after a worked example.
 
     Attributes:
         hops: Assignments after the first.
@@ -159,44 +164,65 @@ class Tracking(Recipe):
 
     def record(self, texts: Texts, size: int, length: int, seed: Sequence[int]) -> RulerRecord:
         """See `Recipe.record`."""
-        rng = np.random.default_rng([*seed, 0])
-        letters = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+        sought = np.random.default_rng([*seed, 0]), np.random.default_rng([*seed, 2])
+        context, question, prefix, names = self._asked(size, 5, *sought)
+        example = np.random.default_rng([*seed, 3])
+        *worked, variables = self._asked(EXAMPLE_NOISE, 3, example, example)
+        shown = "\n".join([worked[0], worked[1] + worked[2] + f" {' '.join(variables)}"])
+        return self._record(f"{shown}\n\n{context}", question, prefix, names)
+
+    def _asked(
+        self, size: int, letters: int, rng: np.random.Generator, places: np.random.Generator
+    ) -> tuple[str, str, str, list[str]]:
+        """Text with one chain of names of some letters, the question about it, how its answer begins, and the names."""
+        alphabet = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
         names: list[str] = []
         while len(names) <= self.hops:
-            name = "".join(rng.choice(letters, 5))
+            name = "".join(rng.choice(alphabet, letters))
             names += [name] if name not in names else []
         value = str(rng.integers(10_000, 100_000))
         given = [value, *(f"VAR {name}" for name in names)]
         chain = [f"VAR {name} = {source}" for name, source in zip(names, given, strict=False)]
-        text = "\n".join(_hidden([NOISE] * size, chain, np.random.default_rng([*seed, 2]), in_order=True))
+        text = "\n".join(_hidden([NOISE] * size, chain, places, in_order=True))
         context = f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}"
         question = f"Question: Find all variables that are assigned the value {value} in the text above."
         prefix = (
             " Answer: According to the chain(s) of variable assignment in the text above, "
             f"{len(names)} variables are assigned the value {value}, they are:"
         )
-        return self._record(context, question, prefix, names)
+        return context, question, prefix, names
 
 
 @dataclass(frozen=True)
 class CommonWords(Recipe):
-    """The ten words of a list that stand in it most often: 30 times, the others 3 times; 10 and 1 in short lists."""
+    """The ten words of a list that stand in it most often, after a worked example with a list of its own.
+
+    They stand in it 30 times and the others 3 times; 6 and 1 in short lists.
+    """
 
     def record(self, texts: Texts, size: int, length: int, seed: Sequence[int]) -> RulerRecord:
         """See `Recipe.record`; ``size`` is how many other words there are."""
+        is_long = length >= LONG_TOKENS
         order = np.random.default_rng([*seed, 0]).permutation(len(texts.words))[: COMMON_WORDS + size]
         words = [texts.words[number] for number in order.tolist()]
-        common, others = words[:COMMON_WORDS], words[COMMON_WORDS:]
-        often, seldom = (30, 3) if length >= LONG_TOKENS else (10, 1)
-        listed = np.random.default_rng([*seed, 2]).permutation(common * often + others * seldom).tolist()
-        text = " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
+        asked, question, prefix = self._asked(words, (30, 3) if is_long else (6, 1), np.random.default_rng([*seed, 2]))
+        example = np.random.default_rng([*seed, 3])
+        chosen = example.permutation(len(texts.words))[: 40 if is_long else 20].tolist()
+        shown = [texts.words[number] for number in chosen]
+        worked = self._asked(shown, (10, 3) if is_long else (3, 1), example)
+        answered = f"{worked[0]}\n{worked[1]}{worked[2]} {numbered(shown[:COMMON_WORDS])}"
+        return self._record(f"{answered}\n{asked}", question, prefix, words[:COMMON_WORDS])
+
+    def _asked(self, words: list[str], times: tuple[int, int], rng: np.random.Generator) -> tuple[str, str, str]:
+        """The list of words, the question about it, and how its answer begins."""
+        often, seldom = times
+        listed = rng.permutation(words[:COMMON_WORDS] * often + words[COMMON_WORDS:] * seldom).tolist()
         context = (
             "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
-            f"that appear most often.\n{text}"
+            f"that appear most often.\n{numbered(listed)}"
         )
         question = f"Question: What are the {COMMON_WORDS} most common words in the above list?"
-        prefix = f" Answer: The top {COMMON_WORDS} words that appear most often in the list are:"
-        return self._record(context, question, prefix, common)
+        return context, question, f" Answer: The top {COMMON_WORDS} words that appear most often in the list are:"
 
 
 @dataclass(frozen=True)
@@ -206,17 +232,16 @@ class FrequentWords(Recipe):
     def record(self, texts: Texts, size: int, length: int, seed: Sequence[int]) -> RulerRecord:
         """See `Recipe.record`; ``size`` is how many words there are."""
         rng, letters = np.random.default_rng([*seed, 0]), np.array(list("abcdefghijklmnopqrstuvwxyz"))
-        coded = map("".join, rng.choice(letters, (VOCABULARY, CODED_LETTERS)))
-        vocabulary = ["....", *dict.fromkeys(coded)]
+        coded = map("".join, rng.choice(letters, (max(4, length // TOKENS_PER_CODED_WORD), CODED_LETTERS)))
+        vocabulary = ["...", *dict.fromkeys(coded)]
         weights = np.arange(1, len(vocabulary) + 1) ** -ZETA
-        # Rounded up, so that the three are there and apart from the fourth however short the text is.
-        counts = np.ceil(size * weights / weights.sum()).astype(int)
-        counts[1:4] = np.maximum(counts[1:4], [4, 3, 2])
+        counts = (size * weights / ZETA_SUM).astype(int)
+        counts[1:4] = np.maximum(counts[1:4], [4, 3, 2])  # there, and apart from the fourth, however short the text is
         words = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
-        text = " ".join(np.random.default_rng([*seed, 2]).permutation(words[: size + 12]).tolist())
+        text = " ".join(np.random.default_rng([*seed, 2]).permutation(words).tolist())
         context = (
             "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-            f"appeared coded words.\n{text}"
+            f"appeared coded words. {text}"
         )
         question = (
             "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most "

@@ -38,6 +38,18 @@ class RulerRecord:
         return {**asdict(self), "answer": list(self.answer)}
 
 
+def numbered(words: Sequence[str]) -> str:
+    """Words as a list in one line: ``1. one 2. two``."""
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+
+
+def written(record: RulerRecord) -> str:
+    """An answer that holds all that it should, in the form of the worked example where the task has one."""
+    if record.task == "cwe":
+        return f" {numbered(record.answer)}"
+    return f" {(' ' if record.task == 'vt' else ', ').join(record.answer)}"
+
+
 def string_match(task: str, answer: Sequence[str], given: str) -> float:
     """RULER's score of one answer, 0 to 1: letters' case aside, how many of the texts it holds; of QA, whether any.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from moa_search.errors import CalibrationError, ConfigError
 from moa_search.formats.files import nearest, one_line
 from moa_search.tasks.base import HELD_OUT_SEED, AnswerMode, Task
 from moa_search.tasks.ruler.recipes import RECIPES, Texts, fitted
-from moa_search.tasks.ruler.records import RulerRecord, read_records, string_match
+from moa_search.tasks.ruler.records import RulerRecord, read_records, string_match, written
 
 
 class RulerTask(Task):
@@ -46,7 +47,7 @@ class RulerTask(Task):
     ) -> list[Sample]:
         """See `Task.held_out`; of a file, its first ``count`` records that fit, whatever the seed."""
         records = self._made if self._data in RECIPES else self._read
-        return [_sample(tokenizer, record, length, self.name) for record in records(tokenizer, length, count, seed)]
+        return [sample_of(tokenizer, record, length, self.name) for record in records(tokenizer, length, count, seed)]
 
     def score(self, correct: npt.NDArray[np.bool_]) -> float:
         """See `Task.score`."""
@@ -54,13 +55,14 @@ class RulerTask(Task):
 
     def _made(self, tokenizer: Any, length: int, count: int, seed: int) -> list[RulerRecord]:
         texts = Texts(documents("test"))
+        which = list(RECIPES).index(self._data)  # no two tasks ask for the same numbers
         records = []
         for number in range(count):
             record = fitted(
                 RECIPES[self._data],
                 texts,
                 length,
-                [HELD_OUT_SEED + seed, number],
+                [HELD_OUT_SEED + seed, number, which],
                 lambda record: _tokens(tokenizer, record),
             )
             if record is None:
@@ -95,6 +97,17 @@ def ruler_task(data: str) -> RulerTask:
     return RulerTask(data)
 
 
+def text_of(tokenizer: Any, given: Sequence[int]) -> str:
+    """What a model wrote until it ended its answer; what follows an end token is none of it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        given: Token ids that it generated.
+    """
+    written = itertools.takewhile(lambda token: token != tokenizer.eos_token_id, given)
+    return str(tokenizer.decode(list(written), skip_special_tokens=True))
+
+
 def _parts(tokenizer: Any, record: RulerRecord) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokens of the context, and of the question with the answer's beginning, encoded apart as kvpress does."""
     context = np.concatenate([plain_frame(tokenizer).before, encode(tokenizer, record.context)])
@@ -108,15 +121,16 @@ def _tokens(tokenizer: Any, record: RulerRecord) -> int:
 
 
 def _reference(tokenizer: Any, record: RulerRecord) -> npt.NDArray[np.int64]:
-    return encode(tokenizer, f" {', '.join(record.answer)}")
+    return encode(tokenizer, written(record))
 
 
-def _sample(tokenizer: Any, record: RulerRecord, length: int, name: str) -> Sample:
+def sample_of(tokenizer: Any, record: RulerRecord, length: int, name: str) -> Sample:
+    """A record as an item of the task of a name, graded by its texts."""
     context, question = _parts(tokenizer, record)
     reference = _reference(tokenizer, record)
 
     def graded(given: npt.NDArray[np.int64]) -> float:
-        return string_match(record.task, record.answer, str(tokenizer.decode(given, skip_special_tokens=True)))
+        return string_match(record.task, record.answer, text_of(tokenizer, given.tolist()))
 
     return Sample(
         np.concatenate([context, question, reference]),

@@ -1,5 +1,6 @@
 """RULER's tasks: made by its recipe, read from files, scored by its string match."""
 
+import copy
 import json
 import re
 
@@ -11,7 +12,7 @@ from moa_search.errors import CalibrationError, ConfigError
 from moa_search.tasks import require_tasks
 from moa_search.tasks.ruler import RECIPES
 from moa_search.tasks.ruler.recipes import Texts, fitted
-from moa_search.tasks.ruler.records import RulerRecord, read_records, string_match
+from moa_search.tasks.ruler.records import RulerRecord, read_records, string_match, written
 
 LENGTH = 3000
 
@@ -41,7 +42,7 @@ def test_a_record_fills_its_length_and_changes_with_the_seed(name, texts):
     assert record == made(name, texts)
     assert record.context != made(name, texts, seed=1).context
     assert record.question + record.answer_prefix
-    longer = made(name, texts, length=2 * LENGTH)
+    longer = made(name, texts, length=3 * LENGTH)
     assert letters(longer) > LENGTH
     if name not in ("cwe", "fwe"):
         assert longer.answer == record.answer, "the same question in more text"
@@ -86,20 +87,46 @@ def test_a_haystack_of_needles_has_one_value_for_the_key_asked_for(texts):
 
 def test_a_chain_can_be_followed_in_order(texts):
     record = made("vt", texts)
+    example, asked = record.context.split("\n\nMemorize")
     known = {re.search(r"the value (\d+)", record.question)[1]}
-    for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", record.context):
+    for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", asked):
         assert source in known
         known.add(name)
     assert set(record.answer) < known
     assert len(record.answer) == 5
+    assert not known & set(re.findall(r"\w+", example)), "the worked example has a chain of its own"
+
+
+@pytest.mark.parametrize("name", ["vt", "cwe"])
+@pytest.mark.parametrize("length", [LENGTH, 10_000])
+def test_a_worked_example_shows_how_to_answer(name, length, texts):
+    record = made(name, texts, length=length)
+    example = record.context[: record.context.rindex(record.context[:20])]
+    assert example.count(record.answer_prefix.split(":")[0]) == 1
+    question, shown = example.rstrip().split("Question: ")
+    answer = shown.rpartition(":")[2]
+    form = r"( [A-Z]{3}){5}" if name == "vt" else " " + " ".join(rf"{number}\. (\w+)" for number in range(1, 11))
+    match = re.fullmatch(form, answer)
+    assert match, answer
+    if name == "vt":
+        assert re.findall(r"VAR (\w+) =", question) == answer.split()
+    else:
+        words = re.findall(r"\d+\. (\w+)", question)
+        assert {words.count(word) for word in match.groups()} == {3 if length < 4096 else 10}
+        assert {words.count(word) for word in set(words) - set(match.groups())} == {1 if length < 4096 else 3}
+    assert re.fullmatch(form.replace("{3}", "{5}"), written(record)), "the reference has the form of the example"
 
 
 @pytest.mark.parametrize(("name", "count"), [("cwe", 10), ("fwe", 3)])
 def test_the_words_asked_for_stand_most_often(name, count, texts):
     for length in (LENGTH, 10_000):
         record = made(name, texts, length=length)
-        words = record.context.split("\n")[1].split() if name == "fwe" else re.findall(r"\d+\. (\w+)", record.context)
-        words = [word for word in words if word != "...."]
+        if name == "fwe":
+            words = record.context.partition(" coded words. ")[2].split()
+            assert words.count("...") > len(words) / 2
+        else:
+            words = re.findall(r"\d+\. (\w+)", record.context.rpartition("Below")[2])
+        words = [word for word in words if word != "..."]
         counts = {word: words.count(word) for word in set(words)}
         least = min(counts[word] for word in record.answer)
         assert len(record.answer) == count
@@ -121,6 +148,15 @@ def test_items_have_room_for_the_longest_answer(tiny_model):
         assert task.metric_of("generated") == "string match"
 
 
+def test_no_two_tasks_or_items_ask_for_the_same_numbers(tiny_model):
+    tasks = require_tasks(
+        ["ruler:niah_single_1", "ruler:niah_single_2", "ruler:niah_multikey_2", "ruler:niah_multiquery"]
+    )
+    drawn = [sample for task in tasks for sample in task.held_out(tiny_model[1], length=LENGTH, count=2, seed=0)]
+    asked = [text for sample in drawn for text in tiny_model[1].decode(sample.answer).strip().split(", ")]
+    assert len(asked) == len(set(asked)) == 2 * (3 + 4)
+
+
 def test_answers_are_scored_by_the_texts_they_hold(tiny_model):
     tokenizer = tiny_model[1]
     (sample,) = require_tasks(["ruler:niah_multivalue"])[0].held_out(tokenizer, length=LENGTH, count=1, seed=0)
@@ -128,6 +164,15 @@ def test_answers_are_scored_by_the_texts_they_hold(tiny_model):
     given = np.array(tokenizer(f" it is {values[2]} and {values[0]}, I think")["input_ids"])
     assert sample.grade(given) == 0.5
     assert sample.grade(sample.answer) == 1
+
+
+def test_what_follows_the_end_of_an_answer_is_none_of_it(tiny_model):
+    tokenizer = copy.deepcopy(tiny_model[1])
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    (sample,) = require_tasks(["ruler:qa_1"])[0].held_out(tokenizer, length=LENGTH, count=1, seed=0)
+    ended = np.array([*tokenizer(" no")["input_ids"], tokenizer.eos_token_id])
+    assert sample.grade(np.concatenate([ended, sample.answer])) == 0
+    assert sample.grade(np.concatenate([sample.answer, ended])) == 1
 
 
 @pytest.mark.parametrize(
@@ -164,7 +209,7 @@ class TestFiles:
     def test_records_of_one_task_become_items(self, write, tiny_model):
         (task,) = require_tasks([f"ruler:{write(ROWS)}?task=vt"])
         (sample,) = task.held_out(tiny_model[1], length=200, count=1, seed=0)
-        assert tiny_model[1].decode(sample.ids) == "VAR A = 1\nWhich? They are A, B"
+        assert tiny_model[1].decode(sample.ids) == "VAR A = 1\nWhich? They are A B"
         assert sample.grade(np.array(tiny_model[1](" b, a")["input_ids"])) == 1
         with pytest.raises(ConfigError, match="has 1 records of at most 200 tokens, 2 are needed"):
             task.held_out(tiny_model[1], length=200, count=2, seed=0)
