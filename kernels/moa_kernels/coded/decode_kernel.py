@@ -160,6 +160,31 @@ def _in_half_range(a, b):
 
 
 @triton.jit
+def _turned_back(a, b, cos, sin):
+    """Rows of pairs of channels, [BLOCK_M, BLOCK_H] twice, turned back by angles, [BLOCK_H]."""
+    return a * cos[None, :] + b * sin[None, :], b * cos[None, :] - a * sin[None, :]
+
+
+@triton.jit
+def _turned_queries(
+    query, query_rows, order, angles, at, real, HEAD_DIM: tl.constexpr, RADIX: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Halves of queries' channels, turned back to a position: float32 [BLOCK_M, BLOCK_H] twice, and their factors."""
+    pair = tl.arange(0, BLOCK_H)
+    paired = pair < HEAD_DIM // 2
+    mask = real[:, None] & paired[None, :]
+    row = query + query_rows[:, None]
+    first = tl.load(order + pair, mask=paired, other=0)[None, :]
+    second = tl.load(order + HEAD_DIM // 2 + pair, mask=paired, other=0)[None, :]
+    a = tl.load(row + first, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(row + second, mask=mask, other=0.0).to(tl.float32)
+    a, b, size = _in_half_range(a, b)
+    cos, sin = turn(angles, at, pair, paired, HEAD_DIM, RADIX)
+    a, b = _turned_back(a, b, cos, sin)
+    return a, b, size
+
+
+@triton.jit
 def _attend(
     query, query_rows, key_codes, key_scales, value_codes, value_scales,
     back, back_size, mean, order, angles,
@@ -186,26 +211,18 @@ def _attend(
     # Queries [BLOCK_M, channels].
     if TURNED:
         # By halves, in float32, turned back to the first key's position: keys then turn by their distance from it.
+        q_a, q_b, q_size = _turned_queries(
+            query, query_rows, order, angles, first_at + low, real, HEAD_DIM, RADIX, BLOCK_H
+        )
         pair = tl.arange(0, BLOCK_H)
-        paired = (pair < HEAD_DIM // 2)[None, :]
-        q_mask = real[:, None] & paired
-        q_row = query + query_rows[:, None]
-        first_channel = tl.load(order + pair, mask=pair < HEAD_DIM // 2, other=0)[None, :]
-        second_channel = tl.load(order + HEAD_DIM // 2 + pair, mask=pair < HEAD_DIM // 2, other=0)[None, :]
-        q_a = tl.load(q_row + first_channel, mask=q_mask, other=0.0).to(tl.float32)
-        q_b = tl.load(q_row + second_channel, mask=q_mask, other=0.0).to(tl.float32)
-        q_a, q_b, q_size = _in_half_range(q_a, q_b)
-        low_cos, low_sin = turn(angles, first_at + low, pair, pair < HEAD_DIM // 2, HEAD_DIM, RADIX)
-        q_a, q_b = (
-            q_a * low_cos[None, :] + q_b * low_sin[None, :], q_b * low_cos[None, :] - q_a * low_sin[None, :]
-        )  # fmt: skip
+        paired = pair < HEAD_DIM // 2
         # What turns keys by their distance from the block's first one: [BLOCK_N, BLOCK_H].
         place = angles + tl.arange(0, BLOCK_N)[:, None] * HEAD_DIM + pair[None, :]
-        cos = tl.load(place, mask=paired, other=1.0).to(tl.float16)
-        sin = tl.load(place + HEAD_DIM // 2, mask=paired, other=0.0).to(tl.float16)
-        step_cos, step_sin = digit(angles, BLOCK_N, pair, pair < HEAD_DIM // 2, HEAD_DIM)
-        mean_a = tl.load(mean + pair, mask=pair < HEAD_DIM // 2, other=0.0).to(tl.float16)
-        mean_b = tl.load(mean + HEAD_DIM // 2 + pair, mask=pair < HEAD_DIM // 2, other=0.0).to(tl.float16)
+        cos = tl.load(place, mask=paired[None, :], other=1.0).to(tl.float16)
+        sin = tl.load(place + HEAD_DIM // 2, mask=paired[None, :], other=0.0).to(tl.float16)
+        step_cos, step_sin = digit(angles, BLOCK_N, pair, paired, HEAD_DIM)
+        mean_a = tl.load(mean + pair, mask=paired, other=0.0).to(tl.float16)
+        mean_b = tl.load(mean + HEAD_DIM // 2 + pair, mask=paired, other=0.0).to(tl.float16)
         size = tl.load(back_size)
         back_a0 = _back_part(back, 0, KEY_BITS, 0, HEAD_DIM, BLOCK_K, BLOCK_H)
         back_b0 = _back_part(back, HEAD_DIM // 2, KEY_BITS, 0, HEAD_DIM, BLOCK_K, BLOCK_H)
@@ -274,9 +291,7 @@ def _attend(
             by_key = tl.dot(k_b, tl.trans(q_b.to(tl.float16)), tl.dot(k_a, tl.trans(q_a.to(tl.float16))))
             products = tl.trans(by_key) * q_size[:, None]
             # The next block's first key is so much farther.
-            q_a, q_b = (
-                q_a * step_cos[None, :] + q_b * step_sin[None, :], q_b * step_cos[None, :] - q_a * step_sin[None, :]
-            )  # fmt: skip
+            q_a, q_b = _turned_back(q_a, q_b, step_cos, step_sin)
         elif KEY_BITS == 8:
             products = tl.dot(q, tl.trans(_numbers(k, k_low, 8, 0))) * q_size[:, None] * k_scale[None, :]
         else:
