@@ -94,19 +94,9 @@ class Codec:
         """
         if self.bits == 16:
             return codes.packed.view(dtype)
-        turned = self.levels(codes)
+        assert codes.scales is not None
+        turned = dequantise(unpack(codes.packed, self.bits), codes.scales, self.bits)
         return (turned if self.transform is None else self.transform.invert(turned, positions)).to(dtype)
-
-    def levels(self, codes: Codes) -> Tensor:
-        """What the codes stand for before the transform is undone, float64 ``[..., kv_heads, tokens, width]``.
-
-        Scores and outputs can be taken of these; `Transform` says how.
-
-        Args:
-            codes: From `encode`, of 8 bits or fewer.
-        """
-        assert codes.scales is not None, "16 bits have no levels"
-        return dequantise(unpack(codes.packed, self.bits), codes.scales, self.bits)
 
     def seen(self, x: Tensor, positions: Tensor, sink: int) -> Tensor:
         """What attention sees of vectors once they are stored, in the type of ``x``.

@@ -115,16 +115,6 @@ class Transform:
         assert positions is not None, "keys under rotary embedding are decoded by position"
         return self.rotary.turn(x, positions)
 
-    def outputs(self, weighted: Tensor) -> Tensor:
-        """Attention outputs of weighted sums of coded values, in the type of ``weighted``.
-
-        Args:
-            weighted: ``sum_j w_j y_j``, ``[..., heads, tokens, width]``; consecutive heads share a KV head.
-        """
-        assert self.mean is None, "values have no mean"
-        grouped: Tensor = weighted.unflatten(-3, (len(self.back), -1))  # [..., kv_heads, group, tokens, width]
-        return (grouped @ self.back[:, None].to(weighted.dtype)).flatten(-4, -3)
-
     def of(self, heads: Sequence[int]) -> Transform:
         """The transform of some of the KV heads.
 

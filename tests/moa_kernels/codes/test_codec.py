@@ -98,18 +98,6 @@ def test_sinks_are_seen_as_they_are(bits):
     assert torch.equal(later, seen[:, 16:])
 
 
-@pytest.mark.parametrize("bits", CODED)
-def test_one_turn_of_the_output_is_that_of_every_value(bits):
-    query, key, value = (x.double() for x in outlying(tokens=90))
-    keys, values = Codec(bits, calibrated(query, key)), Codec(bits, Transform.rotation(2, 64))
-    coded_key, coded_value = keys.encode(key), values.encode(value)
-    back_key, back_value = (c.decode(x, torch.float64) for c, x in ((keys, coded_key), (values, coded_value)))
-    weights = (query @ back_key.mT / 8).softmax(-1)
-
-    out = values.transform.outputs(weights @ values.levels(coded_value))
-    assert torch.allclose(out, weights @ back_value, rtol=0, atol=1e-9)
-
-
 def test_4_bits_lose_far_less_than_min_max_int4():
     query, key, value = outlying()
     codec = Codec(4, calibrated(*outlying(seed=1)[:2]))

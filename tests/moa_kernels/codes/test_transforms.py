@@ -37,16 +37,6 @@ def test_transforms_are_undone_exactly(width):
         assert torch.allclose(transform.invert(transform.apply(x)), x, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_outputs_need_no_value_undone(group):
-    rng = torch.Generator().manual_seed(2)
-    transform = Transform.rotation(2, 64)
-    x = torch.randn(2, 2, 40, 64, generator=rng, dtype=torch.float64)
-    weights = torch.rand(2, 2 * group, 5, 40, generator=rng, dtype=torch.float64)  # parts of a softmax: no sum of 1
-    got = transform.outputs(weights @ transform.apply(x).repeat_interleave(group, 1))
-    assert torch.allclose(got, weights @ x.repeat_interleave(group, 1), rtol=0, atol=1e-10)
-
-
 def test_some_heads_of_a_transform():
     transform = random_transform(16, kv_heads=4)
     x = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(4))
