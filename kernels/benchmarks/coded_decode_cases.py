@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from moa_kernels.coded import append_codes, decode_codes
 from moa_kernels.codes import hadamard
-from moa_kernels.codes.storage import CodeLayout, Stored, Turns
+from moa_kernels.codes.storage import CodeLayout, Stored
+from moa_kernels.codes.turns import Turns
 from moa_kernels.decode import span_decode
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from moa_kernels.coded import see_tokens
 from moa_kernels.codes import Transform, wants_transform
-from moa_kernels.codes.storage import CodeLayout, Turns
+from moa_kernels.codes.storage import CodeLayout
+from moa_kernels.codes.turns import Turns
 from moa_kernels.rings import RingLayout
 
 from moa_search.formats.tiers import PLAIN

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from moa_kernels.codes import BITS, Rotary, Transform, hadamard, pack, quantise
-from moa_kernels.codes.storage import CodeLayout, Stored, Turns
+from moa_kernels.codes.storage import CodeLayout, Stored
+from moa_kernels.codes.turns import Turns
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import FOREVER, HeadSpans
 from torch import Tensor

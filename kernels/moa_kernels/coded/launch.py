@@ -18,7 +18,7 @@ from moa_kernels.coded.decode_kernel import merge_kernel, split_kernel
 from moa_kernels.coded.reference import AppendCodes, DecodeCodes, SeeTokens, StoredStates
 from moa_kernels.coded.states_kernel import see_kernel, stored_kernel
 from moa_kernels.codes.codec import BITS
-from moa_kernels.codes.storage import Turns
+from moa_kernels.codes.turns import Turns
 from moa_kernels.launch import COMPILER_OPTIONS, launch_config, padded, rows_contiguous
 
 __all__ = ["append_codes", "decode_codes", "see_tokens", "stored_states"]

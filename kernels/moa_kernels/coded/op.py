@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moa_kernels.backends import DTYPES, Backend, choose, run
 from moa_kernels.coded.reference import AppendCodes, DecodeCodes, SeeTokens, StoredStates
-from moa_kernels.codes.storage import CodeLayout, Stored, Turns
+from moa_kernels.codes.storage import CodeLayout, Stored
+from moa_kernels.codes.turns import Turns
 from moa_kernels.decode.op import MOST_NEW_TOKENS
 from moa_kernels.spans import HeadSpans
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from moa_kernels.codes.codec import wants_transform
 from moa_kernels.codes.levels import quantise
 from moa_kernels.codes.packing import pack, unpack
-from moa_kernels.codes.storage import CodeLayout, Side, Stored, Turns
+from moa_kernels.codes.storage import CodeLayout, Side, Stored
+from moa_kernels.codes.turns import Turns
 from moa_kernels.spans import HeadSpans
 
 TILE = 1024

@@ -13,7 +13,8 @@ from moa_kernels.cpu.library import DTYPES, Call, Coded, library
 
 if TYPE_CHECKING:
     from moa_kernels.coded.reference import AppendCodes, DecodeCodes, SeeTokens, StoredStates
-    from moa_kernels.codes.storage import CodeLayout, Stored, Turns
+    from moa_kernels.codes.storage import CodeLayout, Stored
+    from moa_kernels.codes.turns import Turns
 
 BLOCK = 128
 """Positions of a block, as source/coded.h has it: its keys turn by the block's first position, then by what is left."""
