@@ -1,4 +1,4 @@
-"""One profiling pass beside the dense forward and backward pass that it follows."""
+"""One profiling pass beside the dense forward and backward pass that it follows; over codes, beside the plain one."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from moa_kernels.coded_influence import coded_changes
 from moa_kernels.influence import STATISTICS, influence_statistics
-from timing import Case, Run
+from timing import Case, Run, Skipped
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 DIM, GROUP, KV_HEADS, SINK, BLOCK, BUCKETS = 128, 4, 8, 64, 64, 32
 
+CODES = (0.005, 0.1, 0.35)
+"""Relative errors of vectors in 8, 4 and 2 bits."""
+
+LONGEST_BY_TORCH = 32768
+
 
 def cases(lengths: list[int], device: torch.device) -> Iterator[Case]:
-    """One sample of each length."""
+    """One sample of each length: spans alone, then tiers 16 8 4 2 as profiles measure them."""
     for length in lengths:
         yield _case(length, device)
+        yield _coded_case(length, device)
 
 
 def windows_of(length: int) -> list[int]:
@@ -30,30 +37,86 @@ def windows_of(length: int) -> list[int]:
     return [*sorted({window for window in windows if window < length}), length]
 
 
-def _case(length: int, device: torch.device) -> Case:
+def _drawn(length: int, device: torch.device) -> list[Tensor]:
+    """Query, key, value and gradient, ``[1, heads, length, DIM]``."""
     generator = torch.Generator(device).manual_seed(length)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     group, kv_heads = (GROUP, KV_HEADS) if device.type == "cuda" else (1, 2)
+    heads = (group * kv_heads, kv_heads, kv_heads, group * kv_heads)
+    return [torch.randn(1, count, length, DIM, generator=generator, device=device, dtype=dtype) for count in heads]
 
-    def randn(heads: int) -> Tensor:
-        return torch.randn(1, heads, length, DIM, generator=generator, device=device, dtype=dtype)
 
-    query, key, value, grad = randn(group * kv_heads), randn(kv_heads), randn(kv_heads), randn(group * kv_heads)
-    windows = windows_of(length)
-    settings = {
-        "windows": windows, "row_buckets": BUCKETS, "bucket_rows": -(-length // BUCKETS),
+def _settings(length: int) -> dict[str, object]:
+    return {
+        "windows": windows_of(length), "row_buckets": BUCKETS, "bucket_rows": -(-length // BUCKETS),
         "sink": min(SINK, length // 8), "scale": DIM**-0.5,
     }  # fmt: skip
+
+
+def _case(length: int, device: torch.device) -> Case:
+    query, key, value, grad = _drawn(length, device)
+    settings = _settings(length)
     inputs = [states[0] for states in (query, key, value, grad)]
     run = partial(influence_statistics, *inputs, impl="triton", **settings)
     return Case(
         kernel="influence",
-        name=f"{length} tokens, {len(windows)} windows",
-        shapes={"query": list(query.shape[1:]), "key": list(key.shape[1:]), "dtype": str(dtype).split(".")[1]},
+        name=f"{length} tokens, {len(windows_of(length))} windows",
+        shapes={"query": list(query.shape[1:]), "key": list(key.shape[1:]), "dtype": str(query.dtype).split(".")[1]},
         run=run,
         verify=partial(_verify, inputs, settings, run),
         references={"dense forward + backward": partial(_both_ways, query, key, value, grad)},
     )
+
+
+def _coded_case(length: int, device: torch.device) -> Case:
+    query, key, value, grad = (states[0] for states in _drawn(length, device))
+    settings = _settings(length)
+    keys, values = (_coded(states, int(settings["sink"])) for states in (key, value))
+    inputs = [query, keys, values, grad]
+    asked = {**settings, "windows": [length], "row_buckets": 1, "bucket_rows": length}
+    run = partial(coded_changes, *inputs, impl="triton", **asked)
+    return Case(
+        kernel="coded_influence",
+        name=f"{length} tokens, {len(CODES)} codecs of keys and of values",
+        shapes={"query": list(query.shape), "keys": list(keys.shape), "dtype": str(query.dtype).split(".")[1]},
+        run=run,
+        verify=partial(_verify_coded, inputs, asked, run),
+        references={
+            "influence of windows": lambda: partial(
+                influence_statistics, query, key, value, grad, impl="triton", **settings
+            ),
+            "torch": partial(_by_torch, inputs, asked),
+        },
+    )
+
+
+def _coded(states: Tensor, sink: int) -> Tensor:
+    """``[codec, heads, length, DIM]``: plain, then off as far as what comes back from codes."""
+    generator = torch.Generator(states.device).manual_seed(0)
+    seen = [states]
+    for error in CODES:
+        noise = torch.randn(states.shape, generator=generator, device=states.device, dtype=states.dtype) * error
+        noise[:, :sink] = 0
+        seen.append(states + noise)
+    return torch.stack(seen)
+
+
+def _by_torch(inputs: list[Tensor], settings: dict[str, object]) -> Run:
+    if inputs[0].shape[1] > LONGEST_BY_TORCH:
+        raise Skipped(f"seconds a run beyond {LONGEST_BY_TORCH} tokens")
+    return partial(coded_changes, *inputs, impl="torch", **settings)
+
+
+def _verify_coded(inputs: list[Tensor], settings: dict[str, object], run: Run) -> None:
+    """Against the torch reference on one KV head."""
+    found, group = run(), inputs[0].shape[0] // inputs[1].shape[1]
+    part = [inputs[0][:group], inputs[1][:, :1], inputs[2][:, :1], inputs[3][:group]]
+    expected = coded_changes(*part, impl="torch", **settings)
+    # Signed terms cancel: by the root of their squares' sum times the number of rows, they are of this size at most.
+    terms = (expected["squared"].abs() * inputs[0].shape[1] * group).sqrt()
+    for name, size in (("squared", expected["squared"].abs()), ("signed", terms)):
+        error = ((found[name][:1] - expected[name]).abs() / size).max()
+        assert error < 2e-2, f"{name}: {error:.2e} of its size"
 
 
 def _verify(inputs: list[Tensor], settings: dict[str, object], run: Run) -> None:

@@ -59,3 +59,33 @@ def close_softmax(top, total, sink_logit, HAS_SINK_LOGITS: tl.constexpr):
     total = tl.where(dead, 1.0, total)
     lse = tl.where(dead, float("-inf"), (top + tl.math.log2(total)) * LN2)
     return factor / total, lse
+
+
+@triton.jit
+def rows_of(states, first, stop, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``first``, ``first + 1``, ... as ``[ROWS, BLOCK_D]``; zeros outside of ``0 <= row < stop`` and HEAD_DIM."""
+    row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    there = ((first + row >= 0) & (first + row < stop))[:, None]
+    if HEAD_DIM < BLOCK_D:
+        there = there & (d < HEAD_DIM)[None, :]
+    start = states + tl.cast(first, tl.int64) * stride
+    return tl.load(start + (row[:, None] * stride + d[None, :]), mask=there, other=0.0)
+
+
+@triton.jit
+def product(a, b, UPCAST: tl.constexpr):
+    """``a @ b.T`` in float32. The interpreter multiplies bfloat16 wrongly; UPCAST avoids it."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+
+@triton.jit
+def lane_sums(x, LANES: tl.constexpr):
+    """Sums over the columns ``2 * (LANES * a + lane) + b``, ``[row, LANES]``.
+
+    With one lane for each thread that shares a row of the matrix units' results, these sums stay within threads.
+    """
+    parts = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * LANES), LANES, 2])
+    return tl.sum(tl.sum(parts, 3), 1)

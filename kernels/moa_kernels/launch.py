@@ -61,7 +61,7 @@ def launch_config(kernel: str, device: torch.device, head_dim: int, itemsize: in
     """The settings to launch a kernel with.
 
     Args:
-        kernel: ``"prefill"``, ``"decode"``, ``"coded_decode"`` or ``"influence"``.
+        kernel: ``"prefill"``, ``"decode"``, ``"coded_decode"``, ``"influence"`` or ``"coded_influence"``.
         device: Where it runs.
         head_dim: Of keys.
         itemsize: Bytes per element; tiles of 4-byte elements hold half as many keys.
@@ -172,6 +172,10 @@ _fill("coded_decode", {128: (16, 64, 4, 3)}, "sm_90")
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (128, 32, 8, 3, 128)) | {256: (128, 32, 8, 2)}, "sm_90")
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 3)) | {256: (64, 16, 4, 2)}, "sm_80")
 _fill("influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)) | {256: (32, 16, 4, 2)}, "sm_86")
-for _kernel in ("prefill", "decode", "coded_decode", "influence"):
+# Half as many instructions a key for sums as with tiles of 32 outweigh a second program beside the first.
+_fill("coded_influence", dict.fromkeys((16, 32, 64, 128), (128, 64, 8, 2)) | {256: (128, 32, 8, 2)}, "sm_90")
+_fill("coded_influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 3)) | {256: (64, 16, 4, 2)}, "sm_80")
+_fill("coded_influence", dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)) | {256: (32, 16, 4, 2)}, "sm_86")
+for _kernel in ("prefill", "decode", "coded_decode", "influence", "coded_influence"):
     _block_m = 16 if _kernel.endswith("decode") else 32
     _fill(_kernel, dict.fromkeys((16, 32, 64, 128, 256), (_block_m, 32, 4, 2)), "interpreter")

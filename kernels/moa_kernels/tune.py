@@ -1,6 +1,7 @@
 """Find the fastest launch settings on the GPU at hand and remember them.
 
-Usage: python -m moa_kernels.tune [--kernels prefill decode influence] [--head-dims 64 128] [--length 16384]
+Usage: python -m moa_kernels.tune [--kernels prefill decode influence coded_influence] [--head-dims 64 128]
+    [--length 16384]
 
 Settings go to the file that `moa_kernels.launch` reads (``$MOA_KERNELS_CACHE``, else ``~/.cache/moa-search``), one per
 device name. Settings that don't compile or need more shared memory than there is are passed over.
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from moa_kernels.coded_influence import coded_changes
 from moa_kernels.decode import span_decode
 from moa_kernels.influence import influence_statistics
 from moa_kernels.launch import LaunchConfig, cache_file, overridden, save_tuned
@@ -28,6 +30,7 @@ CANDIDATES: dict[str, list[tuple[Any, ...]]] = {
     "prefill": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
     "decode": list(itertools.product((32,), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
     "influence": list(itertools.product((64, 128), (32, 64), (4, 8), (2, 3), (None, 128))),
+    "coded_influence": list(itertools.product((64, 128), (32, 64), (4, 8), (2, 3), (None, 128))),
 }
 """block_m, block_n, num_warps, num_stages, and where it matters max_registers."""
 
@@ -75,6 +78,12 @@ def task(kernel: str, dim: int, length: int, device: torch.device) -> Callable[[
     query, key, value = (randn(heads, length, dim) for heads in (HEADS, KV_HEADS, KV_HEADS))
     if kernel == "prefill":
         return partial(span_prefill, query[None], key[None], value[None], SPANS, impl="triton")
+    if kernel == "coded_influence":  # as profiles ask for tiers 16 8 4 2
+        keys, values = (randn(4, KV_HEADS, length, dim) for _ in range(2))
+        return partial(
+            coded_changes, query, keys, values, randn(HEADS, length, dim), windows=[length], row_buckets=1,
+            bucket_rows=length, sink=SINK, scale=dim**-0.5, impl="triton",
+        )  # fmt: skip
     windows = [window for window in (*range(64, 1025, 64), 2048, 4096) if window < length]
     return partial(
         influence_statistics, query, key, value, randn(HEADS, length, dim), windows=[*windows, length],

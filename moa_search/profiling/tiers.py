@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from moa_kernels.backends import Impl
+from moa_kernels.coded_influence import CODED_STATISTICS, coded_changes
 from moa_kernels.codes import Codec, Transform, wants_transform
-from moa_kernels.influence.coded import CODED_STATISTICS, coded_changes
 from torch import Tensor
 
 from moa_search.formats.tiers import SIDES, TierLength, TiersHeader, TierStatistics, tier_grid

@@ -272,18 +272,21 @@ CASES["coded_append"] = coded_append_cases
 def influence_cases(arch: str) -> Iterator[Case]:
     """All three kernels as for long samples; at head_dim 128 as for short ones, and with each option, too."""
     from moa_kernels.influence.kernel import aligned_kernel, banded_kernel, row_statistics_kernel
-    from moa_kernels.influence.launch import tiling
+    from moa_kernels.influence.launch import lanes, tiling
     from moa_kernels.launch import padded, table_config
 
     tensors = ("query", "key", "value", "grad_out")
-    pointers = dict.fromkeys(tensors, "*bf16") | {"rows": "*fp32", "partial": "*fp32"}
+    pointers = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(("rows", "moved", "partial"), "*fp32")
     pointers |= dict.fromkeys(("passed", "following", "windows"), "*i32")
     kernels = {"aligned": (aligned_kernel, 64), "banded": (banded_kernel, 1), "rows": (row_statistics_kernel, 1)}
-    shapes = [(head_dim, 4096, None, False) for head_dim in HEAD_DIMS]
-    shapes += [(128, 64, None, False), (128, 4096, 30.0, False), (64, 4096, None, True), (128, 4096, None, True)]
-    for head_dim, bucket_rows, softcap, has_logits in shapes:
+    shapes = [(head_dim, 4096, None, False, False) for head_dim in HEAD_DIMS]
+    shapes += [(128, 64, None, False, False), (128, 4096, 30.0, False, False), (64, 4096, None, True, False)]
+    shapes += [(128, 4096, None, True, False), (128, 4096, None, False, True)]
+    for head_dim, bucket_rows, softcap, has_logits, has_moved in shapes:
         config = table_config("influence", arch, head_dim, 2)
         for name, (kernel, unit) in kernels.items():
+            if has_moved and name == "rows":
+                continue
             cut = config if name == "rows" else tiling(config, [unit], bucket_rows, capped=softcap is not None)
             strides = tuple(argument for argument in kernel.arg_names if argument.endswith("_stride"))
             types = {argument: pointers.get(argument, "i32") for argument in kernel.arg_names} | {"scale": "fp32"}
@@ -295,10 +298,12 @@ def influence_cases(arch: str) -> Iterator[Case]:
             }
             constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "UPCAST": False}
             constants |= {} if has_logits else {"sink_logits": None}
-            constants |= {} if name == "rows" else {"LANES": cut.lanes(int(arch[3]))}
+            if name != "rows":
+                constants |= {"LANES": lanes(cut.block_m, int(arch[3])), "HAS_MOVED": has_moved}
+                constants |= {} if has_moved else {"moved": None}
             types |= {"sink_logits": "*fp32"}
             types = {argument: kind for argument, kind in types.items() if argument not in constants}
-            option = "-softcap" * (softcap is not None) + "-logits" * has_logits
+            option = "-softcap" * (softcap is not None) + "-logits" * has_logits + "-moved" * has_moved
             yield Case(
                 f"influence-{name}-{head_dim}-{cut.block_m}x{cut.block_n}{option}", kernel, types,
                 constants, aligned=(*tensors, "rows", *strides), num_warps=cut.num_warps, num_stages=cut.num_stages,
@@ -307,6 +312,37 @@ def influence_cases(arch: str) -> Iterator[Case]:
 
 
 CASES["influence"] = influence_cases
+
+
+def coded_influence_cases(arch: str) -> Iterator[Case]:
+    """Three codecs a side; at head_dim 128 one, and each option, too."""
+    from moa_kernels.coded_influence.kernel import coded_rows_kernel as kernel
+    from moa_kernels.influence.launch import lanes
+    from moa_kernels.launch import padded, table_config
+
+    tensors = ("query", "keys", "values", "grad_out")
+    strides = tuple(name for name in kernel.arg_names if name.endswith("_stride"))
+    pointers = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(("rows", "sink_logits"), "*fp32") | {"scale": "fp32"}
+    shapes = [(head_dim, 4, None, False) for head_dim in (64, 96, 128, 256)]
+    shapes += [(128, 2, None, False), (128, 4, 30.0, False), (128, 4, None, True)]
+    for head_dim, pairs, softcap, has_logits in shapes:
+        config = table_config("coded_influence", arch, head_dim, 2)
+        constants = {
+            "SOFTCAP": softcap or 0.0, "HAS_SINK_LOGITS": has_logits, "HEAD_DIM": head_dim,
+            "BLOCK_D": padded(head_dim), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PAIRS": pairs,
+            "PADDED": 1 << (pairs - 1).bit_length(), "LANES": lanes(config.block_m, int(arch[3])), "UPCAST": False,
+        }  # fmt: skip
+        constants |= {} if has_logits else {"sink_logits": None}
+        names = [name for name in kernel.arg_names if name not in constants]
+        option = "-softcap" * (softcap is not None) + "-logits" * has_logits
+        yield Case(
+            f"coded-influence-{head_dim}-{pairs}{option}", kernel, {name: pointers.get(name, "i32") for name in names},
+            constants, aligned=(*tensors, "rows", *strides), num_warps=config.num_warps,
+            num_stages=config.num_stages, max_registers=config.max_registers,
+        )  # fmt: skip
+
+
+CASES["coded_influence"] = coded_influence_cases
 
 
 def pages_cases(arch: str) -> Iterator[Case]:

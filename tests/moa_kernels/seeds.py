@@ -10,7 +10,7 @@ DEFAULT_SEEDS = 60
 """Of each kernel."""
 
 
-def seeds(count: int) -> list[Any]:
-    """``range(count)`` for `parametrize`, those beyond the first `DEFAULT_SEEDS` marked."""
-    more = [pytest.param(seed, marks=pytest.mark.seeds) for seed in range(DEFAULT_SEEDS, count)]
-    return [*range(min(count, DEFAULT_SEEDS)), *more]
+def seeds(count: int, default: int = DEFAULT_SEEDS) -> list[Any]:
+    """``range(count)`` for `parametrize`, those beyond the first ``default`` marked."""
+    more = [pytest.param(seed, marks=pytest.mark.seeds) for seed in range(default, count)]
+    return [*range(min(count, default)), *more]

@@ -36,6 +36,7 @@ def test_all_kernels_tiny(tmp_path):
         "coded_decode",
         "coded_append",
         "influence",
+        "coded_influence",
         "pages",
         "pages_store",
     }

@@ -12,7 +12,7 @@ ODD = LaunchConfig(32, 16, 2, 1)
 
 
 def test_the_table_covers_every_head_dimension_of_every_architecture():
-    for kernel in ("prefill", "decode", "influence"):
+    for kernel in ("prefill", "decode", "coded_decode", "influence", "coded_influence"):
         for arch in ("sm_80", "sm_86", "sm_90", "interpreter"):
             for dim in (16, 32, 64, 128, 256):
                 assert (kernel, arch, dim) in TABLE

@@ -44,7 +44,27 @@ def direct(
         }
         for name, rows in by_row.items():
             totals[name].append(rows)
-    return {name: _by_bucket(torch.stack(each), group, row_buckets, bucket_rows) for name, each in totals.items()}
+    return {name: by_bucket(torch.stack(each), group, row_buckets, bucket_rows) for name, each in totals.items()}
+
+
+def windowed_attention(
+    query: Tensor,
+    key: Tensor,
+    *,
+    windows: tuple[int, ...],
+    sink: int,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention under every window, ``[window, heads, N, N]``, and sizes of the products that scores are made of."""
+    scores, visible = _scores(query, key, scale, softcap)
+    i, j = torch.arange(query.shape[1])[:, None], torch.arange(query.shape[1])[None]
+    kept = [visible & ((i - j < size) | (j < sink)) for size in windows]
+    norms = key.norm(dim=-1).repeat_interleave(query.shape[0] // key.shape[0], 0)
+    sizes = query.norm(dim=-1)[..., None] * norms[:, None] * abs(scale)
+    return torch.stack([_softmax(scores, each, sink_logits) for each in kept]), sizes
 
 
 def roundings(
@@ -85,7 +105,7 @@ def roundings(
     }
     score_size = softcap or scores[:, visible].abs().max()
     return {
-        name: (1 + score_size) * _by_bucket(rows.expand(len(windows), -1, -1), group, row_buckets, bucket_rows)
+        name: (1 + score_size) * by_bucket(rows.expand(len(windows), -1, -1), group, row_buckets, bucket_rows)
         for name, rows in by_row.items()
     }
 
@@ -106,7 +126,7 @@ def _softmax(scores: Tensor, kept: Tensor, sink_logits: Tensor | None) -> Tensor
     return torch.cat([scores.masked_fill(~kept, float("-inf")), extra], -1).softmax(-1)[..., :n]
 
 
-def _by_bucket(rows: Tensor, group: int, row_buckets: int, bucket_rows: int) -> Tensor:
+def by_bucket(rows: Tensor, group: int, row_buckets: int, bucket_rows: int) -> Tensor:
     """Sums over the query heads of each KV head and the rows of each bucket, ``[kv_heads, bucket, window]``."""
     padded = functional.pad(rows, (0, row_buckets * bucket_rows - rows.shape[-1]))
     by_kv_head = padded.unflatten(2, (row_buckets, bucket_rows)).sum(-1).unflatten(1, (-1, group)).sum(2)

@@ -26,6 +26,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moa_kernels.append.reference import Append
+    from moa_kernels.coded_influence.reference import CodedInfluence
     from moa_kernels.decode.reference import Decode
     from moa_kernels.influence.reference import Influence as InfluenceCall
     from moa_kernels.prefill.reference import Prefill
@@ -79,17 +80,12 @@ def append_tokens(call: Append) -> None:
     library().moa_append(byref(struct))
 
 
-def coded_changes(call: InfluenceCall, keys: Tensor, values: Tensor) -> Tensor:
-    """As `moa_kernels.influence.coded.coded_changes`, as one tensor ``[statistic, kv_heads, bucket, window, codec]``.
-
-    Args:
-        call: Of the plain keys and values.
-        keys: ``[key_codec, kv_heads, N, head_dim]``, without the plain ones.
-        values: ``[value_codec, kv_heads, N, head_dim]``, likewise.
-    """
+def coded_changes(call: CodedInfluence) -> Tensor:
+    """As `moa_kernels.coded_influence.reference.coded_changes`, for types of at most 32 bits."""
     gains = call.query.new_empty(call.query.shape[:2], dtype=torch.float32)
-    plain = influence_totals(call, row_gains=gains)[:2]
-    calls = [*(call._replace(key=key) for key in keys), *(call._replace(value=value) for value in values)]
+    plain = influence_totals(call.plain, row_gains=gains)[:2]
+    calls = [call.plain._replace(key=key) for key in call.keys[1:]]
+    calls += [call.plain._replace(value=value) for value in call.values[1:]]
     return torch.stack([influence_totals(coded, origins=gains)[:2] - plain for coded in calls], -1)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa_kernels.device import LOG2E, MASKED, scores_of
+from moa_kernels.device import LOG2E, MASKED, lane_sums, product, rows_of, scores_of
 from moa_kernels.influence.reference import SMALLEST_COMPLEMENT, STATISTICS
 
 EPSILON = tl.constexpr(SMALLEST_COMPLEMENT)
@@ -27,41 +27,11 @@ COUNT = tl.constexpr(len(STATISTICS))
 
 
 @triton.jit
-def _rows_of(states, first, stop, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
-    """Rows ``first``, ``first + 1``, ... as ``[ROWS, BLOCK_D]``; zeros outside of ``0 <= row < stop`` and HEAD_DIM."""
-    row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    there = ((first + row >= 0) & (first + row < stop))[:, None]
-    if HEAD_DIM < BLOCK_D:
-        there = there & (d < HEAD_DIM)[None, :]
-    start = states + tl.cast(first, tl.int64) * stride
-    return tl.load(start + (row[:, None] * stride + d[None, :]), mask=there, other=0.0)
-
-
-@triton.jit
-def _product(a, b, UPCAST: tl.constexpr):
-    """``a @ b.T`` in float32. The interpreter multiplies bfloat16 wrongly; UPCAST avoids it."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, tl.trans(b), input_precision="ieee")
-
-
-@triton.jit
 def _effect(attention, weighted, row_gain, share):
     """Single-entry effects ``|A (g - D) / (1 - A)|`` over ``share``, from ``A`` and ``A g``, both over ``share``."""
     # One rsqrt and two products are cheaper than a division.
     root = tl.math.rsqrt(tl.maximum(1.0 - attention * share[:, None], EPSILON))
     return tl.abs(weighted - attention * row_gain[:, None]) * (root * root)
-
-
-@triton.jit
-def _lanes(x, LANES: tl.constexpr):
-    """Sums over the columns ``2 * (LANES * a + lane) + b``, ``[row, LANES]``.
-
-    With one lane for each thread that shares a row of the matrix units' results, these sums stay within threads.
-    """
-    parts = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * LANES), LANES, 2])
-    return tl.sum(tl.sum(parts, 3), 1)
 
 
 @triton.jit
@@ -95,8 +65,8 @@ def row_statistics_kernel(
     own, shared = head.to(tl.int64), (head // group).to(tl.int64)
     i0 = tile * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
-    q = _rows_of(query + own * query_head_stride, i0, n, query_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
-    grad = _rows_of(grad_out + own * grad_head_stride, i0, n, grad_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
+    q = rows_of(query + own * query_head_stride, i0, n, query_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
+    grad = rows_of(grad_out + own * grad_head_stride, i0, n, grad_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
     if HAS_SINK_LOGITS:
         shift = tl.zeros([BLOCK_M], tl.float32) + tl.load(sink_logits + head) * LOG2E
         total = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -105,11 +75,11 @@ def row_statistics_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
     for first in tl.range(0, tl.minimum(i0 + BLOCK_M, n), BLOCK_N):
-        k = _rows_of(key + shared * key_head_stride, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
-        v = _rows_of(value + shared * value_head_stride, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        k = rows_of(key + shared * key_head_stride, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = rows_of(value + shared * value_head_stride, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
         # Scores and gains g_ij: [BLOCK_M, BLOCK_N].
-        score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
-        gain = _product(grad, v, UPCAST)
+        score = scores_of(product(q, k, UPCAST), scale, SOFTCAP)
+        gain = product(grad, v, UPCAST)
         if first + BLOCK_N > i0:
             score = tl.where((first + tl.arange(0, BLOCK_N))[None, :] <= i[:, None], score, MASKED)
         # Online softmax: what was summed so far is scaled to the new maximum.
@@ -149,8 +119,8 @@ def _row_tile(
     Rows from ``stop`` on are all zeros, and so is all that they add to a statistic.
     """
     own = head.to(tl.int64)
-    q = _rows_of(query + own * query_head_stride, i0, stop, query_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
-    grad = _rows_of(grad_out + own * grad_head_stride, i0, stop, grad_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
+    q = rows_of(query + own * query_head_stride, i0, stop, query_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
+    grad = rows_of(grad_out + own * grad_head_stride, i0, stop, grad_token_stride, HEAD_DIM, BLOCK_D, BLOCK_M)
     i = i0 + tl.arange(0, BLOCK_M)
     place = rows + own * 3 * n + i
     shift = tl.load(place, mask=i < stop, other=0.0)
@@ -174,25 +144,25 @@ def _sunk(
     gained = tl.zeros([i.shape[0], LANES], tl.float32)
     # Few keys: a pipeline wouldn't pay for its registers.
     for first in tl.range(0, tl.minimum(sink, last + 1), BLOCK_N, num_stages=1):
-        k = _rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
-        v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
-        gain = _product(grad, v, UPCAST)
+        k = rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = scores_of(product(q, k, UPCAST), scale, SOFTCAP)
+        gain = product(grad, v, UPCAST)
         j = (first + tl.arange(0, BLOCK_N))[None, :]
         attention = tl.where((j < sink) & (j <= i[:, None]), tl.math.exp2(score - shift[:, None]), 0.0)
-        mass += _lanes(attention, LANES)
-        gained += _lanes(attention * gain, LANES)
+        mass += lane_sums(attention, LANES)
+        gained += lane_sums(attention * gain, LANES)
     return mass, gained
 
 
 @triton.jit
 def aligned_kernel(
-    query, key, value, grad_out, sink_logits, rows, passed, following, partial,
+    query, key, value, grad_out, sink_logits, rows, moved, passed, following, partial,
     n, num_heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
     query_head_stride, query_token_stride, key_head_stride, key_token_stride,
     value_head_stride, value_token_stride, grad_head_stride, grad_token_stride,
-    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HAS_MOVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics for windows that are multiples of BLOCK_N, which lets every pair of tiles be visited once.
 
@@ -204,7 +174,7 @@ def aligned_kernel(
     ``passed[t + g]`` is the number of windows below ``m * BLOCK_N``, ``following[t]`` the first tile from t on that a
     window ends in or that the diagonal crosses. ``partial[heads, tiles, GROUPS, COUNT, bands]``
     must hold zeros; its last band is what lies beyond the last window. Recall is that of rows which don't keep
-    everything, the weight of the sink logit included.
+    everything, the weight of the sink logit included. ``moved[heads, n]`` is added to delta.
     """
     GROUPS: tl.constexpr = BLOCK_M // BLOCK_N
     tile, head, i0, stop = _own_rows(n, num_heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
@@ -237,10 +207,10 @@ def aligned_kernel(
     for t in tl.range(nearest, key_tiles):
         # The t-th tile from the diagonal, [BLOCK_N, BLOCK_D].
         first = i0 + (BLOCK_M - BLOCK_N) - t * BLOCK_N
-        k = _rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
-        v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
-        score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
-        gain = _product(grad, v, UPCAST)
+        k = rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+        score = scores_of(product(q, k, UPCAST), scale, SOFTCAP)
+        gain = product(grad, v, UPCAST)
         attention = tl.math.exp2(score - shift[:, None])
         # Triton 3.6 fails to compile branches that read a product of the matrix units itself.
         weighted = attention * gain
@@ -251,16 +221,18 @@ def aligned_kernel(
             attention, weighted = tl.where(seen, attention, 0.0), tl.where(seen, weighted, 0.0)
             effect = _effect(attention, weighted, row_gain, share)
             # Both parts at once, so that the tile's registers are free for what follows.
-            mass += _lanes(tl.where(near, attention, 0.0), LANES)
-            gained += _lanes(tl.where(near, weighted, 0.0), LANES)
-            effects += _lanes(tl.where(near, effect, 0.0), LANES)
-            far_mass = _lanes(tl.where(near, 0.0, attention), LANES)
-            far_gained = _lanes(tl.where(near, 0.0, weighted), LANES)
-            far_effects = _lanes(tl.where(near, 0.0, effect), LANES)
+            mass += lane_sums(tl.where(near, attention, 0.0), LANES)
+            gained += lane_sums(tl.where(near, weighted, 0.0), LANES)
+            effects += lane_sums(tl.where(near, effect, 0.0), LANES)
+            far_mass = lane_sums(tl.where(near, 0.0, attention), LANES)
+            far_gained = lane_sums(tl.where(near, 0.0, weighted), LANES)
+            far_effects = lane_sums(tl.where(near, 0.0, effect), LANES)
             # Rows whose window reaches into the sink keep everything.
             cut = i0 + (GROUPS - 1 - t) * BLOCK_N + r % BLOCK_N >= sink
             row_mass = tl.sum(mass, 1)
             delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass, TINY) - row_gain, 0.0)
+            if HAS_MOVED:
+                delta += tl.load(moved + head.to(tl.int64) * n + i, mask=cut & (i < stop), other=0.0)
             recall = tl.where(cut, row_mass * share, 0.0)
             # Groups for which a window ends in this tile write what it costs.
             window = tl.load(passed + t + g)
@@ -272,9 +244,9 @@ def aligned_kernel(
             gained += far_gained
             effects = tl.where(passing_row[:, None], 0.0, effects) + far_effects
         else:
-            mass += _lanes(attention, LANES)
-            gained += _lanes(weighted, LANES)
-            effects += _lanes(_effect(attention, weighted, row_gain, share), LANES)
+            mass += lane_sums(attention, LANES)
+            gained += lane_sums(weighted, LANES)
+            effects += lane_sums(_effect(attention, weighted, row_gain, share), LANES)
     # What no window but the whole keeps.
     beyond = _by_group(tl.sum(effects, 1) * share, GROUPS)
     tl.store(place + 3 * bands + tl.load(passed + key_tiles + g), beyond)
@@ -282,17 +254,17 @@ def aligned_kernel(
 
 @triton.jit
 def banded_kernel(
-    query, key, value, grad_out, sink_logits, rows, windows, partial,
+    query, key, value, grad_out, sink_logits, rows, moved, windows, partial,
     n, num_heads, group, sink, scale, bucket_rows, bucket_tiles, tiles, bands,
     query_head_stride, query_token_stride, key_head_stride, key_token_stride,
     value_head_stride, value_token_stride, grad_head_stride, grad_token_stride,
-    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, HAS_MOVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics for any windows, band of distances by band: tiles that windows end in are visited on both sides.
 
     ``windows`` ends with one more, larger than any distance. ``partial[heads, tiles, 1, COUNT, bands]`` must hold
-    zeros; its last band is what lies beyond the last window. Recall is as in `aligned_kernel`.
+    zeros; its last band is what lies beyond the last window. Recall and ``moved`` are as in `aligned_kernel`.
     """
     tile, head, i0, stop = _own_rows(n, num_heads, bucket_rows, bucket_tiles, tiles, BLOCK_M)
     if i0 >= stop:
@@ -318,22 +290,24 @@ def banded_kernel(
         window = tl.load(windows + band)
         effects = tl.zeros([BLOCK_M, LANES], tl.float32)
         for first in tl.range(tl.maximum(i0 - window + 1, sink), last - nearest + 1, BLOCK_N):
-            k = _rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
-            v = _rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
-            score = scores_of(_product(q, k, UPCAST), scale, SOFTCAP)
-            gain = _product(grad, v, UPCAST)
+            k = rows_of(head_key, first, n, key_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+            v = rows_of(head_value, first, n, value_token_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
+            score = scores_of(product(q, k, UPCAST), scale, SOFTCAP)
+            gain = product(grad, v, UPCAST)
             # Other bands' keys in these tiles don't count here.
             distance = i[:, None] - (first + tl.arange(0, BLOCK_N))[None, :]
             within = (distance >= nearest) & (distance < window)
             attention = tl.where(within, tl.math.exp2(score - shift[:, None]), 0.0)
             weighted = attention * gain
-            mass += _lanes(attention, LANES)
-            gained += _lanes(weighted, LANES)
-            effects += _lanes(_effect(attention, weighted, row_gain, share), LANES)
+            mass += lane_sums(attention, LANES)
+            gained += lane_sums(weighted, LANES)
+            effects += lane_sums(_effect(attention, weighted, row_gain, share), LANES)
         # Rows whose window reaches into the sink keep everything; no window ends beyond the last.
         cut = i - window >= sink
         row_mass = tl.sum(mass, 1)
         delta = tl.where(cut, tl.sum(gained, 1) / tl.maximum(row_mass, TINY) - row_gain, 0.0)
+        if HAS_MOVED:
+            delta += tl.load(moved + head.to(tl.int64) * n + i, mask=cut & (i < stop), other=0.0)
         recall = tl.where(cut, row_mass * share, 0.0)
         _store(place + band, bands, tl.arange(0, 1) == 0, delta, tl.sum(effects, 1) * share, recall, 1)
         nearest = window

@@ -57,13 +57,20 @@ class Tiling:
         """Parts of a tile of rows that windows end in at different tiles of keys."""
         return self.block_m // self.block_n if self.aligned else 1
 
-    def lanes(self, capability: int) -> int:
-        """Threads that share a row of a product; another number is slower, not wrong.
 
-        Args:
-            capability: The device's major one. A warp group of Hopper's takes whole rows, warps before may halve them.
-        """
-        return 4 if capability >= 9 and self.block_m >= WARP_GROUP_ROWS else 8
+def lanes(block_m: int, capability: int) -> int:
+    """Threads that share a row of a product; another number is slower, not wrong.
+
+    Args:
+        block_m: Rows of a tile.
+        capability: The device's major one. A warp group of Hopper's takes whole rows, warps before may halve them.
+    """
+    return 4 if capability >= 9 and block_m >= WARP_GROUP_ROWS else 8
+
+
+def capability(device: torch.device) -> int:
+    """A device's major one; what isn't a GPU counts as the newest."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def tiling(config: LaunchConfig, windows: Sequence[int], bucket_rows: int, *, capped: bool = False) -> Tiling:
@@ -95,31 +102,13 @@ def influence_totals(call: Influence) -> Tensor:
     logits = None if call.sink_logits is None else call.sink_logits.float().contiguous()
     call = call._replace(query=query, key=key, value=value, grad_out=grad_out, sink_logits=logits)
     windows, row_buckets, bucket_rows = call.windows, call.row_buckets, call.bucket_rows
-    (heads, n, head_dim), kv_heads = query.shape, key.shape[0]
+    (heads, n, _), kv_heads = query.shape, key.shape[0]
     group = heads // kv_heads
     rows = row_statistics(call)
     totals = query.new_zeros(len(STATISTICS), kv_heads, row_buckets, len(windows), dtype=torch.float32)
     shorter = tuple(window for window in windows if window < n)  # the others keep everything
-    if shorter:
-        config = launch_config("influence", query.device, head_dim, query.element_size())
-        cut = tiling(config, shorter, bucket_rows, capped=call.softcap is not None)
-        bucket_tiles = -(-bucket_rows // cut.block_m)
-        tiles = -(-n // bucket_rows) * bucket_tiles
-        shape = (tiles, cut.groups, len(STATISTICS), len(shorter) + 1)
-        for shared in _slices(kv_heads, 4 * group * math.prod(shape)):
-            own = slice(shared.start * group, shared.stop * group)
-            partial = query.new_zeros(own.stop - own.start, *shape, dtype=torch.float32)
-            part = call._replace(
-                query=query[own], key=key[shared], value=value[shared], grad_out=grad_out[own], windows=shorter,
-                sink_logits=None if logits is None else logits[own],
-            )  # fmt: skip
-            _launch(part, rows[own], partial, cut)
-            # [kv_heads, group, bucket, tile and group of rows, statistic, window or beyond]
-            by_tile = partial.view(-1, group, tiles // bucket_tiles, bucket_tiles * cut.groups, *shape[2:])
-            summed = by_tile.sum((1, 3), dtype=torch.float64).permute(2, 0, 1, 3)  # [statistic, kv_heads, bucket, ...]
-            # A window masks the bands beyond it. Not by cumsum, which may change from run to run on a GPU.
-            summed[3] = summed[3] @ summed.new_ones(summed.shape[-1], summed.shape[-1]).tril(-1)
-            totals[:, shared, : summed.shape[2], : len(shorter)] = summed[..., :-1]
+    for shared, found in window_sums(call, rows, shorter):
+        totals[:, shared, : found.shape[2], : len(shorter)] = found
     # What rows with all their keys recall was left out; the sink logit's weight isn't recall.
     totals[4] += group * _whole_rows(tuple(windows), row_buckets, bucket_rows, n, call.sink, query.device)
     if logits is not None:
@@ -134,14 +123,53 @@ def row_statistics(call: Influence) -> Tensor:
     rows = call.query.new_empty(heads, 3, n, dtype=torch.float32)
     row_statistics_kernel[(triton.cdiv(n, config.block_m) * heads,)](
         *call[:4], call.sink_logits, rows, n, heads, heads // call.key.shape[0], call.scale,
-        *_strides(call), **_constants(call), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        *_strides(call), **constants(call), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
         **COMPILER_OPTIONS,
     )  # fmt: skip
     return rows
 
 
-def _launch(call: Influence, rows: Tensor, partial: Tensor, cut: Tiling) -> None:
+def window_sums(
+    call: Influence, rows: Tensor, shorter: tuple[int, ...], moved: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """KV heads by slices, and their `STATISTICS` in float64, ``[statistic, kv_heads, bucket, window]``.
+
+    Recall is that of rows which don't keep everything, the weight of the sink logit included. Buckets without rows are
+    left out.
+
+    Args:
+        call: Arguments, with rows contiguous and sink logits in float32.
+        rows: As `row_statistics` gives them.
+        shorter: Windows shorter than the sequence, which the others see whole.
+        moved: ``[heads, N]``, added to delta where a row doesn't keep everything.
+    """
+    if not shorter:
+        return
+    (heads, n, head_dim), kv_heads, bucket_rows = call.query.shape, call.key.shape[0], call.bucket_rows
+    group = heads // kv_heads
+    config = launch_config("influence", call.query.device, head_dim, call.query.element_size())
+    cut = tiling(config, shorter, bucket_rows, capped=call.softcap is not None)
+    bucket_tiles = -(-bucket_rows // cut.block_m)
+    tiles = -(-n // bucket_rows) * bucket_tiles
+    shape = (tiles, cut.groups, len(STATISTICS), len(shorter) + 1)
+    for shared in _slices(kv_heads, 4 * group * math.prod(shape)):
+        own = slice(shared.start * group, shared.stop * group)
+        partial = call.query.new_zeros(own.stop - own.start, *shape, dtype=torch.float32)
+        part = call._replace(
+            query=call.query[own], key=call.key[shared], value=call.value[shared], grad_out=call.grad_out[own],
+            windows=shorter, sink_logits=None if call.sink_logits is None else call.sink_logits[own],
+        )  # fmt: skip
+        _launch(part, rows[own], None if moved is None else moved[own], partial, cut)
+        # [kv_heads, group, bucket, tile and group of rows, statistic, window or beyond]
+        by_tile = partial.view(-1, group, tiles // bucket_tiles, bucket_tiles * cut.groups, *shape[2:])
+        summed = by_tile.sum((1, 3), dtype=torch.float64).permute(2, 0, 1, 3)  # [statistic, kv_heads, bucket, ...]
+        # A window masks the bands beyond it. Not by cumsum, which may change from run to run on a GPU.
+        summed[3] = summed[3] @ summed.new_ones(summed.shape[-1], summed.shape[-1]).tril(-1)
+        yield shared, summed[..., :-1]
+
+
+def _launch(call: Influence, rows: Tensor, moved: Tensor | None, partial: Tensor, cut: Tiling) -> None:
     """Fill ``partial[heads, tile, group of rows, statistic, window or beyond]``; all windows are shorter than N."""
     heads, n, _ = call.query.shape
     device, windows, bucket_rows = call.query.device, tuple(call.windows), call.bucket_rows
@@ -151,16 +179,18 @@ def _launch(call: Influence, rows: Tensor, partial: Tensor, cut: Tiling) -> None
     else:
         kernel, tables = banded_kernel, [_ended(windows, device)]
     kernel[(tiles * heads,)](
-        *call[:4], call.sink_logits, rows, *tables, partial, n, heads, heads // call.key.shape[0], min(call.sink, n),
-        call.scale, bucket_rows, -(-bucket_rows // cut.block_m), tiles, bands,
-        *_strides(call), **_constants(call), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
-        LANES=cut.lanes(torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9),
+        *call[:4], call.sink_logits, rows, moved, *tables, partial,
+        n, heads, heads // call.key.shape[0], min(call.sink, n), call.scale,
+        bucket_rows, -(-bucket_rows // cut.block_m), tiles, bands,
+        *_strides(call), **constants(call), HAS_MOVED=moved is not None, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        LANES=lanes(cut.block_m, capability(device)),
         num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers,
         **COMPILER_OPTIONS,
     )  # fmt: skip
 
 
-def _constants(call: Influence) -> dict[str, Any]:
+def constants(call: Influence) -> dict[str, Any]:
+    """What kernels are made for."""
     head_dim = call.query.shape[-1]
     return {
         "SOFTCAP": call.softcap or 0.0,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moa_kernels.coded_influence import coded_changes
 from moa_kernels.cpu.library import unavailable
 from moa_kernels.influence import influence_statistics
-from moa_kernels.influence.coded import coded_changes
 
-from .. import test_influence_coded as codes
+from .. import test_coded_influence as codes
 from .. import test_influence_kernel as kernel
 from ..seeds import seeds
 

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from moa_kernels.coded_influence import coded_changes
 from moa_kernels.codes import Codec, Moments, Transform
-from moa_kernels.influence.coded import coded_influence
 from transformers import Gemma2Config, GlmConfig, Qwen3Config, StableLmConfig
 
 from moa_search.data import Sample
@@ -41,13 +41,11 @@ def test_changes_are_those_of_each_layers_own_tensors():
         ]
         rows = -(-150 // entry.header.row_buckets)
         sizes = {"windows": entry.header.windows, "row_buckets": entry.header.row_buckets, "bucket_rows": rows}
-        expected = coded_influence(query, *seen, grad, **sizes, sink=4, scale=8**-0.5)
-        for name, values in expected.items():
-            for number, bits in enumerate((4, 2), 1):
-                for found, pair in ((entry.keys, (number, 0)), (entry.values, (0, number))):
-                    wanted = values[..., pair[0], pair[1]] - values[..., 0, 0]
-                    recorded = torch.from_numpy(found[bits][name][0, layer]).double()
-                    torch.testing.assert_close(recorded, wanted, rtol=1e-4, atol=1e-10)
+        expected = coded_changes(query, *seen, grad, **sizes, sink=4, scale=8**-0.5, impl="torch")
+        for name, changes in expected.items():
+            found = [side[bits][name][0, layer] for side in (entry.keys, entry.values) for bits in (4, 2)]
+            for recorded, wanted in zip(found, changes.unbind(-1), strict=True):
+                torch.testing.assert_close(torch.from_numpy(recorded).double(), wanted, rtol=1e-4, atol=1e-10)
 
 
 def test_spans_alone_are_measured_the_same():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from moa_kernels.coded_influence import CODED_STATISTICS, coded_changes
+from moa_kernels.coded_influence.reference import CodedInfluence, pair_totals
 from moa_kernels.codes import Codec, Moments, Transform
 from moa_kernels.influence import influence_statistics
-from moa_kernels.influence.coded import CODED_STATISTICS, coded_changes, coded_influence
 
 CASES = [
     # heads, kv_heads, N, sink, softcap, sink logits, row_buckets
@@ -30,7 +31,7 @@ def drawn(heads, kv_heads, n, dtype=torch.float64):
 
 
 def coded(query, key, value, sink):
-    """Keys and values as `coded_influence` takes them."""
+    """Keys and values as `coded_changes` takes them."""
     others = torch.randn(len(key), 50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     of_keys = Transform.balanced(*Moments.of(others, others + 0.5, others).key_statics())
     of_values = Transform.rotation(len(value), value.shape[-1])
@@ -38,6 +39,12 @@ def coded(query, key, value, sink):
     keys = [Codec(bits, of_keys if bits < 8 else None).seen(key, at, sink) for bits in KEY_BITS]
     values = [Codec(bits, of_values if bits < 8 else None).seen(value, at, sink) for bits in VALUE_BITS]
     return torch.stack(keys), torch.stack(values)
+
+
+def of_pairs(query, keys, values, grad_out, *, softcap=None, sink_logits=None, **options):
+    """What every pair of codecs costs, ``[kv_heads, bucket, window, key_codec, value_codec]``."""
+    call = CodedInfluence(query, keys, values, grad_out, **options, softcap=softcap, sink_logits=sink_logits)
+    return dict(zip(CODED_STATISTICS, pair_totals(call), strict=True))
 
 
 def outputs(query, key, value, scale, softcap, sink_logits, visible):
@@ -65,8 +72,7 @@ def test_delta_is_what_explicit_coded_attention_costs(
     rows = -(-n // row_buckets)
     keys, values = coded(query, key, value, sink)
     sizes = {"windows": windows, "row_buckets": row_buckets, "bucket_rows": rows, "sink": sink}
-    found = coded_influence(query, keys, values, grad_out, **sizes, scale=0.35, softcap=softcap, sink_logits=logits)
-    assert tuple(found) == CODED_STATISTICS
+    found = of_pairs(query, keys, values, grad_out, **sizes, scale=0.35, softcap=softcap, sink_logits=logits)
 
     i, j = torch.arange(n)[:, None], torch.arange(n)
     plain = outputs(query, key, value, 0.35, softcap, logits, j <= i)
@@ -89,7 +95,7 @@ def test_delta_is_what_explicit_coded_attention_costs(
 def test_the_plain_pair_is_the_influence_of_spans_alone():
     query, key, value, grad_out = drawn(6, 2, 150)
     options = {"windows": [10, 32, 140, 150], "row_buckets": 5, "bucket_rows": 30, "sink": 10, "scale": 0.25}
-    found = coded_influence(query, *coded(query, key, value, 10), grad_out, **options)
+    found = of_pairs(query, *coded(query, key, value, 10), grad_out, **options)
     alone = influence_statistics(query, key, value, grad_out, **options)
     for name in CODED_STATISTICS:
         torch.testing.assert_close(found[name][..., 0, 0], alone[name], rtol=1e-12, atol=1e-14)
@@ -101,7 +107,7 @@ def test_changes_are_those_of_keys_alone_and_values_alone():
     query, key, value, grad_out = drawn(6, 2, 150)
     options = {"windows": [32, 64, 150], "row_buckets": 5, "bucket_rows": 30, "sink": 10, "scale": 0.25}
     keys, values = coded(query, key, value, 10)
-    pairs = coded_influence(query, keys, values, grad_out, **options)
+    pairs = of_pairs(query, keys, values, grad_out, **options)
     changes = coded_changes(query, keys, values, grad_out, **options, impl="torch")
     for name, both in pairs.items():
         plain = both[..., 0, 0]
@@ -117,8 +123,8 @@ def test_low_precision_stays_near_float64(dtype):
     query, key, value, grad_out = (x.to(dtype) for x in drawn(6, 2, 400))
     keys, values = (x.to(dtype) for x in coded(query, key, value, 4))
     options = {"windows": [32, 64, 128, 400], "row_buckets": 8, "bucket_rows": 50, "sink": 4, "scale": 0.35}
-    low = coded_influence(query, keys, values, grad_out, **options)
-    high = coded_influence(*(x.double() for x in (query, keys, values, grad_out)), **options)
+    low = of_pairs(query, keys, values, grad_out, **options)
+    high = of_pairs(*(x.double() for x in (query, keys, values, grad_out)), **options)
     torch.testing.assert_close(low["squared"].double(), high["squared"], rtol=1e-4, atol=1e-4)
 
 
@@ -130,7 +136,7 @@ def test_memory_is_linear_in_the_length():
         query, key, value, grad_out = (x.float() for x in inputs)
         keys, values = key[None].expand(4, -1, -1, -1), value[None].expand(4, -1, -1, -1)
         with torch.profiler.profile(profile_memory=True) as seen:
-            coded_influence(
+            of_pairs(
                 query, keys, values, grad_out, windows=[256, n], row_buckets=4, bucket_rows=n // 4, sink=4, scale=0.35
             )
         return max(event.cpu_memory_usage for event in seen.events())
@@ -159,4 +165,4 @@ def test_what_does_not_fit_is_refused(changed, says):
     }
     options = {"windows": [4, 20], "row_buckets": 4, "bucket_rows": 5, "sink": 2, "scale": 1.0}
     with pytest.raises(ValueError, match=says):
-        coded_influence(**{**fitting, **options, **changed})
+        coded_changes(**{**fitting, **options, **changed}, impl="torch")
