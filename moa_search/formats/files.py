@@ -10,14 +10,15 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moa_search.errors import ConfigError, PlanFormatError
+from moa_search.errors import ConfigError, MoAError, PlanFormatError
+from moa_search.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,6 +105,25 @@ def parse_plan_json(text: str | bytes, source: str) -> Any:
         if kind in MAKES_A_PLAN:  # not so a plan that is damaged
             raise PlanFormatError(f"{source}: it is a {kind}, no plan; {MAKES_A_PLAN[kind]}") from None
         raise PlanFormatError(f"{source}: not a JSON file, or a truncated one ({one_line(error)})") from None
+
+
+def require_schema(
+    schema: object, known: Sequence[str], source: object, foreign: type[MoAError], unknown: type[MoAError]
+) -> None:
+    """Check the schema that a file names.
+
+    Args:
+        schema: What the file says, if anything.
+        known: Schemas that can be read, such as ``moa-plan/1``, of one kind of file.
+        source: Names the file in errors.
+        foreign: Raised where it is no file of that kind.
+        unknown: Raised where it is one of another version.
+    """
+    kind, _, _ = known[0].partition("/")
+    if not isinstance(schema, str) or not schema.startswith(f"{kind}/"):
+        raise foreign(f'{source}: not a moa-search {kind.removeprefix("moa-")} (no "schema": "{known[0]}")')
+    if schema not in known:
+        raise unknown(f"{source}: schema {one_line(schema)} is unknown to moa-search {__version__}; upgrade it")
 
 
 MAKES_A_PLAN = {

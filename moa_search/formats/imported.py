@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moa_search.formats.plan import Plan
-from moa_search.formats.provenance import LengthMetrics, Provenance
+from moa_search.formats.provenance import Provenance
 
 
 def imported(plan: Plan, origin: str, notes: Sequence[str], lengths: Sequence[int]) -> Plan:
     """``plan`` with its origin, what the import changed, its densities and shares of bytes at ``lengths``."""
-    predicted = tuple(
-        LengthMetrics(
-            length=length,
-            density=plan.density(length),
-            share=None if plan.is_plain else plan.share(length),
-            attention_density=plan.attention_density(length),
-        )
-        for length in lengths
-    )
     provenance = Provenance(searcher=f"imported {origin}", notes=tuple(notes))
-    return plan.model_copy(update={"provenance": provenance, "predicted": predicted})
+    return plan.model_copy(update={"provenance": provenance, "predicted": tuple(map(plan.metrics, lengths))})

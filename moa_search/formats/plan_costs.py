@@ -8,6 +8,7 @@ from typing import Self
 from moa_search import spans
 from moa_search.formats.patterns import pattern_of
 from moa_search.formats.plan_content import PlanContent
+from moa_search.formats.provenance import LengthMetrics
 from moa_search.formats.tiers import PLAIN_BITS, head_bytes, token_bytes
 from moa_search.spans import SpanRule
 
@@ -67,6 +68,15 @@ class PlanCosts(PlanContent):
             )
             for layer, (spans_of_layer, tiers_of_layer) in enumerate(zip(self.spans(length), self.tiers, strict=True))
         ]
+
+    def metrics(self, length: int) -> LengthMetrics:
+        """Densities and, where some head stores fewer than 16 bits, the share of bytes at ``length`` tokens."""
+        return LengthMetrics(
+            length=length,
+            density=self.density(length),
+            share=None if self.is_plain else self.share(length),
+            attention_density=self.attention_density(length),
+        )
 
     def anchored_at(self, length: int) -> Self:
         """The same plan with every rule fixed at its span for ``length`` tokens, anchored at positions."""

@@ -8,12 +8,11 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from moa_search.errors import PlanFormatError, PlanVersionError
-from moa_search.formats.files import canonical_json, describe_invalid, one_line, parse_plan_json, sha256_of
+from moa_search.formats.files import canonical_json, describe_invalid, parse_plan_json, require_schema, sha256_of
 from moa_search.formats.patterns import SpanPattern
 from moa_search.formats.plan_content import PLAN_SCHEMAS, PlanContent
 from moa_search.formats.provenance import Budget, LengthMetrics, Provenance, Validation
 from moa_search.formats.signature import ModelSignature
-from moa_search.version import __version__
 
 
 class PlanText(PlanContent):
@@ -49,12 +48,7 @@ class PlanText(PlanContent):
         """
         content = parse_plan_json(text, source)
         schema = content.get("schema") if isinstance(content, dict) else None
-        if not isinstance(schema, str) or not schema.startswith("moa-plan/"):
-            raise PlanFormatError(f'{source}: not a moa-search plan (no "schema": "{PLAN_SCHEMAS[0]}")')
-        if schema not in PLAN_SCHEMAS:
-            raise PlanVersionError(
-                f"{source}: schema {one_line(schema)} is unknown to moa-search {__version__}; upgrade it"
-            )
+        require_schema(schema, PLAN_SCHEMAS, source, PlanFormatError, PlanVersionError)
         checksum = content.pop("checksum", None)
         try:
             plan = cls.model_validate_json(json.dumps(content), strict=True)

@@ -43,13 +43,13 @@ from moa_search.formats.files import (
     one_line,
     parse_json,
     read_file,
+    require_schema,
     sha256_of,
 )
 from moa_search.formats.profile_content import PROFILE_SCHEMAS, LengthHeader, LengthProfile, ProfileHeader
 from moa_search.formats.profile_tensors import Arrays, pack, unpack
 from moa_search.formats.signature import ModelSignature
 from moa_search.formats.tiers import TiersHeader, TierStatistics
-from moa_search.version import __version__
 
 METADATA_KEY = "moa-profile"
 
@@ -147,12 +147,7 @@ class Profile:
             raise ProfileFormatError(
                 f"{path}: not a moa-search profile, or a truncated one ({type(error).__name__}: {one_line(error)})"
             ) from None
-        if not isinstance(schema, str) or not schema.startswith("moa-profile/"):
-            raise ProfileFormatError(f'{path}: not a moa-search profile (no "schema": "{PROFILE_SCHEMAS[0]}")')
-        if schema not in PROFILE_SCHEMAS:
-            raise ProfileVersionError(
-                f"{path}: schema {one_line(schema)} is unknown to moa-search {__version__}; upgrade it"
-            )
+        require_schema(schema, PROFILE_SCHEMAS, path, ProfileFormatError, ProfileVersionError)
         checksum = content.pop("checksum", None)
         try:
             header = ProfileHeader.model_validate_json(json.dumps(content), strict=True)

@@ -10,7 +10,7 @@ from moa_search.errors import ConfigError
 from moa_search.formats.criteria import require_criterion
 from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
-from moa_search.formats.provenance import LengthMetrics, Provenance
+from moa_search.formats.provenance import Provenance
 from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier
 from moa_search.options import SearchOptions
 from moa_search.progress import progress
@@ -167,17 +167,8 @@ def plan_of(space: SearchSpace, searcher: Searcher, point: FrontPoint) -> Plan:
     metrics = []
     for loss in space.losses:
         value, error = loss.of_choice(choice)
-        metrics.append(
-            LengthMetrics(
-                length=loss.length,
-                density=plan.density(loss.length),
-                share=None if plan.is_plain else plan.share(loss.length),
-                attention_density=plan.attention_density(loss.length),
-                loss=value,
-                loss_error=error,
-                extrapolated=loss.length not in space.profile.lengths,
-            )
-        )
+        told = {"loss": value, "loss_error": error, "extrapolated": loss.length not in space.profile.lengths}
+        metrics.append(plan.metrics(loss.length).model_copy(update=told))
     proves = searcher.proves
     weights = {str(length): w for length, w in zip(space.weights, point.weights, strict=True)}
     provenance = Provenance(
