@@ -192,7 +192,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
                 hint = f"; give a file in it, such as {files[0]}" if files else ""
             elif not place.exists():
                 hint = nearest(place.name, (file.name for file in place.parent.iterdir() if file.is_file()))
-        raise ConfigError(f"{path}: {error.strerror or error}{hint}") from None
+        raise ConfigError(f"{one_line(path)}: {error.strerror or error}{hint}") from None
 
 
 def one_line(text: object) -> str:

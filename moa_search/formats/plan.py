@@ -214,7 +214,10 @@ class Plan(PlanCosts, PlanText):
             path = locate(os.fspath(path))
         plan = cls.loads(read_file(path), source=str(path))
         if plan.transforms is not None:
-            plan._key_transforms = KeyTransforms.load(Path(path).parent, plan.transforms, plan.model, str(path))
+            folder = Path(path).parent
+            if not (folder / KeyTransforms.file_name(plan.transforms)).exists():
+                folder = Path(path).resolve().parent  # the path may be a link to the plan
+            plan._key_transforms = KeyTransforms.load(folder, plan.transforms, plan.model, str(path))
         return plan
 
     @classmethod
@@ -222,7 +225,7 @@ class Plan(PlanCosts, PlanText):
         """The plan that an argument stands for, wherever a function asks for one.
 
         Args:
-            plan: A Plan, a plan file, or a plan's content as ``json.load`` gives it (``config.moa_plan``).
+            plan: A Plan, a plan file, or a plan's content, as text or as ``json.load`` gives it (``config.moa_plan``).
             name: Of the argument, for errors.
 
         Raises:
@@ -232,6 +235,8 @@ class Plan(PlanCosts, PlanText):
         """
         if isinstance(plan, Plan):
             return plan
+        if isinstance(plan, str) and plan.lstrip().startswith("{"):
+            return cls.loads(plan, source=name)
         if isinstance(plan, str | os.PathLike):
             return cls.load(plan)
         if isinstance(plan, Mapping):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Self
 
 from moa_search import spans
+from moa_search.errors import ConfigError
 from moa_search.formats.patterns import pattern_of
 from moa_search.formats.plan_content import PlanContent
 from moa_search.formats.provenance import LengthMetrics
@@ -14,10 +16,14 @@ from moa_search.spans import SpanRule
 
 
 class PlanCosts(PlanContent):
-    """Spans, densities and bytes of a plan at a context of so many tokens, and the plan that has them for good."""
+    """Spans, densities and bytes of a plan at a context of so many tokens, and the plan that has them for good.
+
+    All methods raise `ConfigError` for a length that is no whole number of at least 1.
+    """
 
     def spans(self, length: int) -> list[list[int]]:
         """Keys kept per ``[layer][kv_head]`` at a context of ``length`` tokens; of native layers, their own window."""
+        _require_length(length)
         native, window = self.native_layers, self.native_window
         return [
             [
@@ -29,6 +35,7 @@ class PlanCosts(PlanContent):
 
     def density(self, length: int) -> float:
         """Share of the dense KV cache that is kept at ``length`` tokens, over all heads but those of native layers."""
+        _require_length(length)
         return spans.density(self._searchable_rules(), length, self.min_span)
 
     def attention_density(self, length: int) -> float:
@@ -39,6 +46,8 @@ class PlanCosts(PlanContent):
         """`attention_density` at several lengths, in the time of the longest one (unless anchored at the prompt)."""
         if self.anchor == "prompt":
             return [self.resolve(length).attention_density(length) for length in lengths]
+        for length in lengths:
+            _require_length(length)
         return spans.attention_densities(self._searchable_rules(), lengths, self.min_span)
 
     def kv_bytes(self, length: int, *, batch: int = 1, bytes_per_element: int = 2) -> int:
@@ -96,3 +105,10 @@ class PlanCosts(PlanContent):
     def _searchable_rules(self) -> list[SpanRule]:
         native = self.native_layers
         return [rule for layer, heads in enumerate(self.rules) if layer not in native for rule in heads]
+
+
+def _require_length(length: int) -> None:
+    if not isinstance(length, Integral):
+        raise ConfigError(f"length: {length!r} is no whole number of tokens")
+    if length < 1:
+        raise ConfigError(f"length: {length} is out of range; it must be at least 1")

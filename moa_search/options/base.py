@@ -205,6 +205,8 @@ def _describe(error: ValidationError, options: type[Options]) -> str:
     part = re.fullmatch(r"\s*(\d*\.?\d+)\s*%\s*", value) if isinstance(value, str) and noun == "number" else None
     if part:
         return f"{name}: {shown!r} is no number; write {float(part[1]) / 100:g}"
+    if isinstance(value, str) and "," in value and noun in ("number", "whole number"):
+        return f"{name}: {shown!r} is no {noun}; put spaces between several, such as {value.replace(',', ' ').strip()}"
     return f"{name}: {shown!r} is no {noun}" if noun else f"{name}: {shown!r} can't be used ({one_line(first['msg'])})"
 
 

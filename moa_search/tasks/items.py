@@ -159,7 +159,10 @@ class Generator:
         """Tokens of filler that bring an item to ``length``, given how many its other parts have."""
         missing = length - len(self.frame.before) - fixed
         if missing < fixed:
-            raise CalibrationError(f"{self.task.name} items can't be as short as {length} tokens")
+            least = length - missing + fixed
+            raise CalibrationError(
+                f"{self.task.name} items can't be as short as {length} tokens: this one needs {least}"
+            )
         return missing
 
     def item(

@@ -104,6 +104,14 @@ class TestSearch:
             "16 8 4 2 measures fewer"
         ]
 
+    def test_tiers_beside_budgets_that_count_no_bytes_are_told_of(self, call, tiered_file, tmp_path, caplog):
+        tiers = ("--tiers", 16, 4, "--front-steps", 0, "--output", tmp_path)
+        for budget in (("--density", 0.5), ("--kv-share", 0.5), ("--density", 0.9, "--budget", "kv=1MiB@512")):
+            caplog.clear()
+            assert call(tiered_file, *budget, *tiers)[0] == 0
+            told = any("no budget counts bytes" in record.getMessage() for record in caplog.records)
+            assert told == (budget == ("--density", 0.5))
+
     def test_bits_that_were_chosen_are_shown(self, call, tiered_file, tmp_path):
         status, out, err = call(tiered_file, "--kv-share", 0.3, "--output", tmp_path)
         assert status == 0, err

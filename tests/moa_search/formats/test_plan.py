@@ -221,7 +221,8 @@ def test_whatever_stands_for_a_plan_is_read(tiny_plan: Plan, tmp_path: Path) -> 
     tiny_plan.save(path)
     content = json.loads(path.read_text())
     in_a_configuration = tiny_plan.model_dump(mode="json", by_alias=True)
-    for stands in (tiny_plan, str(path), path, content, MappingProxyType(content), in_a_configuration):
+    text = path.read_text()
+    for stands in (tiny_plan, str(path), path, text, content, MappingProxyType(content), in_a_configuration):
         assert Plan.of(stands) == tiny_plan
     assert Plan.of(tiny_plan) is tiny_plan
 
@@ -235,6 +236,7 @@ def test_whatever_stands_for_a_plan_is_read(tiny_plan: Plan, tmp_path: Path) -> 
         ({"schema": "moa-plan/9"}, PlanVersionError, "under_plan: schema moa-plan/9 is unknown"),
         ({"schema": "moa-plan/1", "sink": object()}, PlanFormatError, "under_plan: .*not JSON serializable"),
         ("absent.json", ConfigError, "absent.json: No such file"),
+        ("two\nlines.json", ConfigError, r"^two\\nlines.json: No such file"),
     ],
 )
 def test_what_is_no_plan_is_refused_by_the_arguments_name(argument: Any, error: type[Exception], message: str) -> None:
@@ -475,3 +477,11 @@ def test_the_json_schema_accepts_plans_and_nothing_else(tiny_plan: Plan) -> None
         content = without_checksum(tiny_plan)
         change(content)
         assert not validator.is_valid(content)
+
+
+@pytest.mark.parametrize("ask", ["spans", "density", "attention_density", "kv_bytes", "share", "anchored_at"])
+def test_lengths_that_are_none_are_refused(tiny_plan: Plan, ask: str) -> None:
+    for length, why in ((0, "at least 1"), (-5, "at least 1"), (10.5, "no whole number"), ("8k", "no whole number")):
+        with pytest.raises(ConfigError, match=why):
+            getattr(tiny_plan, ask)(length)
+    assert getattr(tiny_plan, ask)(np.int64(512)) == getattr(tiny_plan, ask)(512)

@@ -49,6 +49,13 @@ def test_what_is_saved_is_read_again_with_its_transforms(plan, tmp_path):
     assert read.fingerprint == plan.fingerprint
 
 
+def test_a_link_to_a_plan_finds_the_transforms_beside_the_plan(plan, tmp_path):
+    plan.save(tmp_path / "runs" / "plan.json")
+    link = tmp_path / "best.json"
+    link.symlink_to(tmp_path / "runs" / "plan.json")
+    assert Plan.load(link).key_transforms == transforms()
+
+
 def test_plans_of_one_profile_share_one_file(plan, tmp_path):
     plan.save(tmp_path / "a.json")
     Plan.from_rules(RULES, MODEL, tiers=[[(2, 2)] * 2] * 2, transforms=transforms()).save(tmp_path / "b.json")

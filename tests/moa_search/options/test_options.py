@@ -130,6 +130,7 @@ def test_numbers_of_numpy_are_numbers():
         (ProfileOptions, {"lengths": 0}, "lengths: 0 is out of range; it must be over 0"),
         (ProfileOptions, {"lengths": []}, "lengths"),
         (ProfileOptions, {"lengths": 2**27 + 1}, "lengths: 134217729 is out of range; it must be at most 134217728"),
+        (ProfileOptions, {"tiers": "16,8,4"}, "tiers: '16,8,4' is no whole number; put spaces between several"),
         (ProfileOptions, {"samples": "many"}, "samples: 'many' is no whole number"),
         (ProfileOptions, {"resume": "perhaps"}, "resume: 'perhaps' is neither true nor false"),
         (ProfileOptions, {"sink": -1}, "sink: -1 is out of range; it must be at least 0"),
