@@ -46,6 +46,8 @@ AHEAD = ("ahead-0.5", "ahead-0.25", "ahead-0.125", "bits-ahead-0.25", "bits-ahea
 PLANS = ("dense", *CODED, *BYTES, *SPANS)
 BOARD = ("dense", "int4", *BYTES, "eighth-bytes-tuned", "quarter")
 """Plans beside `FEWER` rivals on boards that others publish."""
+GEMMA = ("dense", "int8", "int4", *(f"gemma-{share}" for share in (50, 25, 12)))
+"""Of Gemma 3 270M, with plans at shares of the bytes of the layers that have no window of their own."""
 
 SPARE_TOKENS = 16
 """Tokens that a generated answer may have beyond one that holds all that is wanted; RULER's room is up to 128."""
@@ -117,6 +119,7 @@ STAGES = (
     Stage("ruler-dense", grid(RULER, {1024: 4}), ("dense",), generated=True),
     Stage("turns", grid(("turns",), {1024: 12}), BOARD, FEWER, ("snapkv@0.25",)),
     Stage("ruler", grid(FOUND, {1024: 8}), BOARD, FEWER, ("snapkv@0.25",), generated=True),
+    Stage("gemma", grid(("passkey", "copy"), {1024: 8}), GEMMA),
     Stage("turns-4k", grid(("turns",), {4096: 6}), BOARD, FEWER, ("snapkv@0.25",)),
     Stage("ruler-2k", grid(FOUND, {2048: 4}), BOARD, FEWER, ("snapkv@0.25",), generated=True),
 )

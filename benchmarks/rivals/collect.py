@@ -1,6 +1,6 @@
 """Answers of all environments as tables of items and of costs.
 
-``python collect.py ITEMS PLANS_FOLDER ANSWERS.jsonl... --out FOLDER --name rivals`` writes
+``python collect.py ITEMS PLANS_FOLDER ANSWERS.jsonl... --out FOLDER --name rivals-smollm2-135m`` writes
 ``rivals-smollm2-135m.csv.gz``, one row per answer (or turn of it), and ``rivals-costs-smollm2-135m.csv``, what each
 variant holds. A generated answer's NLL is that of the answer that holds all that is wanted.
 """
@@ -27,7 +27,6 @@ from moa_search.tasks import Task, require_tasks
 from moa_search.tasks.ruler.records import string_match
 from moa_search.tasks.ruler.task import text_of
 
-HEAD_DIM, LAYERS = 64, 30
 COSTS = ["variant", "question", "length", "tokens_read", "held", "peak", "extra_passes"]
 
 
@@ -55,15 +54,15 @@ def main() -> None:
             cost = [line[key] for key in ("kept", "held", "peak", "extra_passes")]
             costs.append([name, question, item["length"], *cost])
         else:
-            costs.append([name, question, item["length"], *_costs(name, item["length"], plans)])
+            costs.append([name, question, item["length"], *_costs(name, item["length"], plans, options)])
     found = pd.DataFrame(rows).drop_duplicates(["task", "length", "variant", "question", "answers", "item", "turn"])
     keys = ["task", "length", "answers", "variant", "question", "item", "turn"]
     found = found.sort_values(keys).reset_index(drop=True)[[*keys, "nll", "score", "device", "versions"]]
     options.out.mkdir(exist_ok=True, parents=True)
-    path = options.out / f"{options.name}-smollm2-135m.csv.gz"
+    path = options.out / f"{options.name}.csv.gz"
     found.round(5).to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
     mean = pd.DataFrame(costs, columns=COSTS).groupby(COSTS[:3], sort=True).mean().round(4).reset_index()
-    mean.to_csv(options.out / f"{options.name}-costs-smollm2-135m.csv", index=False)
+    mean.to_csv(options.out / f"{options.name.replace('-', '-costs-', 1)}.csv", index=False)
     print(found.groupby(["answers", "length", "task"]).agg(rows=("nll", "size"), variants=("variant", "nunique")))
     print(*versions, sep="\n")
 
@@ -93,14 +92,14 @@ def _said(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
 
 
-def _costs(name: str, length: int, plans: dict[str, Plan]) -> list[float]:
+def _costs(name: str, length: int, plans: dict[str, Plan], options: argparse.Namespace) -> list[float]:
     """Tokens read, bytes held, at the peak, and passes of one of this project's variants."""
     if name == "dense":
         return [1.0, *held(1, 1).values()]
     if name in SCHEMES:
-        return [1.0, *held(SCHEMES[name].share(HEAD_DIM), LAYERS).values()]
+        return [1.0, *held(SCHEMES[name].share(options.head_dim), options.layers).values()]
     plan = plan_named(name.removesuffix(BY_TORCH), plans, length)
-    return [densities(plan, length)["density"], *held(plan.share(length), LAYERS).values()]
+    return [densities(plan, length)["density"], *held(plan.share(length), options.layers).values()]
 
 
 def _options() -> argparse.Namespace:
@@ -109,7 +108,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("plans", type=Path)
     parser.add_argument("answers", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs/data"))
-    parser.add_argument("--name", default="rivals", help="of the files")
+    parser.add_argument("--name", default="rivals-smollm2-135m", help="of the files")
+    parser.add_argument("--layers", type=int, default=30, help="whose cache plans can shrink")
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--model", help="whose tokenizer reads generated answers")
     return parser.parse_args()
 

@@ -6,7 +6,7 @@ Each stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in its page.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 30
 NAMES = {
     "quarter-bytes": "**spans and bits, 25 %**",
     "eighth-bytes": "**spans and bits, 12.5 %**",
+    "eighth-bytes-tuned": "**spans and bits, 12.5 %, tuned**",
     "sixteenth-bytes": "**spans and bits, 6.25 %**",
     "half": "spans alone, 50 %",
     "quarter": "spans alone, 25 %",
@@ -47,7 +48,7 @@ METHODS = (
 GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "unknown", ("dense",)),
     ("a cache in fewer bits", "unknown", CACHES),
-    ("plans of this project", "unknown", ("quarter-bytes", "eighth-bytes", "sixteenth-bytes")),
+    ("plans of this project", "unknown", ("quarter-bytes", "eighth-bytes", "eighth-bytes-tuned", "sixteenth-bytes")),
     ("the same in 16 bits", "unknown", ("half", "quarter", "eighth", "eighth-tuned")),
     ("spans alike for all heads, and MoA's", "unknown", tuple(name for name in NAMES if name[:3] in ("uni", "moa"))),
     *(
@@ -230,43 +231,6 @@ def pairs_by_task(items: Items) -> str:
     return table(["NLL of, all lengths", "less", *TASKS], rows)
 
 
-def turns(items: Items) -> str:
-    """Four questions on one cache, by length."""
-    cells = {length: items.cell("turns", length) for length in LENGTHS}
-    cells = {length: cell for length, cell in cells.items() if cell}
-    rows = []
-    for _, question, variants in GROUPS:
-        for variant in variants:
-            found = [cell.get((variant, question)) for cell in cells.values()]
-            if any(part is not None for part in found):
-                shown = ["-" if part is None else means(part) for part in found]
-                held = next(items.cost(variant, question, length).held for length in cells)
-                rows.append([name_of(variant, question), f"{100 * held:.1f}%", *shown])
-    header = [f"{length}, n = {len(next(iter(cell.values())))}" for length, cell in cells.items()]
-    return table(["", "bytes held", *header], rows)
-
-
-def ruler(items: Items, length: int, answers: str) -> str:
-    """RULER's tasks at a length: scores, and their mean."""
-    tasks = sorted({task for task in items.all.task if task.startswith("ruler:")})
-    cells = {task: items.cell(task, length, answers) for task in tasks}
-    cells = {task: cell for task, cell in cells.items() if cell}
-    rows = []
-    for _, question, variants in (*GROUPS, ("", "unknown", ("full",))):
-        for variant in variants:
-            found = [cell.get((variant, question)) for cell in cells.values()]
-            if all(part is not None for part in found) and found:
-                scores = [part.score.mean() for part in found if part is not None]
-                by_task = [100 * score for score in scores]
-                rows.append(
-                    [name_of(variant, question), f"**{np.mean(by_task):.1f}**", *(f"{one:.0f}" for one in by_task)]
-                )
-    counts = {len(next(iter(cell.values()))) for cell in cells.values()}
-    header = [task.removeprefix("ruler:") for task in cells]
-    n = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "") if counts else "n = 0"
-    return table([f"{length} tokens, {n} a task", "mean", *header], rows)
-
-
 OURS = ("dense", "int8", "int4", "int4-plain", *NAMES)
 REACH = ("dense", "int8", "int4", "int4-plain", *NAMES)
 
@@ -327,29 +291,29 @@ def tables(items: Items) -> Iterator[tuple[str, str]]:
     for length in LENGTHS:
         yield f"length-{length}", at_length(items, length)
         yield f"plans-{length}", at_length(items, length, of=OURS)
-        for answers in ("forced", "generated"):
-            yield f"ruler-{length}-{answers}", ruler(items, length, answers)
     yield "lengths", over_lengths(items)
     yield "plans", over_lengths(items, OURS)
     yield "pairs", pairs(items)
     yield "pairs-by-task", pairs_by_task(items)
-    yield "turns", turns(items)
     yield "reach", reach(items)
     yield "windows", windows(items)
     yield "ahead", ahead(items)
 
 
+def fill(pages: Sequence[Path], found: Mapping[str, str]) -> None:
+    """Put tables between their marks in pages."""
+    for page in pages:
+        text = page.read_text()
+        for name, content in found.items():
+            mark = f"<!-- table {name} -->"
+            text = re.sub(
+                f"{mark}\n.*?<!-- end -->", lambda _, m=mark, c=content: f"{m}\n{c}\n<!-- end -->", text, flags=re.S
+            )
+        page.write_text(text)
+
+
 def main() -> None:
-    found = dict(tables(Items()))
-    for page in PAGES:
-        if page.exists():
-            text = page.read_text()
-            for name, content in found.items():
-                mark = f"<!-- table {name} -->"
-                text = re.sub(
-                    f"{mark}\n.*?<!-- end -->", lambda _, m=mark, c=content: f"{m}\n{c}\n<!-- end -->", text, flags=re.S
-                )
-            page.write_text(text)
+    fill(PAGES, dict(tables(Items())))
 
 
 if __name__ == "__main__":
