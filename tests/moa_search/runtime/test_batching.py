@@ -15,16 +15,6 @@ LENS = (7, 130, 55)
 MORE = 50
 
 
-@pytest.fixture(scope="module")
-def plan():
-    return tiny_plan(tiny_model())
-
-
-@pytest.fixture(scope="module")
-def model(plan):
-    return apply_plan(tiny_model(), plan)
-
-
 @torch.no_grad()
 def filled(model, ids, mask=None):
     return model(ids, attention_mask=mask, use_cache=True).past_key_values

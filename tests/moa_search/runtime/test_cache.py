@@ -16,11 +16,6 @@ from .explicit import RULES, explicit, greedy, logits, tiny_model, tiny_plan, to
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return tiny_plan(tiny_model())
-
-
-@pytest.fixture(scope="module")
 def llama(plan):
     return apply_plan(tiny_model(), plan)
 

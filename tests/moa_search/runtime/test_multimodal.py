@@ -18,18 +18,11 @@ from transformers import (
 
 from moa_search.errors import ModelUnsupportedError
 from moa_search.runtime import MoACache, apply_plan
+from tests.moa_search.modeling.towers import VISION
 
 from .explicit import SIZES, explicit, tiny_model, tiny_plan, tokens
 
 START, IMAGE = 95, 96
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
 
 
 def llava():

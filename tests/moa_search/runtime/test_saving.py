@@ -26,16 +26,6 @@ from .test_coded import mixed_plan
 MORE = 50
 
 
-@pytest.fixture(scope="module")
-def plan():
-    return tiny_plan(tiny_model())
-
-
-@pytest.fixture(scope="module")
-def model(plan):
-    return apply_plan(tiny_model(), plan)
-
-
 @torch.no_grad()
 def filled(model, ids, mask=None):
     cache = MoACache(model.config, model._moa_applied.plan)
