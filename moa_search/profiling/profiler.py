@@ -85,8 +85,7 @@ def profile_samples(
             memory. It stays until `discard_results`.
         resume: Go on from what ``partial`` holds; False starts anew.
         impl: What computes the statistics: ``"triton"`` kernels, ``"torch"``, or ``"auto"``, Triton on GPUs.
-        tiers: Bits of keys and values whose influence is measured, too; 16 goes without saying. On GPUs that of
-            codecs is computed by torch whatever ``impl``.
+        tiers: Bits of keys and values whose influence is measured, too; 16 goes without saying.
         transforms: A profile of this model whose transforms are used instead of measuring some.
 
     Returns:
