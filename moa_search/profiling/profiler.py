@@ -190,8 +190,17 @@ def coded_bits(tiers: Sequence[int], head_dim: int) -> tuple[int, ...]:
         try:
             token_bytes(bits, head_dim)
         except ValueError as error:
-            raise ConfigError(f"tier {bits}: {error}; leave it out of --tiers") from None
+            fitting = ", ".join(str(other) for other in BITS if _packs(other, head_dim))
+            raise ConfigError(f"tier {bits}: {error}; leave it out of --tiers, this width takes {fitting}") from None
     return tuple(sorted({bits for bits in tiers if bits < 16}, reverse=True))
+
+
+def _packs(bits: int, head_dim: int) -> bool:
+    try:
+        token_bytes(bits, head_dim)
+    except ValueError:
+        return False
+    return True
 
 
 def _given(profile: Profile, signature: ModelSignature) -> KeyTransforms:

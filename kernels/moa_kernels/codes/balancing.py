@@ -21,6 +21,8 @@ def balance(spread: Tensor, harm: Tensor, ridge: float = RIDGE) -> Tensor:
 
     c is chosen so that ``tr(T^T spread T) = tr(spread)``: numbers keep their size.
 
+    A matrix of zeros, as of a head that was pruned, says nothing: it counts as the identity.
+
     Args:
         spread: Covariance of what is stored, ``[heads, width, width]``.
         harm: How much an error in each direction matters, ``[heads, width, width]``: for keys the second moment of the
@@ -28,7 +30,7 @@ def balance(spread: Tensor, harm: Tensor, ridge: float = RIDGE) -> Tensor:
         ridge: See `RIDGE`.
 
     Raises:
-        ValueError: A matrix isn't finite or not positive semidefinite, or is zero.
+        ValueError: A matrix isn't finite or not positive semidefinite.
     """
     spread, harm = _ridged(spread, ridge, "spread"), _ridged(harm, ridge, "harm")
     lower = torch.linalg.cholesky(spread)  # spread = lower @ lower.mT
@@ -41,13 +43,12 @@ def balance(spread: Tensor, harm: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 def _ridged(matrix: Tensor, ridge: float, name: str) -> Tensor:
-    matrix = matrix.double()
+    same = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    matrix = torch.where((matrix == 0).all(-1, keepdim=True).all(-2, keepdim=True), same, matrix.double())
     variance = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
     if not matrix.isfinite().all() or (variance <= 0).any():
-        raise ValueError(f"{name} must be finite, with a positive mean variance in every head")
-    ridged = (matrix + matrix.mT) / 2 + ridge * variance[:, None, None] * torch.eye(
-        matrix.shape[-1], dtype=torch.float64, device=matrix.device
-    )
+        raise ValueError(f"{name} must be finite, with no negative mean variance in any head")
+    ridged = (matrix + matrix.mT) / 2 + ridge * variance[:, None, None] * same
     if torch.linalg.cholesky_ex(ridged).info.any():
         raise ValueError(f"{name} must be positive semidefinite")
     return ridged

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moa_kernels.codes.balancing import balance
 
+ALIKE = 1e-12
+"""Variance over mean square below which keys are taken for all alike."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -62,6 +65,9 @@ class Moments:
         """
         if not self.tokens:
             raise ValueError("no token was seen: keys have no mean")
-        mean = self.key / self.tokens
-        spread = self.key_square / self.tokens - mean[:, :, None] * mean[:, None]
+        mean, square = self.key / self.tokens, self.key_square / self.tokens
+        spread = square - mean[:, :, None] * mean[:, None]
+        # Of keys that are all alike, such as a bias, rounding alone is left, which may be negative.
+        sizes, left = (part.diagonal(dim1=-2, dim2=-1).sum(-1) for part in (square, spread))
+        spread = torch.where((left <= ALIKE * sizes)[:, None, None], 0, spread)
         return balance(spread, self.query_square / self.tokens).float(), mean.float()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moa_kernels.codes import balance
+from moa_kernels.codes import Moments, balance
 
 
 def moments(width=24, heads=3, seed=0):
@@ -58,7 +58,26 @@ def test_moments_of_few_tokens_still_give_a_matrix_with_an_inverse(rank):
     assert torch.linalg.cond(matrix).max() < 1e4
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(1, 4, 4), torch.full((1, 4, 4), torch.nan), -torch.eye(4)[None]])
+def test_a_head_that_says_nothing_counts_as_alike_in_all_directions():
+    """A pruned head has keys, or queries, of zeros; the other heads keep their matrices."""
+    spread, harm = moments()
+    whole, same = balance(spread, harm), torch.eye(24, dtype=torch.float64)
+    spread[1], harm[2] = 0, 0
+    matrix = balance(spread, harm)
+    torch.testing.assert_close(matrix[0], whole[0])
+    torch.testing.assert_close(matrix[1], balance(same[None], harm[1:2])[0])
+    torch.testing.assert_close(matrix[2], balance(spread[2:], same[None])[0])
+
+
+def test_keys_that_are_all_alike_are_their_mean():
+    rng = torch.Generator().manual_seed(0)
+    bias, query, value = (torch.randn(2, rows, 16, generator=rng) for rows in (1, 500, 500))
+    matrix, mean = Moments.of(query, bias.expand(-1, 500, -1), value).key_statics()
+    torch.testing.assert_close(mean, bias[:, 0])
+    assert torch.linalg.cond(matrix).max() < 1e4
+
+
+@pytest.mark.parametrize("bad", [torch.full((1, 4, 4), torch.nan), -torch.eye(4)[None]])
 def test_what_is_no_second_moment_is_refused(bad):
     with pytest.raises(ValueError, match="spread must be finite"):
         balance(bad, torch.eye(4)[None])

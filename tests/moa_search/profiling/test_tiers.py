@@ -180,6 +180,15 @@ def test_profiles_under_the_same_transforms_merge():
     assert merge([one, two]).tiers.by_length[150].keys[4]["signed"].shape[0] == 6
 
 
+def test_a_pruned_head_is_profiled_like_any_other():
+    model = make_model()
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.weight.data[: attention.head_dim] = 0
+    model.model.layers[0].self_attn.q_proj.weight.data[:] = 0
+    found = profile_samples(model, make_samples(), tiers=[4, 2])
+    assert np.isfinite(found.tiers.transforms.balance).all()
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "says"),
@@ -192,7 +201,10 @@ class TestRefusals:
             profile_samples(make_model(), make_samples(), **options)
 
     def test_heads_that_do_not_pack(self):
-        with pytest.raises(ConfigError, match=r"tier 3: vectors of 12 numbers don't pack .* leave it out of --tiers"):
+        with pytest.raises(
+            ConfigError,
+            match=r"tier 3: vectors of 12 numbers don't pack .* leave it out of --tiers, this width takes 16, 8, 4, 2$",
+        ):
             profile_samples(make_model(head_dim=12), make_samples(), tiers=[8, 3])
 
     def test_transforms_of_another_profile(self):
