@@ -42,7 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("items", type=Path)
     parser.add_argument("--model", default="demo", help="whose tokenizer counts")
-    parser.add_argument("--only", nargs="*", help="tasks, or 'ruler' for all of RULER's")
+    known = sorted({name.partition(":")[0] for name, _ in DRAWN})
+    parser.add_argument("--only", nargs="*", choices=known, help="tasks; 'ruler' is all of RULER's")
     parser.add_argument("--lengths", type=int, nargs="*")
     options = parser.parse_args()
     tokenizer = load_model(options.model)[1]

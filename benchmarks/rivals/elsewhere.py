@@ -109,7 +109,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--duo-scores", type=Path, help="of heads, found before: .npy, [layer, head]")
     parser.add_argument("--shard", type=int, nargs=2, default=[0, 1], metavar=("K", "OF"))
-    parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--stages", nargs="*", default=[], choices=[stage.name for stage in STAGES])
     return parser.parse_args()
 
 

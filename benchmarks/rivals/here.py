@@ -164,7 +164,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--shard", type=int, nargs=2, default=[0, 1], metavar=("K", "OF"))
-    parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--stages", nargs="*", default=[], choices=[stage.name for stage in STAGES])
     parser.add_argument("--round", type=int, help="items of each task and length that all variants answer first")
     parser.add_argument("--tokens", type=int, default=131_072, help="of items that run at once")
     return parser.parse_args()
