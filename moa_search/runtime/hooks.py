@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from moa_search.formats import Plan
     from moa_search.runtime.rules import LayerRules
 
+logger = logging.getLogger(__name__)
+
 STATE_ATTRIBUTE = "_moa_applied"
 
 CACHES = (None, "dynamic", "static")
@@ -64,6 +67,7 @@ class Applied:
         overridden: Instance attributes before, by name; absent where the class's own method was in use.
         giving: What stops `give_cache`.
         max_length: Of the largest cache of fixed size that `generate` has made.
+        told_of_positions: Whether `_tell_of_positions` has warned.
     """
 
     plan: Plan
@@ -76,6 +80,7 @@ class Applied:
     overridden: dict[str, Any]
     giving: RemovableHandle | None = None
     max_length: int | None = None
+    told_of_positions: bool = False
 
 
 class Hook:
@@ -279,6 +284,8 @@ def _has_foreign(model: Any, name: str) -> bool:
 
 def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a forward pass that would make a cache of transformers' kind by itself, hand it a `MoACache`."""
+    if not torch.compiler.is_compiling():
+        _tell_of_positions(model, args, kwargs)
     if any(kwargs.get(name) is not None for name in CACHE_NAMES):
         return args, kwargs
     state: Applied = getattr(model, STATE_ATTRIBUTE)
@@ -289,6 +296,36 @@ def give_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if wanted and name is not None and attention_of(text) == NAME:
         return args, {**kwargs, name: _new_cache(state.rules, model.config, state.fingerprint)}
     return args, kwargs
+
+
+def _tell_of_positions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Warn, once, where padding stands before tokens and nothing says their positions.
+
+    Models then count padding as positions, which their own attention doesn't mind: distances stay. Keys in few bits are
+    taken to stand where they do without padding, and are coded less precisely elsewhere.
+    """
+    state: Applied = getattr(model, STATE_ATTRIBUTE)
+    if state.told_of_positions or not any(rules.codecs and rules.codecs.turns.turns_keys for rules in state.rules):
+        return
+    given = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
+    mask = given.get("attention_mask")
+    if given.get("position_ids") is not None or "position_ids" not in state.parameters:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or _finds_positions(text_config(model.config)):
+        return
+    padding = mask == 0
+    if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+        state.told_of_positions = True
+        logger.warning(
+            "attention_mask has padding before tokens and no position_ids are given: keys in few bits are stored less "
+            "precisely so; pass position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0) of the new tokens, as "
+            "generate() does, or pad on the right"
+        )
+
+
+def _finds_positions(text: Any) -> bool:
+    """Whether a model works its positions out from the mask (those with positions of several dimensions)."""
+    return "mrope_section" in (getattr(text, "rope_parameters", None) or {})
 
 
 # A graph serves many caches, so that none can be made in it.

@@ -118,6 +118,25 @@ def test_prompts_within_the_sink_and_at_the_first_wrap(model, length):
         assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False, **options), expected)
 
 
+def test_padding_before_tokens_without_positions_is_told_of_once(model, caplog):
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.int64)
+    mask[0, 20:] = 0
+    with torch.no_grad():
+        model(ids, attention_mask=mask)  # on the right
+        mask = mask.flip(1)
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        model.generate(ids, attention_mask=mask, max_new_tokens=3)
+        assert not caplog.records
+        with applied(model, tiny_plan(model)):
+            model(ids, attention_mask=mask)  # 16 bits
+        assert not caplog.records
+        for _ in range(2):
+            model(ids, attention_mask=mask, past_key_values=MoACache(model.config, mixed_plan(model)))
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "attention_mask has padding before tokens and no position_ids are given"
+    ]
+
+
 def test_a_copied_prefix_and_a_rollback_go_on_as_if_nothing_had_happened(model):
     reference, prompt = explicit(tiny_model(), mixed_plan(model)), tokens(1, 80)
     cache = MoACache(model.config, mixed_plan(model))
