@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Literal
 
@@ -70,14 +70,16 @@ def search_several(
         for share in progress(asked, what="Searching", unit="budget")
     ]
     plans = [front.chosen for front in fronts]
-    found = knee(asked, [_weighted_loss(plan) for plan in plans])
+    found = knee(asked, [_weighted_loss(plan, options.length_weights) for plan in plans])
     chosen = asked.index(shares[0]) if found is None else found
     return Front(plans, chosen, fronts[chosen].usage, tuple(asked), found is not None)
 
 
-def _weighted_loss(plan: Plan) -> float:
-    """The plan's predicted losses, each length weighing the same."""
-    return sum(metrics.loss or 0.0 for metrics in plan.predicted)
+def _weighted_loss(plan: Plan, weights: Mapping[int, float]) -> float:
+    """The plan's predicted losses, each length weighing as asked, by default the same."""
+    return sum(
+        weights.get(metrics.length, 0.0 if weights else 1.0) * (metrics.loss or 0.0) for metrics in plan.predicted
+    )
 
 
 def make_space(profile: Profile, options: SearchOptions, searcher: Searcher) -> SearchSpace:

@@ -8,6 +8,7 @@ from moa_search.search import SearchOptions, search_profile, search_several
 from moa_search.search.searchers import find_searcher
 from moa_search.search.searching import make_space
 from moa_search.search.space import density_specs, parse_floors
+from moa_search.search.trade_off import knee
 
 
 def space(profile, **options):
@@ -198,3 +199,11 @@ class TestSeveralDensities:
         front = search_several(tiny_profile, SearchOptions(), [0.6, 0.2])
         assert not front.has_knee
         assert front.chosen is front.plans[1]
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_the_knee_is_that_of_the_lengths_that_count(self, tiny_profile, place):
+        length = tiny_profile.lengths[place]
+        shares = [0.15, 0.2, 0.3, 0.4, 0.6, 0.8]
+        front = search_several(tiny_profile, SearchOptions(length_weights={length: 1.0}), shares)
+        losses = [next(m.loss for m in plan.predicted if m.length == length) for plan in front.plans]
+        assert front.chosen_index == knee(shares, losses)
