@@ -65,16 +65,16 @@ def _memory_tables(
 
 def show_profile(profile: Profile, /, *, lengths: Sequence[int], criterion: str, **options: Any) -> None:
     """Print what was measured, how well, and which heads lose most."""
-    from moa_search.inspection.frames.profiles import head_frame, profile_facts, profile_frame
+    from moa_search.inspection.frames.profiles import head_frame, profile_facts, profile_tables
     from moa_search.inspection.printing import fact_lines, to_rich
     from moa_search.inspection.quality import sample_advice
 
     console = open_console()
     for line in fact_lines(profile_facts(profile)):
         console.print(line, highlight=False)
-    console.print(to_rich(profile_frame(profile)))
-    for length in lengths or profile.lengths:
-        console.print(to_rich(head_frame(profile, length, criterion)))
+    heads = [head_frame(profile, length, criterion) for length in lengths or profile.lengths]
+    for table in [*profile_tables(profile), *heads]:
+        console.print(to_rich(table))
     advice = sample_advice(profile)
     if advice is not None:
         console.print(f"[yellow]more samples?[/yellow] {advice}", highlight=False)

@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 
 def show(profile: Profile, *, output: str, **options: Any) -> None:
     """Print what was measured, how well, and where it is."""
-    from moa_search.inspection.frames.profiles import profile_facts, profile_frame, tier_frame
+    from moa_search.inspection.frames.profiles import profile_facts, profile_tables
     from moa_search.inspection.printing import fact_lines, to_rich
     from moa_search.inspection.quality import sample_advice
 
     console = open_console()
     for line in fact_lines(profile_facts(profile)):
         console.print(line, highlight=False)
-    console.print(to_rich(profile_frame(profile)))
-    if profile.tiers is not None:
-        console.print(to_rich(tier_frame(profile)))
+    for table in profile_tables(profile):
+        console.print(to_rich(table))
     advice = sample_advice(profile)
     if advice is not None:
         console.print(f"[yellow]more samples?[/yellow] {advice}", highlight=False)

@@ -15,6 +15,11 @@ from moa_search.inspection.printing import Column, Table, column, digits, percen
 from moa_search.inspection.quality import heaviest_heads, profile_quality
 
 
+def profile_tables(profile: Profile) -> list[Table]:
+    """What was measured at each length and, if it was, what fewer bits add."""
+    return [profile_frame(profile), *([] if profile.tiers is None else [tier_frame(profile)])]
+
+
 def profile_frame(profile: Profile) -> Table:
     """Samples, loss, local heads and reliability by length; times where the run is known."""
     frame = pd.DataFrame([dataclasses.asdict(quality) for quality in profile_quality(profile)])

@@ -11,7 +11,7 @@ from moa_search.errors import ConfigError
 from moa_search.formats import Profile
 from moa_search.formats.profile_views import DECADES, influence_colours, influence_texts
 from moa_search.inspection.charts import chart, draw_window_losses
-from moa_search.inspection.frames.profiles import curve_frame, profile_frame, profile_provenance
+from moa_search.inspection.frames.profiles import curve_frame, profile_provenance, profile_tables
 from moa_search.inspection.pages.page import (
     HOW_TO_READ,
     Page,
@@ -64,7 +64,7 @@ def profile_page(
     page.add("Loss over window", *_curve_blocks(profile, at, list(heads), criterion))
     advice = sample_advice(profile)
     more = [] if advice is None else [paragraph(f"More samples? {advice}")]
-    page.add("Samples", to_html(profile_frame(profile)), *more)
+    page.add("Samples", *map(to_html, profile_tables(profile)), *more)
     page.add("Provenance", facts(profile_provenance(profile)))
     return page
 

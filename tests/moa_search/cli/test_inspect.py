@@ -10,6 +10,7 @@ from moa_search.formats import Plan
 from moa_search.formats.provenance import LengthMetrics, Provenance
 from moa_search.search import Front
 from moa_search.spans import SpanRule
+from tests.moa_search.formats.test_tiers import tiered
 
 
 @pytest.fixture
@@ -67,6 +68,13 @@ class TestKinds:
         assert "signed loss, window 128 of 1024" in bare
         assert call("profile", folder / "p.safetensors")[:2] == (0, bare)
         assert "recall loss, window 64 of 512" in call(folder / "p.safetensors", "--criterion", "recall")[1]
+
+    def test_a_profile_with_tiers_shows_what_fewer_bits_add_on_its_page_too(self, call, folder, tiny_profile):
+        tiered(tiny_profile, (8, 4)).save(folder / "bits.safetensors")
+        status, out, err = call(folder / "bits.safetensors", "--html", folder / "bits.html")
+        assert status == 0, err
+        for shown in (out, (folder / "bits.html").read_text()):
+            assert "in fewer bits add" in " ".join(shown.split())
 
     def test_a_front(self, call, folder):
         status, bare, _ = call(folder / "out")
