@@ -4,10 +4,11 @@
 
 The tables of docs/results-precision.md. At each share of a 16-bit cache's bytes: all tokens in the bits that come
 nearest, and what the exact search finds in PROFILE over spans, over spans with one number of bits (that of which it
-predicts the least loss), and over both. ``--plan NAME=PLAN.json`` adds others, such as tuned ones. All answer the same
-held-out items, drawn with ``--seed``; tasks may be files of yours, as for ``moa-eval``. Cells are kept in FOLDER, so a
-run that is stopped goes on, and FOLDER/items.csv has every item's score. Prints a table per length: NLL in nats per
-answer token, score, and the difference to dense attention, over tasks and by task, with 95 % bootstrap intervals.
+predicts the least loss), and over both. ``--plan NAME=PLAN.json`` adds others, such as tuned ones. All answer the
+same held-out items, drawn with ``--seed``; tasks are those of ``moa-eval``, ``nll:data.jsonl`` too. Cells are kept in
+FOLDER, so a run that is stopped goes on, and FOLDER/items.csv has every item's score. Prints a table per length: NLL
+in nats per answer token, score, and the difference to dense attention, over tasks and by task, with 95 % bootstrap
+intervals.
 """
 
 from __future__ import annotations

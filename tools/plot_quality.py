@@ -21,7 +21,7 @@ UNIFORM = ["uniform like half", "uniform like quarter", "uniform like eighth"]
 SERIES = {
     "uniform window (StreamingLLM)": ("#999999", "o", UNIFORM),
     "SnapKV": ("#CC79A7", "v", ["snapkv@0.25", "snapkv@0.125"]),
-    "MoA's search": ("#E69F00", "s", ["moa-0.5", "moa-0.25"]),
+    "MoA's search": ("#E69F00", "s", ["moa-0.5", "moa-0.25", "moa-0.125"]),
     "KVzip, if its tokens are freed": ("#009E73", "^", ["kvzip@0.25", "kvzip@0.125", "kvzip@0.0625"]),
     "8 and 4 bits, as in vLLM": ("#D55E00", "P", ["int8", "int4"]),
     "moa-search, spans alone": ("#56B4E9", "d", ["half", "quarter", "eighth"]),
