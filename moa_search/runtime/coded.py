@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moa_kernels.backends import Impl
+    from moa_kernels.codes.turns import Turns
     from moa_kernels.rings import RingLayout
 
     from moa_search.runtime.codecs import LayerCodecs
@@ -155,12 +156,14 @@ class Coded(MoACacheLayer):
 
     def decode(self, query: torch.Tensor, impl: str, **options: Any) -> torch.Tensor:
         """As `MoACacheLayer.decode`."""
-        rings = (self.stored, self.lens, self.code_layout, self.codecs.turns)
-        return _translated(decode_codes, query, *rings, self._spans, impl=impl, **options)[0]  # type: ignore[no-any-return]
+        return _translated(decode_codes, query, *self._rings, self._spans, impl=impl, **options)[0]  # type: ignore[no-any-return]
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor | None, impl: str) -> None:
-        rings = (self.stored, self.lens, self.code_layout, self.codecs.turns)
-        _translated(append_codes, key, value, *rings, counts=counts, impl=impl)
+        _translated(append_codes, key, value, *self._rings, counts=counts, impl=impl)
+
+    @property
+    def _rings(self) -> tuple[Stored, torch.Tensor, CodeLayout, Turns]:
+        return self.stored, self.lens, self.code_layout, self.codecs.turns
 
     def _allocate(self, key: torch.Tensor, value: torch.Tensor) -> None:
         assert self.rules.codecs is not None
@@ -192,12 +195,9 @@ class CodedCacheLayer(Coded):
         super()._widen(dtype)
         after = self.code_layout
         fresh = after.empty(len(self.lens), dtype, self.device)
-        for head, slots in enumerate(before.ring_slots):
-            for side, wider, codes, wide_codes in (
-                (before.keys, after.keys, old.key_codes, fresh.key_codes),
-                (before.values, after.values, old.value_codes, fresh.value_codes),
-            ):
-                source, target = (part.rows_of(c, head, slots) for part, c in ((side, codes), (wider, wide_codes)))
+        for (side, codes, *_), (wider, wide_codes, *_) in zip(before.sides(old), after.sides(fresh), strict=True):
+            for head, slots in enumerate(before.ring_slots):
+                source, target = side.rows_of(codes, head, slots), wider.rows_of(wide_codes, head, slots)
                 target.copy_(source.view(narrow).to(dtype).view(torch.uint8) if side.bits[head] == 16 else source)
         self.key_codes, self.value_codes = fresh.key_codes, fresh.value_codes
 
@@ -205,10 +205,7 @@ class CodedCacheLayer(Coded):
         before, old = self.code_layout, self.stored
         after = self.codecs.layout(layout, self.keys.itemsize)
         fresh = after.empty(len(self.lens), self.keys.dtype, self.device)
-        sides = (
-            (before.keys, after.keys, old.key_codes, fresh.key_codes, old.key_scales, fresh.key_scales),
-            (before.values, after.values, old.value_codes, fresh.value_codes, old.value_scales, fresh.value_scales),
-        )
+        sides = list(zip(before.sides(old), after.sides(fresh), strict=True))
         for head, slots in enumerate(after.ring_slots):
             if not slots or not before.ring_slots[head]:
                 continue
@@ -216,7 +213,7 @@ class CodedCacheLayer(Coded):
             # Slots that hold nothing yet come from slot 0 of the layer: any will do.
             mine = source[:, first : first + slots] - self.layout.offsets[head] - before.sink
             mine = mine.clamp(0, before.ring_slots[head] - 1)
-            for side, moved, codes, new_codes, scales, new_scales in sides:
+            for (side, codes, scales, _), (moved, new_codes, new_scales, _) in sides:
                 rows = side.rows_of(codes, head, before.ring_slots[head])
                 moved.rows_of(new_codes, head, slots).copy_(gather_slots(rows, mine))
                 if side.bits[head] < 16:

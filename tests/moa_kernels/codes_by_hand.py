@@ -13,7 +13,7 @@ from moa_kernels.rings import RingLayout
 from moa_kernels.spans import FOREVER, HeadSpans
 from torch import Tensor
 
-from .rings_by_hand import attends, window_of
+from .rings_by_hand import visible_to, window_of
 from .yardstick import DEVICE, Exact, Masked, randn
 
 
@@ -235,15 +235,8 @@ class CodedCase:
 
     def masked(self) -> CodedMasked:
         """Attention of the newest tokens over the whole history, by a mask written out entry by entry."""
-        new, tokens = self.query.shape[2], self.keys.plain.shape[2]
-        visible = torch.zeros(len(self.lens), len(self.spans.heads), new, tokens, dtype=torch.bool)
-        for sample, length in enumerate(self.lens):
-            for head, rule in enumerate(self.spans.heads):
-                for row in range(new):
-                    at = length - new + row
-                    seen = [j for j in range(at + 1) if attends(rule, self.spans.sliding_window, at, j)]
-                    visible[sample, head, row, seen] = True
-        return CodedMasked(self.keys, self.values, self.query, visible.to(DEVICE), **self.options)
+        visible = visible_to(self.query.shape[2], self.lens, self.spans, self.keys.plain.shape[2])
+        return CodedMasked(self.keys, self.values, self.query, visible, **self.options)
 
 
 def poisoned(layout: CodeLayout, batch: int, dtype: torch.dtype) -> Stored:
@@ -256,11 +249,7 @@ def poisoned(layout: CodeLayout, batch: int, dtype: torch.dtype) -> Stored:
 def written(keys: Vectors, values: Vectors, lens: list[int], layout: CodeLayout, onto: Stored | None = None) -> Stored:
     """A cache, poisoned if not given, into which the histories were stored one token after the other."""
     stored = poisoned(layout, len(lens), keys.plain.dtype) if onto is None else onto
-    sides = (
-        (layout.keys, keys, stored.key_codes, stored.key_scales, stored.key_sinks),
-        (layout.values, values, stored.value_codes, stored.value_scales, stored.value_sinks),
-    )
-    for side, vectors, codes, scales, sinks in sides:
+    for vectors, (side, codes, scales, sinks) in zip((keys, values), layout.sides(stored), strict=True):
         for sample, length in enumerate(lens):
             for head, capacity in enumerate(layout.rings.capacities):
                 ring = max(capacity - layout.sink, 0)

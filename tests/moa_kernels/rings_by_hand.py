@@ -97,15 +97,8 @@ class Case:
 
     def masked(self) -> Masked:
         """Attention of the newest tokens over the whole history, by a mask written out entry by entry."""
-        new, tokens = self.query.shape[2], self.history[0].shape[2]
-        visible = torch.zeros(len(self.lens), len(self.spans.heads), new, tokens, dtype=torch.bool)
-        for sample, length in enumerate(self.lens):
-            for head, rule in enumerate(self.spans.heads):
-                for row in range(new):
-                    at = length - new + row
-                    seen = [j for j in range(at + 1) if attends(rule, self.spans.sliding_window, at, j)]
-                    visible[sample, head, row, seen] = True
-        return Masked(self.query, *self.history, visible.to(DEVICE), self.scale, self.softcap, self.sink_logits)
+        visible = visible_to(self.query.shape[2], self.lens, self.spans, self.history[0].shape[2])
+        return Masked(self.query, *self.history, visible, self.scale, self.softcap, self.sink_logits)
 
 
 def written(
@@ -144,6 +137,18 @@ def written(
 def window_of(rule: tuple[int, int, int, int], context: int) -> int:
     sink, min_span, alpha, beta_256 = rule
     return max(min_span, alpha + beta_256 * context // 256) - sink
+
+
+def visible_to(new: int, lens: list[int], spans: HeadSpans, tokens: int) -> Tensor:
+    """What the newest tokens attend, written out entry by entry: boolean ``[batch, kv_heads, new, tokens]``."""
+    visible = torch.zeros(len(lens), len(spans.heads), new, tokens, dtype=torch.bool)
+    for sample, length in enumerate(lens):
+        for head, rule in enumerate(spans.heads):
+            for row in range(new):
+                at = length - new + row
+                seen = [j for j in range(at + 1) if attends(rule, spans.sliding_window, at, j)]
+                visible[sample, head, row, seen] = True
+    return visible.to(DEVICE)
 
 
 def attends(rule: tuple[int, int, int, int], sliding_window: int, query: int, key: int) -> bool:

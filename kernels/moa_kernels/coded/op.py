@@ -12,7 +12,7 @@ from moa_kernels.backends import DTYPES, Backend, choose, run
 from moa_kernels.coded.reference import AppendCodes, DecodeCodes, SeeTokens, StoredStates
 from moa_kernels.codes.storage import CodeLayout, Stored
 from moa_kernels.codes.turns import Turns
-from moa_kernels.decode.op import MOST_NEW_TOKENS
+from moa_kernels.decode.op import check_queries
 from moa_kernels.spans import HeadSpans
 
 
@@ -73,8 +73,8 @@ def decode_codes(
     """Attention of the last ``new`` tokens of every sample, which are stored already, as codes give them back.
 
     Args:
-        query: ``[batch, heads, new, width]``, 1 to `MOST_NEW_TOKENS` new tokens. Query heads that share a KV head are
-            consecutive.
+        query: ``[batch, heads, new, width]``, 1 to `moa_kernels.decode.MOST_NEW_TOKENS` new tokens. Query
+            heads that share a KV head are consecutive.
         stored: The layer's tensors.
         lens: int64 ``[batch]``, tokens stored per sample, the new ones included.
         layout: Where everything is; rings must hold all that the new tokens attend.
@@ -254,26 +254,9 @@ def _check_turns(turns: Turns, layout: CodeLayout) -> None:
 
 
 def _check_decode(call: DecodeCodes) -> None:
-    query, stored, lens, layout, turns, spans, _, softcap, sink_logits = call
+    query, stored, _, layout, turns, *_ = call
     if query.ndim != 4 or query.shape[3] != layout.width:
         raise ValueError(f"query must be [batch, heads, new, {layout.width}], not {list(query.shape)}")
-    batch, heads, new, _ = query.shape
-    kv_heads = len(layout.key_bits)
-    if not 1 <= new <= MOST_NEW_TOKENS:
-        raise ValueError(f"query holds {new} new tokens; decode_codes takes 1 to {MOST_NEW_TOKENS}")
-    if len(spans.heads) != kv_heads:
-        raise ValueError(f"layout has {kv_heads} KV heads, spans {len(spans.heads)}")
-    if heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads can't share {kv_heads} KV heads evenly")
-    if layout.rings.sinks != tuple(head[0] for head in spans.heads):
-        raise ValueError(
-            f"layout and spans differ in sinks: {layout.rings.sinks} and {[head[0] for head in spans.heads]}"
-        )
-    _check_stored(stored, batch, query.dtype, layout)
+    check_queries(call, layout.rings, "decode_codes")
+    _check_stored(stored, len(query), query.dtype, layout)
     _check_turns(turns, layout)
-    if lens.shape != (batch,) or lens.dtype != torch.int64:
-        raise ValueError(f"lens must be int64 [{batch}], not {lens.dtype} {list(lens.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None")
-    if sink_logits is not None and sink_logits.shape != (heads,):
-        raise ValueError(f"sink_logits must be [{heads}], not {list(sink_logits.shape)}")

@@ -73,19 +73,14 @@ def append_codes(call: AppendCodes) -> None:
     count = torch.full_like(lens, new) if counts is None else counts.clamp(max=new)
     position = lens[:, None] + token
     real = token < count[:, None]
-    if sink:
-        sample, at = (real & (position < sink)).nonzero(as_tuple=True)
-        for sinks, states in ((stored.key_sinks, new_keys), (stored.value_sinks, new_values)):
-            by_head = sinks.unflatten(1, (kv_heads, sink))  # a view: [batch, kv_heads, sink, width]
-            by_head[sample, :, position[sample, at]] = states[sample, :, at]
+    sunk = (real & (position < sink)).nonzero(as_tuple=True)
     rings = torch.tensor(layout.ring_slots, device=lens.device)
     newest = (lens + count)[:, None, None] - rings[:, None].clamp(min=1)
     kept = real[:, None] & (position[:, None] >= sink) & (position[:, None] >= newest) & (rings[:, None] > 0)
-    sides = (
-        (layout.keys, new_keys, stored.key_codes, stored.key_scales),
-        (layout.values, new_values, stored.value_codes, stored.value_scales),
-    )
-    for side, states, codes, scales in sides:
+    for states, (side, codes, scales, sinks) in zip((new_keys, new_values), layout.sides(stored), strict=True):
+        if sink:
+            by_head = sinks.unflatten(1, (kv_heads, sink))  # a view: [batch, kv_heads, sink, width]
+            by_head[sunk[0], :, position[sunk]] = states[sunk[0], :, sunk[1]]
         table = torch.tensor([side.offsets, side.rows, side.scale_offsets], device=lens.device)
         for bits, heads in side.heads_by_bits.items():
             packed, scale = encode(states, position, heads, bits, turns, keys=side is layout.keys)
@@ -176,12 +171,8 @@ def stored_states(call: StoredStates) -> tuple[Tensor, Tensor]:
     position = slot_positions(lens, layout)
     held = position >= 0
     dtype, width = stored.key_sinks.dtype, layout.width
-    sides = (
-        (layout.keys, stored.key_codes, stored.key_scales, stored.key_sinks),
-        (layout.values, stored.value_codes, stored.value_scales, stored.value_sinks),
-    )
     found = []
-    for side, codes, scales, sinks in sides:
+    for side, codes, scales, sinks in layout.sides(stored):
         out = sinks.new_zeros(*position.shape, width)
         if sink:
             out[:, :, :sink] = sinks.unflatten(1, (kv_heads, sink)).masked_fill(~held[:, :, :sink, None], 0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
 from moa_kernels.backends import choose, run
 from moa_kernels.coded_influence.reference import CODED_STATISTICS, CodedInfluence
+from moa_kernels.influence.op import check_numbers
 
 
 def coded_changes(
@@ -64,7 +64,7 @@ def coded_changes(
 
 
 def _check(call: CodedInfluence) -> None:
-    query, keys, values, grad_out, windows, row_buckets, bucket_rows, sink, _, softcap, sink_logits = call
+    query, keys, values, grad_out, *_, sink_logits = call
     if query.ndim != 3 or keys.ndim != 4 or query.shape[0] % keys.shape[1] or query.shape[1:] != keys.shape[2:]:
         raise ValueError(
             f"query {tuple(query.shape)} must be [heads, N, head_dim] and keys {tuple(keys.shape)} [key_codec, "
@@ -74,19 +74,11 @@ def _check(call: CodedInfluence) -> None:
         raise ValueError(
             f"there are {len(keys)} key and {len(values)} value codecs; the first of each is the plain one"
         )
-    heads, n, _ = query.shape
     if values.ndim != 4 or values.shape[1:] != keys.shape[1:] or grad_out.shape != query.shape:
         raise ValueError(
             f"values are {tuple(values.shape)} and grad_out {tuple(grad_out.shape)}; beside this query and keys they "
             f"must be [value_codec, {', '.join(map(str, keys.shape[1:]))}] and {tuple(query.shape)}"
         )
-    if sink_logits is not None and sink_logits.shape != (heads,):
-        raise ValueError(f"sink_logits are {tuple(sink_logits.shape)}; they must be ({heads},)")
-    if not windows or windows[0] < 1 or any(a >= b for a, b in pairwise(windows)):
-        raise ValueError(f"windows are {windows}; they must be positive and increasing")
-    if bucket_rows < 1 or row_buckets * bucket_rows < n:
-        raise ValueError(f"{row_buckets} buckets of {bucket_rows} rows don't hold {n} rows")
-    if sink < 0:
-        raise ValueError(f"sink is {sink}; it can't be negative")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None")
+    if sink_logits is not None and sink_logits.shape != query.shape[:1]:
+        raise ValueError(f"sink_logits are {tuple(sink_logits.shape)}; they must be ({len(query)},)")
+    check_numbers(call)

@@ -127,6 +127,13 @@ class CodeLayout:
         """Where values are."""
         return self._side(self.value_bits)
 
+    def sides(self, stored: Stored) -> list[tuple[Side, Tensor, Tensor, Tensor]]:
+        """Of keys, then of values: where they are, codes, scales and sinks."""
+        return [
+            (self.keys, stored.key_codes, stored.key_scales, stored.key_sinks),
+            (self.values, stored.value_codes, stored.value_scales, stored.value_sinks),
+        ]
+
     def tensor(self, device: torch.device) -> Tensor:
         """int64 ``[kv_heads, 2, 4]``, of keys and of values: bits, offset, row, scale offset; made once per device.
 

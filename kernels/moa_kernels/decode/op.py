@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from moa_kernels.backends import choose, run
 from moa_kernels.decode.reference import Decode
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans
+
+if TYPE_CHECKING:
+    from moa_kernels.coded.reference import DecodeCodes
 
 MOST_NEW_TOKENS = 8
 """New tokens per sample; more are a prefill."""
@@ -90,19 +93,9 @@ def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _check(call: Decode) -> None:
-    query, keys, values, lens, layout, spans, _, softcap, sink_logits = call
-    if query.ndim != 4:
-        raise ValueError(f"query must be [batch, heads, new, head_dim], not {list(query.shape)}")
-    batch, heads, new, head_dim = query.shape
-    kv_heads = len(layout.capacities)
-    if not 1 <= new <= MOST_NEW_TOKENS:
-        raise ValueError(f"query holds {new} new tokens; span_decode takes 1 to {MOST_NEW_TOKENS}")
-    if len(spans.heads) != kv_heads:
-        raise ValueError(f"layout has {kv_heads} KV heads, spans {len(spans.heads)}")
-    if heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads can't share {kv_heads} KV heads evenly")
-    if layout.sinks != tuple(head[0] for head in spans.heads):
-        raise ValueError(f"layout and spans differ in sinks: {layout.sinks} and {[head[0] for head in spans.heads]}")
+    query, keys, values, _, layout, *_ = call
+    check_queries(call, layout, "span_decode")
+    batch, _, _, head_dim = query.shape
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.shape != (batch, layout.slots, head_dim):
             raise ValueError(f"{name} must be {[batch, layout.slots, head_dim]}, not {list(tensor.shape)}")
@@ -110,9 +103,30 @@ def _check(call: Decode) -> None:
             raise ValueError(f"{name} are {tensor.dtype}, query is {query.dtype}")
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in head_dim, their strides are {tensor.stride()}")
+
+
+def check_queries(call: Decode | DecodeCodes, layout: RingLayout, operation: str) -> None:
+    """Check what decoding takes beside what is stored.
+
+    Raises:
+        ValueError: Something doesn't fit.
+    """
+    query, lens, spans, sink_logits = call.query, call.lens, call.spans, call.sink_logits
+    if query.ndim != 4:
+        raise ValueError(f"query must be [batch, heads, new, head_dim], not {list(query.shape)}")
+    batch, heads, new, _ = query.shape
+    kv_heads = len(layout.capacities)
+    if not 1 <= new <= MOST_NEW_TOKENS:
+        raise ValueError(f"query holds {new} new tokens; {operation} takes 1 to {MOST_NEW_TOKENS}")
+    if len(spans.heads) != kv_heads:
+        raise ValueError(f"layout has {kv_heads} KV heads, spans {len(spans.heads)}")
+    if heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads can't share {kv_heads} KV heads evenly")
+    if layout.sinks != tuple(head[0] for head in spans.heads):
+        raise ValueError(f"layout and spans differ in sinks: {layout.sinks} and {[head[0] for head in spans.heads]}")
     if lens.shape != (batch,) or lens.dtype != torch.int64:
         raise ValueError(f"lens must be int64 [{batch}], not {lens.dtype} {list(lens.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None")
+    if call.softcap is not None and not call.softcap > 0:
+        raise ValueError(f"softcap is {call.softcap}; it must be positive, or None")
     if sink_logits is not None and sink_logits.shape != (heads,):
         raise ValueError(f"sink_logits must be [{heads}], not {list(sink_logits.shape)}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moa_kernels.backends import choose, run
 from moa_kernels.influence.reference import STATISTICS, Influence
+
+if TYPE_CHECKING:
+    from moa_kernels.coded_influence.reference import CodedInfluence
 
 
 def influence_statistics(
@@ -86,7 +89,7 @@ def _(*arguments: Any) -> Tensor:
 
 
 def _check(call: Influence) -> None:
-    query, key, value, grad_out, windows, row_buckets, bucket_rows, sink, _, softcap, sink_logits = call
+    query, key, value, grad_out, *_, sink_logits = call
     if query.ndim != 3 or key.ndim != 3 or query.shape[0] % key.shape[0]:
         raise ValueError(
             f"query {tuple(query.shape)} must be [heads, N, head_dim] and key {tuple(key.shape)} [kv_heads, N, "
@@ -102,6 +105,17 @@ def _check(call: Influence) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != torch.Size(shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}; beside this query and key it must be {tuple(shape)}")
+    check_numbers(call)
+
+
+def check_numbers(call: Influence | CodedInfluence) -> None:
+    """Check what isn't a tensor.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    _, _, _, _, windows, row_buckets, bucket_rows, sink, _, softcap, _ = call
+    n = call.query.shape[1]
     if not windows or windows[0] < 1 or any(a >= b for a, b in pairwise(windows)):
         raise ValueError(f"windows are {windows}; they must be positive and increasing")
     if bucket_rows < 1 or row_buckets * bucket_rows < n:

@@ -1,4 +1,4 @@
-"""A compiler that compiles the same thing once: what several tests build of the library, they share.
+"""Threads, and a compiler that compiles the same thing once: what several tests build of the library, they share.
 
 It is the real one behind a script. What it gives lies in one folder for all processes of a test run, by a hash of the
 arguments, places of sources and output aside; who comes second waits for the first.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
+from collections.abc import Iterator
 
 import pytest
+import torch
 from moa_kernels.cpu import build
 
 SCRIPT = """#!{python} -SE
@@ -46,3 +49,12 @@ def shared_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
     fresh.chmod(0o755)
     os.replace(fresh, script)
     return str(script)
+
+
+@pytest.fixture
+def one_or_two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One for half of the tests, two for the others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 + zlib.crc32(request.node.name.encode()) % 2)
+    yield
+    torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import zlib
 
 import pytest
 import torch
@@ -15,18 +14,12 @@ from ..codes_by_hand import CodedCase
 from ..seeds import seeds
 from ..yardstick import DTYPES, assert_within
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = [
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+    pytest.mark.usefixtures("one_or_two_threads"),
+]
 
 WIDTHS = (16, 17, 24, 40, 64, 72, 80, 96, 112, 128, 192, 255, 256)
-
-
-@pytest.fixture(autouse=True)
-def threads(request):
-    """One for half of the tests, two for the others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 + zlib.crc32(request.node.name.encode()) % 2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", seeds(160))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import zlib
 
 import pytest
 import torch
@@ -21,18 +20,12 @@ from ..rings_by_hand import Case, written
 from ..seeds import seeds
 from ..yardstick import DTYPES, assert_within, randn
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = [
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+    pytest.mark.usefixtures("one_or_two_threads"),
+]
 
 WIDTHS = (16, 17, 24, 33, 40, 64, 72, 80, 96, 100, 112, 128, 160, 192, 255, 256)
-
-
-@pytest.fixture(autouse=True)
-def threads(request):
-    """One for half of the tests, two for the others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 + zlib.crc32(request.node.name.encode()) % 2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", seeds(160))

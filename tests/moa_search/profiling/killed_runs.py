@@ -22,21 +22,24 @@ from moa_search.profiling import profile_samples
 SAMPLES = 12
 
 
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def main():
     torch.set_num_threads(1)
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-        )
-    ).eval()
+    model = make_model()
     rng = np.random.default_rng(0)
     samples = [Sample(rng.integers(0, 64, 100 + i % 2), 4, "passkey", 0.5, "random") for i in range(SAMPLES)]
     began = time.perf_counter()

@@ -8,29 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moa_search.data import Sample
 from moa_search.errors import ConfigError
 from moa_search.profiling import discard_results, profile_samples, results_folder
 from moa_search.profiling.measure import SampleMeter
 
+from .killed_runs import make_model
+
 KILLS = 20
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def make_samples(count=4, seed=0):
