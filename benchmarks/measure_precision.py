@@ -40,11 +40,15 @@ def searched(profile: Profile, share: float, tiers: list[int], searcher: str = "
     return search_profile(profile, options).chosen
 
 
-def plans_at(profile: Profile, share: float, length: int) -> dict[str, Plan]:
-    """Plans of about one share of the bytes, by what they store."""
-    assert profile.header.tiers is not None, "the profile has no tiers: make it with moa-profile --tiers 16 8 4 3 2"
-    few = list(profile.header.tiers.bits)
-    dense = {bits: searched(profile, 1.0, [bits], "dense-bits") for bits in few}
+def plans_at(profile: Profile, share: float, dense: dict[int, Plan]) -> dict[str, Plan]:
+    """Plans of about one share of the bytes, by what they store.
+
+    Args:
+        profile: To search in.
+        share: Of a 16-bit cache's bytes.
+        dense: By bits the plan that stores every token so.
+    """
+    few, length = list(dense), profile.lengths[0]
     nearest = min(few, key=lambda bits: abs(np.log(dense[bits].share(length) / share)))
     single = {bits: searched(profile, share, [bits]) for bits in few}
     best = min(few, key=lambda bits: sum(metrics.loss or 0.0 for metrics in single[bits].predicted))
@@ -100,16 +104,18 @@ def main() -> None:
     parser.add_argument("--plan", nargs="*", default=[], metavar="NAME=FILE", help="more plans")
     options = parser.parse_args()
     profile = Profile.load(options.profile)
+    assert profile.header.tiers is not None, "the profile has no tiers: make it with moa-profile --tiers 16 8 4 3 2"
     others = {name: Plan.load(path) for name, path in (text.split("=", 1) for text in options.plan)}
     model, tokenizer = load_model(options.model)
     evaluator = Evaluator(model, tokenizer, options.folder / "cells")
+    dense = {bits: searched(profile, 1.0, [bits], "dense-bits") for bits in profile.header.tiers.bits}
+    plans: dict[str, Plan] = {}
+    for share in options.shares:
+        plans |= plans_at(profile, share, dense)
+    variants = [Variant("dense", lambda length: None)]
+    variants += [Variant(name, plan.resolve) for name, plan in (plans | others).items()]
     found = []
     for length in options.lengths:
-        plans: dict[str, Plan] = {}
-        for share in options.shares:
-            plans |= plans_at(profile, share, length)
-        variants = [Variant("dense", lambda length: None)]
-        variants += [Variant(name, plan.resolve) for name, plan in (plans | others).items()]
         grid = Grid({length: options.items}, seed=options.seed)
         found.append(measure_grid(evaluator, variants, require_tasks(options.tasks), grid))
         pd.concat(found).to_csv(options.folder / "items.csv", index=False)

@@ -59,10 +59,9 @@ def with_a_budget(options: SearchKind) -> SearchKind:
 def note_missing_bits(profile: Profile, options: BudgetOptions) -> None:
     """Say how to get a choice of bits: from a profile that knows of 16 alone, or where no budget counts bytes."""
     from moa_search.formats.tiers import PLAIN_BITS
-    from moa_search.search.budgets.specs import BYTE_KINDS
+    from moa_search.search.searching import counts_bytes
 
-    in_bytes = options.kv_share or any(budget.split("=")[0].strip() in BYTE_KINDS for budget in options.budget or ())
-    if options.tiers is not None and min(options.tiers) < PLAIN_BITS and not in_bytes:
+    if options.tiers is not None and min(options.tiers) < PLAIN_BITS and not counts_bytes(options):
         logger.warning("tiers: no budget counts bytes, so that 16 bits cost nothing more; give --kv-share")
     if options.kv_share and options.tiers is None and profile.header.tiers is None:
         logger.warning(

@@ -308,7 +308,9 @@ def _tell_of_positions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if state.told_of_positions or not any(rules.codecs and rules.codecs.turns.turns_keys for rules in state.rules):
         return
     given = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
-    mask = given.get("attention_mask")
+    mask, ids = given.get("attention_mask"), given.get("input_ids")
+    if ids is not None and ids.shape[-1] == 1:
+        return  # a step: reading the mask would make it wait for the device, and the prompt's was read
     if given.get("position_ids") is not None or "position_ids" not in state.parameters:
         return
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or _finds_positions(text_config(model.config)):

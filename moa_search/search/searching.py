@@ -12,7 +12,7 @@ from moa_search.formats.plan import Plan
 from moa_search.formats.profile import Profile
 from moa_search.formats.provenance import Provenance
 from moa_search.formats.tiers import PLAIN, PLAIN_BITS, Tier
-from moa_search.options import SearchOptions
+from moa_search.options import BudgetOptions, SearchOptions
 from moa_search.progress import progress
 from moa_search.search.budgets import BudgetSpec, used
 from moa_search.search.budgets.specs import BYTE_KINDS
@@ -119,8 +119,7 @@ def candidate_tiers(profile: Profile, options: SearchOptions) -> list[Tier]:
     """
     known = (PLAIN_BITS, *(() if profile.header.tiers is None else profile.header.tiers.bits))
     if options.tiers is None:
-        in_bytes = bool(options.kv_share) or any(BudgetSpec.parse(text).kind in BYTE_KINDS for text in options.budget)
-        bits = known if in_bytes else (PLAIN_BITS,)
+        bits = known if counts_bytes(options) else (PLAIN_BITS,)
     else:
         bits = tuple(sorted(set(options.tiers), reverse=True))
         if not bits:
@@ -132,6 +131,11 @@ def candidate_tiers(profile: Profile, options: SearchOptions) -> list[Tier]:
                 f"measure them with moa-profile --tiers {' '.join(map(str, bits))}"
             )
     return [(key, value) for key in bits for value in bits]
+
+
+def counts_bytes(options: BudgetOptions) -> bool:
+    """Whether a budget is in bytes, where fewer bits save something."""
+    return bool(options.kv_share) or any(BudgetSpec.parse(text).kind in BYTE_KINDS for text in options.budget)
 
 
 def _ahead(profile: Profile, options: SearchOptions) -> tuple[int, ...]:
