@@ -5,10 +5,11 @@
 The tables of docs/results-precision.md. At each share of a 16-bit cache's bytes: all tokens in the bits that come
 nearest, and what the exact search finds in PROFILE over spans, over spans with one number of bits (that of which it
 predicts the least loss), and over both. ``--plan NAME=PLAN.json`` adds others, such as tuned ones. All answer the
-same held-out items, drawn with ``--seed``; tasks are those of ``moa-eval``, ``nll:data.jsonl`` too. Cells are kept in
-FOLDER, so a run that is stopped goes on, and FOLDER/items.csv has every item's score. Prints a table per length: NLL
-in nats per answer token, score, and the difference to dense attention, over tasks and by task, with 95 % bootstrap
-intervals.
+same held-out items, drawn with ``--seed``; tasks are those of ``moa-eval``, in texts of one's own too, such as
+``passkey:law.txt``. ``--shares`` without numbers leaves dense attention and the plans that are given. Cells are kept
+in FOLDER, so a run that is stopped goes on, and FOLDER/items.csv has every item's score. Prints a table per length:
+NLL in nats per answer token, score, and the difference to dense attention, over tasks and by task, with 95 %
+bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024])
     parser.add_argument("--items", type=int, default=40, help="of each task and length")
     parser.add_argument("--seed", type=int, default=21)
-    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--plan", nargs="*", default=[], metavar="NAME=FILE", help="more plans")
     options = parser.parse_args()
     profile = Profile.load(options.profile)

@@ -98,6 +98,19 @@ def load_records(spec: SourceSpec, split: Split, *, answers: bool) -> tuple[Reco
     return tuple(record for record in found if record.document in mine)
 
 
+def require_readable(spec: SourceSpec, split: Split) -> None:
+    """Check what can be checked of a source before a model is loaded; saved samples need its tokenizer.
+
+    Raises:
+        ConfigError: The data can't be read, lacks a column, or has no answers.
+        CalibrationError: None of it belongs to the split.
+    """
+    if spec.task == "records":
+        load_records(spec, split, answers=True)
+    elif spec.task != "samples":
+        load_texts(spec, split)
+
+
 def _conversation_columns(spec: SourceSpec, data: Found) -> list[str]:
     """The column of messages, or those of prompts and completions; none where rows are questions about contexts."""
     named = set(spec.columns)
@@ -140,7 +153,8 @@ def _side(texts: list[Document], spec: SourceSpec, split: Split) -> tuple[Docume
     mine = of_split(list(reversed(unique.values())), split, key=lambda name, text: squeezed(text))
     if not mine:
         raise CalibrationError(
-            f"source {spec.typed!r} has {len(unique)} documents, none of them for {split}; give more of them"
+            f"source {spec.typed!r} has {len(unique)} documents, none of them for {split}; give more of them "
+            f"(a text file counts as one for each {SECTION_CHARACTERS} characters)"
         )
     return mine
 

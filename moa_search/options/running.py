@@ -79,7 +79,8 @@ class TaskOptions(Options):
 
     tasks: Several[str] = ("passkey", "copy")
     """passkey, multikey, question, lines, lookup and turns (exact match), copy and tracking (token accuracy),
-    perplexity; ruler or ruler:TASK for RULER's; perplexity:TEXTS, nll:SOURCE and ruler:FILE over data of yours."""
+    perplexity; ruler or ruler:TASK for RULER's. Over data of yours: passkey:FILE, copy:FILE and so on hide and ask in
+    its held-out texts; nll:SOURCE and ruler:FILE."""
     lengths: Several[Tokens] = Field(default=(1024,), min_length=1)
     """Tokens per item, answer included."""
     samples: Count = 10

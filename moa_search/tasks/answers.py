@@ -29,7 +29,7 @@ class AnswersTask(Task):
 
     def __init__(self, source: SourceSpec) -> None:
         self._source = source
-        self.name = f"nll:{source.typed}"
+        self.name, self.data = f"nll:{source.typed}", source.data
 
     def held_out(
         self, tokenizer: Any, *, length: int, count: int, seed: int, depths: Sequence[float] = ()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from moa_search.data.loading import load_texts
 from moa_search.data.samples import Sample
-from moa_search.data.texts import TextSource
+from moa_search.data.sources import SourceSpec
+from moa_search.data.texts import Document, TextSource
 from moa_search.tasks.items import Generator, Item
 from moa_search.tasks.turns import draw_round
 
@@ -25,7 +28,8 @@ class Task(ABC):
     """One kind of item with its score. Override `held_out` and `score`; most tasks derive from `DrawnTask`.
 
     Attributes:
-        name: On the command line, with the data after it where a user names some.
+        name: On the command line and in tables, with the data after it where a user names some.
+        data: File, pattern, folder or dataset id that a user names; empty for the project's own texts.
         metric: What the score is.
         always_forced: Whether answers are teacher-forced even where others are generated.
         at_depths: Whether items can be asked for at chosen depths.
@@ -35,6 +39,7 @@ class Task(ABC):
     """
 
     name: str
+    data: str = ""
     metric: str
     always_forced: ClassVar[bool] = False
     at_depths: ClassVar[bool] = True
@@ -91,6 +96,23 @@ class DrawnTask(Task):
 
     in_chat: ClassVar[bool] = True
     is_source: ClassVar[bool] = True
+    _texts: Sequence[Document] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Its name without a user's data, which its items have in calibration, too."""
+        return type(self).name
+
+    def over(self, source: SourceSpec) -> Self:
+        """The same task in texts of a user's; their side that calibration never uses is read now.
+
+        Raises:
+            ConfigError: They can't be read.
+            CalibrationError: None of them is held out.
+        """
+        other = copy.copy(self)
+        other.name, other.data, other._texts = source.typed, source.data, load_texts(source, "test")
+        return other
 
     @abstractmethod
     def draw(self, maker: Generator, length: int, depth: float, rng: np.random.Generator) -> Item:
@@ -107,18 +129,20 @@ class DrawnTask(Task):
         """
 
     def texts(self, tokenizer: Any) -> TextSource:
-        """What held-out items are drawn from: by default the standard library's texts."""
-        return TextSource.library(tokenizer, "test")
+        """What held-out items are drawn from: a user's texts, else the standard library's."""
+        if self._texts is None:
+            return TextSource.library(tokenizer, "test")
+        return TextSource(tokenizer, self._texts, f"the held-out texts of {self.name}", joint="\n\n")
 
     def held_out(
         self, tokenizer: Any, *, length: int, count: int, seed: int, depths: Sequence[float] = ()
     ) -> list[Sample]:
         """See `Task.held_out`."""
         maker = Generator(self, tokenizer, self.texts(tokenizer))
-        turns = [self.name] * (count * self.places(depths))
+        turns = [self.kind] * (count * self.places(depths))
         depths = depths if self.at_depths else ()
-        drawn = draw_round({self.name: maker}, turns, length, HELD_OUT_SEED + seed, depths=depths)
-        return [item.answered(item.reference) for item in drawn[self.name]]
+        drawn = draw_round({self.kind: maker}, turns, length, HELD_OUT_SEED + seed, depths=depths)
+        return [item.answered(item.reference) for item in drawn[self.kind]]
 
 
 class ExactMatchTask(DrawnTask):

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
+from moa_search.data.loading import require_readable
 from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
 from moa_search.tasks.answers import AnswersTask
 from moa_search.tasks.base import AnswerMode, Task
-from moa_search.tasks.perplexity import PerplexityTask
 from moa_search.tasks.registry import TASKS
 from moa_search.tasks.ruler import RECIPES, ruler_task
 from moa_search.tasks.sources import parse_source
 
 ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
 
-TASKS_OVER = {"nll": "SOURCE", "perplexity": "TEXTS", "ruler": "TASK"}
+TASKS_OVER = {**dict.fromkeys(TASKS, "TEXTS"), "nll": "SOURCE", "ruler": "TASK"}
 """Tasks that take something after their name and a colon: data of the user's, or one of RULER's tasks."""
 
 
 def require_tasks(names: Sequence[str]) -> list[Task]:
     """The tasks of these names, each once.
 
+    Data of the user's is looked at here, so that what can't be read is told before a model is loaded. A file or folder
+    is called by its name alone in `Task.name`, unless another one has the same name.
+
     Raises:
-        ConfigError: One is unknown, lacks its data, or there is none.
+        ConfigError: One is unknown, lacks its data, or that can't be read; or there is none.
+        CalibrationError: None of a user's texts is held out.
     """
     if not names:
         raise ConfigError(f"no task is named; {_choices()}")
     each = [f"ruler:{task}" if name == "ruler" else name for name in names for task in _parts(name)]
-    return [_task(name) for name in dict.fromkeys(each)]
+    tasks = [_task(name) for name in dict.fromkeys(each)]
+    _call_by_file_names(tasks)
+    return tasks
+
+
+def _call_by_file_names(tasks: Sequence[Task]) -> None:
+    paths = {task.data: Path(task.data).expanduser().absolute() for task in tasks if task.data}
+    shared = Counter(path.name for path in paths.values())
+    for task in tasks:
+        path = paths.get(task.data)
+        if path is not None and path.exists() and shared[path.name] == 1:
+            task.name = task.name.replace(task.data, path.name, 1)
 
 
 def _parts(name: str) -> Sequence[str]:
@@ -47,16 +63,17 @@ def _task(name: str) -> Task:
             raise ConfigError(
                 f"task {one_line(name)!r} is unknown; moa-eval lm-eval --builtin true has LongBench's tasks"
             )
-        raise ConfigError(f"task {one_line(name)!r} is unknown{nearest(name, [*TASKS, *TASKS_OVER])}; {_choices()}")
+        raise ConfigError(f"task {one_line(name)!r} is unknown{nearest(kind, TASKS_OVER)}; {_choices()}")
     if not data:
-        raise ConfigError(f"task {name!r} lacks its data; write {kind}:{TASKS_OVER[kind]}")
+        raise ConfigError(f"task {one_line(name)!r} lacks its data; write {kind}:{TASKS_OVER[kind]}")
     if kind == "ruler":
         return ruler_task(data)
     if kind == "nll":
-        return AnswersTask(parse_source(data))
-    # A source whose texts are filler is one whose texts are documents here.
-    return PerplexityTask(dataclasses.replace(parse_source(f"copy:{data}"), typed=name))
+        source = parse_source(data)
+        require_readable(source, "test")
+        return AnswersTask(source)
+    return TASKS[kind].over(parse_source(name, tuple(TASKS)))
 
 
 def _choices() -> str:
-    return f"choose from {', '.join(TASKS)}, {', '.join(f'{kind}:{data}' for kind, data in TASKS_OVER.items())}"
+    return f"choose from {', '.join(TASKS)} (passkey:FILE and so on over texts of yours), nll:SOURCE, ruler:TASK"

@@ -53,7 +53,7 @@ class TurnsTask(ExactMatchTask):
             accepted=(),
             ends="reference",
             exact=False,
-            task=self.name,
+            task=self.kind,
             depth=depth,
             document=item.document,
             target_length=length,

@@ -41,7 +41,7 @@ class CopyTask(TokenAccuracyTask):
                     accepted=(),
                     ends="reference",
                     exact=True,
-                    task=self.name,
+                    task=self.kind,
                     depth=at / max(last, 1),
                     document=document,
                     target_length=length,

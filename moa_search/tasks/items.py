@@ -183,7 +183,7 @@ class Generator:
             accepted=asking.answers,
             ends=("turn" if self.frame.is_chat else "line") if asking.free else "reference",
             exact=False,
-            task=self.task.name,
+            task=self.task.kind,
             depth=depth,
             document=document,
             target_length=length,

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from moa_search.data.loading import load_texts
-from moa_search.data.sources import SourceSpec
-from moa_search.data.texts import TextSource
 from moa_search.errors import CalibrationError
 from moa_search.tasks.base import TokenAccuracyTask
 from moa_search.tasks.items import Generator, Item
@@ -19,9 +14,6 @@ class PerplexityTask(TokenAccuracyTask):
 
     Perplexity is ``exp(nll)``; the score is the share of tokens ranked first. A document starts anywhere in a text and
     may go on in the next.
-
-    Args:
-        spec: A user's texts; by default the standard library's.
     """
 
     name = "perplexity"
@@ -31,18 +23,6 @@ class PerplexityTask(TokenAccuracyTask):
     is_source = False
     slices = 8
     least_per_slice = 8
-
-    def __init__(self, spec: SourceSpec | None = None) -> None:
-        self._spec = spec
-        if spec is not None:
-            self.name = spec.typed
-
-    def texts(self, tokenizer: Any) -> TextSource:
-        """See `DrawnTask.texts`."""
-        if self._spec is None:
-            return super().texts(tokenizer)
-        texts = load_texts(self._spec, "test")
-        return TextSource(tokenizer, texts, f"the held-out texts of {self.name}", joint="\n\n")
 
     def draw(self, maker: Generator, length: int, depth: float, rng: np.random.Generator) -> Item:
         """See `DrawnTask.draw`; all but the first token is the answer."""
@@ -57,7 +37,7 @@ class PerplexityTask(TokenAccuracyTask):
             accepted=(),
             ends="reference",
             exact=False,
-            task=self.name,
+            task=self.kind,
             depth=depth,
             document=document,
             target_length=length,

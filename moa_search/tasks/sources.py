@@ -11,21 +11,26 @@ with ``.gz`` or ``.zst``, a pattern such as ``books/*.txt``, a folder, or a Hugg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moa_search.data.sources import ROLES, TURNS, SourceSpec
 from moa_search.errors import ConfigError
 from moa_search.formats.files import nearest, one_line
 from moa_search.tasks.registry import SOURCE_TASKS, TASKS
 
 
-def parse_source(text: str) -> SourceSpec:
+def parse_source(text: str, tasks: Sequence[str] = (*SOURCE_TASKS, "records", "samples")) -> SourceSpec:
     """The source that ``text`` names.
+
+    Args:
+        text: What a user typed.
+        tasks: Which tasks it can name, by default those that calibrate.
 
     Raises:
         ConfigError: It names none; the message says what is wrong.
     """
     where = f"source {one_line(text)!r}"
     body, mark, query = text.partition("?")
-    tasks = (*SOURCE_TASKS, "records", "samples")
     task, colon, data = body.partition(":")
     if not colon:
         task, data = (body, "") if body in tasks else ("records", body)

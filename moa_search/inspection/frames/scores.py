@@ -143,11 +143,11 @@ def effective_lines(items: pd.DataFrame) -> list[str]:
 
     lines = []
     for name in dict.fromkeys(items["task"]):
-        task = TASKS.get(name)
+        task = TASKS.get(name.partition(":")[0])
         if task is None or not task.is_retrieval or items[items["task"] == name]["length"].nunique() < 2:
             continue
-        lines.append(f"effective context, {task.name} (longest length with {THRESHOLD:.0%} right, 95 % interval):")
-        for variant, found in effective_contexts(items, task.name).items():
+        lines.append(f"effective context, {name} (longest length with {THRESHOLD:.0%} right, 95 % interval):")
+        for variant, found in effective_contexts(items, name).items():
             lines.append(f"  {variant}: {found.bracket} tokens ({found.low}-{found.high}), n = {found.items}")
     return lines
 

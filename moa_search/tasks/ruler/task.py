@@ -37,6 +37,7 @@ class RulerTask(Task):
     def __init__(self, data: str) -> None:
         self._data = data
         self.name = f"ruler:{data}"
+        self.data = "" if data in RECIPES else data.partition("?")[0]
 
     def metric_of(self, answers: AnswerMode) -> str:
         """See `Task.metric_of`."""

@@ -67,3 +67,13 @@ def test_effective_context_of_retrieval_tasks_over_several_lengths():
     assert "dense: at least 1024 tokens (1024-1024), n = 3" in lines[1]
     assert "plan: 512 to 1024 tokens" in lines[2]
     assert effective_lines(rows(["dense"])) == []
+
+
+def test_effective_context_over_texts_of_ones_own():
+    items = rows(["dense"], lengths=(512, 1024)).replace(
+        {"task": {"passkey": "passkey:law.txt", "copy": "copy:law.txt"}}
+    )
+    assert [line.partition(" (")[0] for line in effective_lines(items)] == [
+        "effective context, passkey:law.txt",
+        "  dense: at least 1024 tokens",
+    ]

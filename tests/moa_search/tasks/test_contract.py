@@ -1,6 +1,7 @@
 """What holds for every task, whichever it is: each test runs for all of them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,23 +22,30 @@ def data(tmp_path_factory):
     """What a user would bring, for each task that takes data."""
     folder = tmp_path_factory.mktemp("data")
     facts = [f"The {number}th stone is {'red' if number % 2 else 'blue'}. " * 12 for number in range(60)]
+    rng = np.random.default_rng(0)
+    lines = [" ".join(f"{word:05x}" for word in rng.integers(16**5, size=12)) for _ in range(500)]
     rows = [
         {"context": fact, "question": f"Which colour is stone {number}?", "answer": fact.split()[4][:-1]}
         for number, fact in enumerate(facts)
     ]
     (folder / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "book.txt").write_text("\n".join(facts * 3))
+    (folder / "book.txt").write_text("\n".join(lines))
     return {
+        **dict.fromkeys(TASKS, folder / "book.txt"),
         "nll": folder / "records.jsonl",
-        "perplexity": folder / "book.txt",
         "ruler": "niah_single_1",
     }
 
 
 @pytest.fixture(params=[*TASKS, *(f"{kind}:" for kind in TASKS_OVER)])
-def task(request, data):
+def typed(request, data):
     name = request.param
-    return require_tasks([f"{name}{data[name[:-1]]}" if name.endswith(":") else name])[0]
+    return f"{name}{data[name[:-1]]}" if name.endswith(":") else name
+
+
+@pytest.fixture
+def task(typed):
+    return require_tasks([typed])[0]
 
 
 @pytest.fixture(params=SOURCE_TASKS)
@@ -49,9 +57,10 @@ def build(task, tiny_model, **changes):
     return task.held_out(tiny_model[1], **{"length": LENGTH, "count": 3, "seed": 0, **changes})
 
 
-def test_is_found_by_its_name(task):
-    assert require_tasks([task.name, task.name])[0].name == task.name
-    assert len(require_tasks([task.name, task.name])) == 1
+def test_is_found_once_and_called_without_folders(typed):
+    (task,) = require_tasks([typed, typed])
+    kind, colon, data = typed.partition(":")
+    assert task.name == f"{kind}{colon}{Path(data).name}"
 
 
 def test_scores_run_from_nothing_to_all_right(task):
