@@ -37,12 +37,12 @@ def require_tasks(names: Sequence[str]) -> list[Task]:
     each = [f"ruler:{task}" if name == "ruler" else name for name in names for task in _parts(name)]
     tasks = [_task(name) for name in dict.fromkeys(each)]
     _call_by_file_names(tasks)
-    return tasks
+    return list({task.name: task for task in tasks}.values())  # a file can be written in two ways
 
 
 def _call_by_file_names(tasks: Sequence[Task]) -> None:
     paths = {task.data: Path(task.data).expanduser().absolute() for task in tasks if task.data}
-    shared = Counter(path.name for path in paths.values())
+    shared = Counter(path.name for path in set(paths.values()))
     for task in tasks:
         path = paths.get(task.data)
         if path is not None and path.exists() and shared[path.name] == 1:

@@ -70,6 +70,11 @@ class TestNames:
         names = [task.name for task in require_tasks([f"passkey:{book}", f"copy:{book}", f"nll:copy:{book}"])]
         assert names == ["passkey:book.txt", "copy:book.txt", "nll:copy:book.txt"]
 
+    def test_a_file_written_in_two_ways_is_one(self, book, monkeypatch):
+        monkeypatch.chdir(book.parent)
+        names = [task.name for task in require_tasks([f"passkey:{book}", "passkey:book.txt", "copy:./book.txt"])]
+        assert names == ["passkey:book.txt", "copy:book.txt"]
+
     def test_folders_patterns_and_columns(self, book, tmp_path, monkeypatch):
         (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"body": "{words(n, 1)}"}}' for n in range(30)))
         monkeypatch.chdir(book.parent)
