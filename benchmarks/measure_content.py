@@ -117,8 +117,8 @@ class Passes:
                 transform = Transform.rotation(len(heads), self.plan.model.head_dim)
             elif bits < 8:
                 assert self.plan.key_transforms is not None
-                arrays = map(torch.from_numpy, self.plan.key_transforms.layer(layer))
-                transform = Transform.of_keys(*arrays).of(heads)
+                arrays = {name: torch.from_numpy(one) for name, one in self.plan.key_transforms.layer(layer).items()}
+                transform = Transform.of_keys(**arrays, bits=bits).of(heads)
             found.append((heads, Codec(bits, None if transform is None else transform.to(self.device))))
         return found
 

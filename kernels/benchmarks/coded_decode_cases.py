@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from moa_kernels.coded import append_codes, decode_codes
-from moa_kernels.codes import hadamard
+from moa_kernels.codes import Transform
 from moa_kernels.codes.storage import CodeLayout, Stored
 from moa_kernels.codes.turns import Turns
 from moa_kernels.decode import span_decode
@@ -35,14 +35,17 @@ def cases(lengths: list[int], device: torch.device) -> Iterator[Case]:
 
 
 def turns_of(tiers: tuple[tuple[int, int], ...], device: torch.device) -> Turns:
-    """Rotations, means and rotary embedding, as calibration makes them in shape."""
-    plain, rotation = torch.eye(DIM, dtype=torch.float64), hadamard(DIM)
-    into, spun = (torch.stack([rotation if bits < 8 else plain for bits in side]) for side in zip(*tiers, strict=True))
-    coded = torch.tensor([keys < 8 for keys, _ in tiers]).double()[:, None]
-    mean = torch.randn(len(tiers), DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * coded
+    """Transforms as calibration makes them in shape, with means, rotary embedding and digits."""
+    mean = torch.randn(len(tiers), 1, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     frequencies = 5e5 ** -(torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2))
-    order = torch.arange(DIM)
-    return Turns(into, into.mT.contiguous(), mean, frequencies, order, spun, spun.mT.contiguous()).to(device)
+    statics = {"balance": torch.eye(DIM)[None], "frequencies": frequencies, "order": torch.arange(DIM)}
+    spectrum = 2.0 ** -(torch.arange(DIM) / 8)[None]
+    keys = [
+        Transform.of_keys(**statics, mean=mean[head], spectrum=spectrum, bits=bits) if bits < 8 else None
+        for head, (bits, _) in enumerate(tiers)
+    ]
+    rotation = Transform.rotation(1, DIM)
+    return Turns.of(keys, [rotation if bits < 8 else None for _, bits in tiers], DIM).to(device)
 
 
 def _layout(tiers: tuple[tuple[int, int], ...], capacity: int) -> CodeLayout:

@@ -24,7 +24,9 @@ from moa_search.errors import PlanFormatError
 from moa_search.formats.files import atomic_write, one_line, take_tensor
 from moa_search.formats.signature import ModelSignature
 
-SCHEMA = "moa-transforms/1"
+SCHEMA = "moa-transforms/2"
+SCHEMA_BEFORE = "moa-transforms/1"
+"""Of files without a spectrum."""
 DIGITS = 16
 
 Floats = npt.NDArray[np.float32]
@@ -39,25 +41,24 @@ class KeyTransforms:
         balance: The balancing matrices, ``[layer, kv_head, head_dim, head_dim]``.
         frequencies: Of rotary embedding, radians per position of each pair of channels, ``[layer, head_dim / 2]``.
         order: Channels, the pairs' first ones, then their second ones, int32 ``[head_dim]``.
+        spectrum: Variance of every channel behind ``balance``, decreasing, ``[layer, kv_head, head_dim]``, which says
+            the channels of more bits. None in files from before, which store all channels alike.
     """
 
     mean: Floats = field(repr=False)
     balance: Floats = field(repr=False)
     frequencies: Floats = field(repr=False)
     order: npt.NDArray[np.int32] = field(repr=False)
+    spectrum: Floats | None = field(default=None, repr=False)
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """Every array by its name."""
-        return {
-            "balance": np.ascontiguousarray(self.balance),
-            "frequencies": np.ascontiguousarray(self.frequencies),
-            "mean": np.ascontiguousarray(self.mean),
-            "order": np.ascontiguousarray(self.order),
-        }
+        found = {name: getattr(self, name) for name in ("balance", "frequencies", "mean", "order", "spectrum")}
+        return {name: np.ascontiguousarray(array) for name, array in found.items() if array is not None}
 
-    def layer(self, layer: int) -> tuple[npt.NDArray[Any], ...]:
+    def layer(self, layer: int) -> dict[str, npt.NDArray[Any]]:
         """What `moa_kernels.codes.Transform.of_keys` takes, of one layer."""
-        return self.balance[layer], self.frequencies[layer], self.mean[layer], self.order
+        return {name: array if name == "order" else array[layer] for name, array in self.tensors().items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, npt.NDArray[Any]], model: ModelSignature) -> KeyTransforms:
@@ -73,6 +74,7 @@ class KeyTransforms:
             "frequencies": ((layers, width // 2), np.float32),
             "mean": ((*heads, width), np.float32),
             "order": ((width,), np.int32),
+            **({"spectrum": ((*heads, width), np.float32)} if "spectrum" in tensors else {}),
         }
         left = {f"transforms/{name}": tensor for name, tensor in tensors.items()}
         taken = {name: take_tensor(left, f"transforms/{name}", *of) for name, of in wanted.items()}
@@ -84,12 +86,14 @@ class KeyTransforms:
             raise ValueError(f"transforms/balance has no inverse at layer {layer}, KV head {head}")
         if not np.array_equal(np.sort(tensors["order"]), np.arange(width)):
             raise ValueError("transforms/order doesn't name every channel once")
+        if "spectrum" in taken and (np.diff(taken["spectrum"], append=0) > 0).any():
+            raise ValueError("transforms/spectrum isn't decreasing and positive")
         return cls(**taken)
 
     @cached_property
     def _bytes(self) -> bytes:
         # One entry of metadata: safetensors writes several in any order.
-        return bytes(save(self.tensors(), metadata={"schema": SCHEMA}))
+        return bytes(save(self.tensors(), metadata={"schema": SCHEMA if self.spectrum is not None else SCHEMA_BEFORE}))
 
     @cached_property
     def checksum(self) -> str:

@@ -75,8 +75,9 @@ class TierMeter:
             options: Of the attention, as for `coded_changes`.
         """
         grid = tier_grid(length)
-        of_keys = Transform.of_keys(*map(torch.from_numpy, self.transforms.layer(layer))).to(key.device)
-        of_values = Transform.rotation(len(value), value.shape[-1]).to(value.device)
+        statics = {name: torch.from_numpy(array) for name, array in self.transforms.layer(layer).items()}
+        of_keys = {bits: Transform.of_keys(**statics, bits=bits) for bits in self.bits if wants_transform(bits)}
+        of_values = dict.fromkeys(of_keys, Transform.rotation(len(value), value.shape[-1]))
         found = coded_changes(
             query,
             self._seen(key, of_keys, sink),
@@ -96,10 +97,10 @@ class TierMeter:
             for (side, bits), change in zip(codecs, changes.unbind(-1), strict=True)
         }
 
-    def _seen(self, x: Tensor, transform: Transform, sink: int) -> Tensor:
+    def _seen(self, x: Tensor, transforms: dict[int, Transform], sink: int) -> Tensor:
         """``x`` and what each codec gives back, ``[codec, kv_heads, N, head_dim]``."""
         positions = torch.arange(x.shape[1], device=x.device)
-        codecs = [Codec(bits, transform if wants_transform(bits) else None) for bits in self.bits]
+        codecs = [Codec(bits, transforms[bits].to(x.device) if bits in transforms else None) for bits in self.bits]
         return torch.stack([x, *(codec.seen(x, positions, sink) for codec in codecs)])
 
     def header(self, lengths: Sequence[int]) -> TiersHeader:

@@ -34,7 +34,7 @@ UNMEASURED = "keys don't turn with positions as rotary embedding does; bits will
 
 
 def measure_transforms(model: Any, samples: Sequence[Sample], *, sink: int, native: dict[int, int]) -> KeyTransforms:
-    """Rotary embedding, means and balancing matrices of keys, by forward passes alone.
+    """Rotary embedding, means, balancing matrices and spectra of keys, by forward passes alone.
 
     Args:
         model: A transformers causal language model.
@@ -64,6 +64,7 @@ def measure_transforms(model: Any, samples: Sequence[Sample], *, sink: int, nati
     heads, width = signature.num_key_value_heads, signature.head_dim
     mean = np.zeros((signature.num_hidden_layers, heads, width), dtype=np.float32)
     balance = np.broadcast_to(np.eye(width, dtype=np.float32), (*mean.shape, width)).copy()
+    spectrum = np.ones_like(mean)
     for layer, moments in gathered.items():
         try:
             found = moments.key_statics()
@@ -72,8 +73,8 @@ def measure_transforms(model: Any, samples: Sequence[Sample], *, sink: int, nati
                 f"layer {layer}: keys have no transform ({error}); try --dtype float32, longer --lengths, or check the "
                 "model's weights"
             ) from None
-        balance[layer], mean[layer] = (part.cpu().numpy() for part in found)
-    return KeyTransforms(mean, balance, frequencies.float().numpy(), order.int().numpy())
+        balance[layer], mean[layer], spectrum[layer] = (part.cpu().numpy() for part in found)
+    return KeyTransforms(mean, balance, frequencies.float().numpy(), order.int().numpy(), spectrum)
 
 
 def _rotary(

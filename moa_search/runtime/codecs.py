@@ -99,14 +99,12 @@ def layer_codecs(plan: Plan) -> list[LayerCodecs | None]:
         if all(tier == PLAIN for tier in tiers):
             found.append(None)
             continue
-        keys = None
+        keys = {}
         if transforms is not None:
-            keys = Transform.of_keys(*map(torch.from_numpy, transforms.layer(layer)))
+            statics = {name: torch.from_numpy(array) for name, array in transforms.layer(layer).items()}
+            keys = {bits: Transform.of_keys(**statics, bits=bits) for bits, _ in tiers if wants_transform(bits)}
         turns = Turns.of(
-            [
-                keys.of([head]) if keys is not None and wants_transform(bits) else None
-                for head, (bits, _) in enumerate(tiers)
-            ],
+            [keys[bits].of([head]) if bits in keys else None for head, (bits, _) in enumerate(tiers)],
             [turned if wants_transform(bits) else None for _, bits in tiers],
             width,
         )

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from moa_kernels.codes import BITS, Rotary, Transform, hadamard, pack, quantise
+from moa_kernels.codes import BITS, Digits, Rotary, Transform, hadamard, pack, quantise
 from moa_kernels.codes.storage import CodeLayout, Stored
 from moa_kernels.codes.turns import Turns
 from moa_kernels.rings import RingLayout
@@ -19,19 +19,23 @@ from .yardstick import DEVICE, Exact, Masked, randn
 
 def random_turns(generator: torch.Generator, key_bits: list[int], value_bits: list[int], width: int) -> Turns:
     """Transforms that differ in every head, with means and, mostly, rotary embedding."""
-    heads = len(key_bits)
-    rotation, plain = hadamard(width), torch.eye(width, dtype=torch.float64)
-    sizes = (0.3 * torch.randn(heads, 1, width, generator=generator, dtype=torch.float64)).exp()
-    turned = torch.tensor([bits < 8 for bits in key_bits])[:, None, None]
-    into = torch.where(turned, (rotation.mT * sizes) @ rotation, plain)
-    back = torch.where(turned, (rotation.mT / sizes) @ rotation, plain)
-    mean = torch.where(turned[..., 0], torch.randn(heads, width, generator=generator, dtype=torch.float64), 0)
+    rotation = hadamard(width)
     frequencies = torch.rand(width // 2, generator=generator, dtype=torch.float64)
     if torch.rand((), generator=generator) < 0.2:
         frequencies = torch.zeros_like(frequencies)
     order = torch.randperm(width, generator=generator)
-    spun = torch.where(torch.tensor([bits < 8 for bits in value_bits])[:, None, None], rotation, plain)
-    return Turns(into, back, mean, frequencies, order, spun, spun.mT.contiguous()).to(DEVICE)
+
+    def of_keys(bits: int) -> Transform | None:
+        sizes = (0.3 * torch.randn(width, generator=generator, dtype=torch.float64)).exp()
+        mean = torch.randn(1, width, generator=generator, dtype=torch.float64)
+        # From channels that are all alike, none of which has two digits, to steep ones.
+        spectrum = torch.exp(-6 * torch.rand((), generator=generator) * torch.arange(width) / width)[None]
+        balance = ((rotation.mT * sizes) @ rotation)[None]
+        return Transform.of_keys(balance, frequencies, mean, order, spectrum, bits=bits) if bits < 8 else None
+
+    turned = Transform.rotation(1, width)
+    keys, values = map(of_keys, key_bits), (turned if bits < 8 else None for bits in value_bits)
+    return Turns.of([*keys], [*values], width).to(DEVICE)
 
 
 @dataclass
@@ -78,11 +82,14 @@ class Vectors:
         turns, transform = self.turns, None
         if bits < 8 and self.keys:
             rotary = Rotary(turns.frequencies, turns.order)
-            transform = Transform(turns.key_into[[head]], turns.key_back[[head]], turns.key_mean[[head]], rotary)
+            digits = Digits(turns.digits[[head]], *turns.digit_sizes[[head]].unbind(-1))
+            parts = (part[[head]] for part in (turns.key_into, turns.key_back, turns.key_mean))
+            transform = Transform(*parts, rotary, digits)
         elif bits < 8:
             transform = Transform(turns.value_into[[head]], turns.value_back[[head]])
         y = x.double() if transform is None else transform.apply(x[None], self.positions)[0]
-        codes, scales = quantise(y, bits)
+        codes, scales = quantise(y[None], bits, None if transform is None else transform.digits)
+        codes, scales = codes[0], scales[0]
         self.rows[sample][head], self.scales[sample, head] = pack(codes, bits), scales
         y = scales.double()[:, None] * (codes.double() - (2**bits - 1) / 2)
         self.levels[sample, head, self.sink :] = y[self.sink :]

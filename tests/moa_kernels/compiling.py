@@ -227,7 +227,8 @@ def coded_append_cases(arch: str) -> Iterator[Case]:
 
     names = [name for name in append_kernel.arg_names if name.islower()]
     types = dict.fromkeys(names, "i32") | dict.fromkeys(("lens", "counts", "codes"), "*i64") | {"layout": "*i32"}
-    types |= dict.fromkeys(("key_into", "value_into", "mean", "angles"), "*fp64") | {"order": "*i32"}
+    types |= dict.fromkeys(("key_into", "value_into", "mean", "angles", "digit_sizes"), "*fp64")
+    types |= {"order": "*i32", "digits": "*i64"}
     types |= dict.fromkeys(("key_codes", "value_codes"), "*u8") | dict.fromkeys(("key_scales", "value_scales"), "*fp16")
     states = ("new_keys", "new_values", "plain_keys", "plain_values", "key_sinks", "value_sinks")
     types |= dict.fromkeys(states, "*bf16")
@@ -249,8 +250,9 @@ def states_cases(arch: str) -> Iterator[Case]:
     states = ("keys", "values", "seen_keys", "seen_values", "out_keys", "out_values", "plain_keys", "plain_values")
     states += ("key_sinks", "value_sinks")
     pointers = dict.fromkeys(states, "*bf16") | dict.fromkeys(("positions", "codes", "lens"), "*i64")
-    pointers |= dict.fromkeys(("key_into", "value_into", "mean", "angles"), "*fp64") | {"order": "*i32"}
+    pointers |= dict.fromkeys(("key_into", "value_into", "mean", "angles", "digit_sizes"), "*fp64")
     pointers |= dict.fromkeys(("key_back", "value_back"), "*fp32") | {"layout": "*i32"}
+    pointers |= {"order": "*i32", "digits": "*i64"}
     pointers |= dict.fromkeys(("key_codes", "value_codes"), "*u8")
     pointers |= dict.fromkeys(("key_scales", "value_scales"), "*fp16")
     for width in (64, 80, 128):

@@ -33,7 +33,7 @@ def drawn(heads, kv_heads, n, dtype=torch.float64):
 def coded(query, key, value, sink):
     """Keys and values as `coded_changes` takes them."""
     others = torch.randn(len(key), 50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    of_keys = Transform.balanced(*Moments.of(others, others + 0.5, others).key_statics())
+    of_keys = Transform.balanced(*Moments.of(others, others + 0.5, others).key_statics()[:2])
     of_values = Transform.rotation(len(value), value.shape[-1])
     at = torch.arange(key.shape[1])
     keys = [Codec(bits, of_keys if bits < 8 else None).seen(key, at, sink) for bits in KEY_BITS]

@@ -140,7 +140,9 @@ def units_off(found: Tensor, exact: Tensor, unit: Tensor) -> float:
     """The largest error, in units of ``found``'s type; infinite where what is infinite or 0 without doubt isn't so."""
     same = found.double() == exact  # infinities, and rows that see nothing
     error = (found.double() - exact).abs().masked_fill(same, 0)
-    off = (error / (torch.finfo(found.dtype).eps * unit)).masked_fill(same, 0)
+    of_type = torch.finfo(found.dtype)
+    # No number of the type is nearer than half its smallest one.
+    off = (error / (of_type.eps * unit).clamp(min=of_type.eps * of_type.smallest_normal)).masked_fill(same, 0)
     return float(off.nan_to_num(nan=torch.inf).max()) if off.numel() else 0.0
 
 

@@ -17,7 +17,7 @@ def _store_byte(target, byte, within):
 def append_kernel(
     new_keys, new_values, key_codes, value_codes, plain_keys, plain_values, key_scales, value_scales,
     key_sinks, value_sinks, lens, counts, layout, codes, key_into, value_into, mean, order, angles,
-    num_new, num_kv_heads,
+    digits, digit_sizes, num_new, num_kv_heads,
     keys_batch_stride, keys_head_stride, keys_token_stride, values_batch_stride, values_head_stride,
     values_token_stride, key_codes_stride, value_codes_stride, key_scales_stride, value_scales_stride,
     HAS_COUNTS: tl.constexpr, WIDTH: tl.constexpr, ITEMSIZE: tl.constexpr, RADIX: tl.constexpr,
@@ -71,7 +71,21 @@ def append_kernel(
     if ringed & (bits < 16):
         within = tl.arange(0, BLOCK_E) < WIDTH // 8
         l0, l1, l2, l3, l4, l5, l6, l7, ratio = to_levels(
-            source, into, mean, order, angles, head, position, bits, is_key, WIDTH, RADIX, BLOCK_E, BLOCK_R
+            source,
+            into,
+            mean,
+            order,
+            angles,
+            digits,
+            digit_sizes,
+            head,
+            position,
+            bits,
+            is_key,
+            WIDTH,
+            RADIX,
+            BLOCK_E,
+            BLOCK_R,
         )
         tl.store(scale, ratio)
         c0, c1, c2, c3 = code(l0, bits, within), code(l1, bits, within), code(l2, bits, within), code(l3, bits, within)

@@ -174,7 +174,7 @@ def append_codes(call: AppendCodes) -> None:
         _plain(stored.key_codes, new_keys), _plain(stored.value_codes, new_keys), stored.key_scales,
         stored.value_scales, stored.key_sinks, stored.value_sinks, lens, counts, layout.rings.tensor(device),
         layout.tensor(device), known.into, turns.value_into, known.exact_mean, known.order, known.exact_angles,
-        new, kv_heads, *new_keys.stride()[:3], *new_values.stride()[:3],
+        turns.digits, turns.digit_sizes, new, kv_heads, *new_keys.stride()[:3], *new_values.stride()[:3],
         layout.keys.nbytes, layout.values.nbytes, layout.keys.scale_slots, layout.values.scale_slots,
         HAS_COUNTS=counts is not None, WIDTH=width, ITEMSIZE=new_keys.element_size(), RADIX=RADIX,
         BLOCK_D=padded(width), BLOCK_E=padded(width) // 8, BLOCK_R=ROWS_AT_ONCE, **COMPILER_OPTIONS,
@@ -195,7 +195,7 @@ def see_tokens(call: SeeTokens) -> tuple[Tensor, Tensor]:
     see_kernel[(batch * tokens * kv_heads * 2,)](
         keys, values, seen_keys, seen_values, positions.contiguous(), layout.tensor(keys.device), known.into,
         turns.value_into, known.key_back, known.value_back, known.exact_mean, known.order, known.exact_angles,
-        tokens, kv_heads, layout.sink, *keys.stride()[:3], *values.stride()[:3],
+        turns.digits, turns.digit_sizes, tokens, kv_heads, layout.sink, *keys.stride()[:3], *values.stride()[:3],
         tokens if len(positions) == batch else 0,
         WIDTH=width, RADIX=RADIX, BLOCK_D=padded(width), BLOCK_E=padded(width) // 8, BLOCK_R=ROWS_AT_ONCE,
         **COMPILER_OPTIONS,

@@ -246,9 +246,10 @@ def _check_stored(stored: Stored, batch: int, dtype: torch.dtype, layout: CodeLa
 def _check_turns(turns: Turns, layout: CodeLayout) -> None:
     kv_heads, width = len(layout.key_bits), layout.width
     shapes = {"key_mean": [kv_heads, width], "frequencies": [width // 2], "order": [width]}
+    shapes |= {"digits": [kv_heads], "digit_sizes": [kv_heads, 2]}
     for part in fields(turns):
         tensor, shape = getattr(turns, part.name), shapes.get(part.name, [kv_heads, width, width])
-        dtype = torch.int64 if part.name == "order" else torch.float64
+        dtype = torch.int64 if part.name in ("order", "digits") else torch.float64
         if list(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{part.name} must be {dtype} {shape}, not {tensor.dtype} {list(tensor.shape)}")
 

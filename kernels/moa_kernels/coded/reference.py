@@ -202,7 +202,11 @@ def encode(
     x = states[:, list(heads)]
     if bits == 16:
         return x.contiguous().view(torch.uint8), None
-    codes, scales = quantise(turns.apply(x, positions, heads, keys=keys) if wants_transform(bits) else x, bits)
+    if not wants_transform(bits):
+        codes, scales = quantise(x, bits)
+    else:
+        y = turns.apply(x, positions, heads, keys=keys)
+        codes, scales = quantise(y, bits, turns.digits_of(heads, keys=keys))
     return pack(codes, bits), scales
 
 

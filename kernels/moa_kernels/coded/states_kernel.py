@@ -11,7 +11,7 @@ from moa_kernels.coded.vector_kernel import from_levels, to_levels, vector_at
 @triton.jit
 def see_kernel(
     keys, values, seen_keys, seen_values, positions, codes, key_into, value_into, key_back, value_back, mean, order,
-    angles, tokens, num_kv_heads, sink,
+    angles, digits, digit_sizes, tokens, num_kv_heads, sink,
     keys_batch_stride, keys_head_stride, keys_token_stride, values_batch_stride, values_head_stride,
     values_token_stride, positions_stride,
     WIDTH: tl.constexpr, RADIX: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -36,11 +36,24 @@ def see_kernel(
         tl.store(target + column, tl.load(source + column, mask=column < WIDTH), mask=column < WIDTH)
     else:
         l0, l1, l2, l3, l4, l5, l6, l7, scale = to_levels(
-            source, into, mean, order, angles, head, position, bits, is_key, WIDTH, RADIX, BLOCK_E, BLOCK_R
+            source,
+            into,
+            mean,
+            order,
+            angles,
+            digits,
+            digit_sizes,
+            head,
+            position,
+            bits,
+            is_key,
+            WIDTH,
+            RADIX,
+            BLOCK_E,
+            BLOCK_R,
         )
         from_levels(
-            target, l0.to(tl.float32), l1.to(tl.float32), l2.to(tl.float32), l3.to(tl.float32),
-            l4.to(tl.float32), l5.to(tl.float32), l6.to(tl.float32), l7.to(tl.float32), scale.to(tl.float32),
+            target, l0, l1, l2, l3, l4, l5, l6, l7, scale.to(tl.float32),
             back, mean, order, angles, head, position, bits, is_key, WIDTH, RADIX, BLOCK_E, BLOCK_R,
         )  # fmt: skip
 

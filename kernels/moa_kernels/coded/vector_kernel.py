@@ -34,25 +34,47 @@ def _add_part(y, a, b, into, row, there, PART: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _level(y, step, bits):
+def _level(y, step, bits, count, PART: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
     """The level that a number is sorted into, in steps; anything where the step is 0 or no number."""
-    half = (1 << (bits - 1)).to(tl.float64)
+    place = PART * (WIDTH // 8) + tl.arange(0, BLOCK_E)
+    half = (1 << (tl.where(place < 2 * count, 2 * bits, bits) - 1)).to(tl.float64)
     level = tl.floor(y / tl.where(step > 0, step, 1.0))
     return tl.minimum(tl.maximum(level, -half), half - 1) + 0.5
 
 
 @triton.jit
+def _weighed(product, count, weight, PART: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Products of a part's numbers as often as they count in sums: those of two digits once, by their weight."""
+    place = PART * (WIDTH // 8) + tl.arange(0, BLOCK_E)
+    return product * tl.where(place < count, weight, tl.where(place < 2 * count, 0.0, 1.0))
+
+
+@triton.jit
+def _digit_of(level, bits, count, PART: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The level of a place's digit, float32: the high one's, the low one's, or the number's itself."""
+    place = PART * (WIDTH // 8) + tl.arange(0, BLOCK_E)
+    wide = tl.where(place < 2 * count, 2 * bits, bits)
+    number = (level + ((1 << wide) - 1).to(tl.float64) * 0.5).to(tl.int32)
+    mask = (1 << bits) - 1
+    digit = tl.where(place < count, number >> bits, number & mask)
+    return digit.to(tl.float32) - mask.to(tl.float32) * 0.5
+
+
+@triton.jit
 def code(level, bits, within):
     """The code of a level, int32; 0 in padding."""
-    return tl.where(within, (level + (((1 << bits) - 1).to(tl.float64)) * 0.5).to(tl.int32), 0)
+    return tl.where(within, (level + (((1 << bits) - 1).to(tl.float32)) * 0.5).to(tl.int32), 0)
 
 
 @triton.jit
 def to_levels(
-    source, into, mean, order, angles, head, position, bits, is_key,
+    source, into, mean, order, angles, digits, digit_sizes, head, position, bits, is_key,
     WIDTH: tl.constexpr, RADIX: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The levels of a vector's eight parts, in steps, float64 [BLOCK_E], and the step, its scale, float16."""
+    """The levels of a vector's eight parts, in steps, float32 [BLOCK_E], and the step, its scale, float16.
+
+    Levels are of digits where numbers have two (`moa_kernels.codes.levels.Digits`).
+    """
     part = tl.arange(0, BLOCK_E)
     within = part < WIDTH // 8
     y0 = tl.zeros([BLOCK_E], tl.float64)
@@ -90,16 +112,50 @@ def to_levels(
             y6 = _add_part(y6, a, b, into, pair, there, 6, WIDTH, BLOCK_E)
             y7 = _add_part(y7, a, b, into, pair, there, 7, WIDTH, BLOCK_E)
     # As `moa_kernels.codes.levels.quantise`. A vector with a number that is none has such a sum of squares.
-    squares = tl.sum(y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3 + y4 * y4 + y5 * y5 + y6 * y6 + y7 * y7, 0)
+    turned = is_key & (bits < 8)
+    count = tl.load(digits + head, mask=turned, other=0).to(tl.int32)
+    weight = tl.load(digit_sizes + 2 * head, mask=turned, other=1.0)
+    norm = tl.load(digit_sizes + 2 * head + 1, mask=turned, other=WIDTH * 1.0)
+    sums = _weighed(y0 * y0, count, weight, 0, WIDTH, BLOCK_E)
+    sums += _weighed(y1 * y1, count, weight, 1, WIDTH, BLOCK_E)
+    sums += _weighed(y2 * y2, count, weight, 2, WIDTH, BLOCK_E)
+    sums += _weighed(y3 * y3, count, weight, 3, WIDTH, BLOCK_E)
+    sums += _weighed(y4 * y4, count, weight, 4, WIDTH, BLOCK_E)
+    sums += _weighed(y5 * y5, count, weight, 5, WIDTH, BLOCK_E)
+    sums += _weighed(y6 * y6, count, weight, 6, WIDTH, BLOCK_E)
+    sums += _weighed(y7 * y7, count, weight, 7, WIDTH, BLOCK_E)
+    squares = tl.sum(sums, 0)
     normal = tl.where(bits == 4, STEP_4, tl.where(bits == 3, STEP_3, STEP_2)).to(tl.float64)
-    step = tl.sqrt(squares * (1.0 / WIDTH)) * normal
+    step = tl.sqrt(squares / norm) * normal
     if bits == 8:
         largest = tl.maximum(tl.maximum(tl.abs(y0), tl.abs(y1)), tl.maximum(tl.abs(y2), tl.abs(y3)))
         others = tl.maximum(tl.maximum(tl.abs(y4), tl.abs(y5)), tl.maximum(tl.abs(y6), tl.abs(y7)))
         step = tl.max(tl.maximum(largest, others), 0) * (2.0 / 255)
-    l0, l1, l2, l3 = _level(y0, step, bits), _level(y1, step, bits), _level(y2, step, bits), _level(y3, step, bits)
-    l4, l5, l6, l7 = _level(y4, step, bits), _level(y5, step, bits), _level(y6, step, bits), _level(y7, step, bits)
-    along = tl.sum(y0 * l0 + y1 * l1 + y2 * l2 + y3 * l3 + y4 * l4 + y5 * l5 + y6 * l6 + y7 * l7, 0)
+    l0 = _level(y0, step, bits, count, 0, WIDTH, BLOCK_E)
+    l1 = _level(y1, step, bits, count, 1, WIDTH, BLOCK_E)
+    l2 = _level(y2, step, bits, count, 2, WIDTH, BLOCK_E)
+    l3 = _level(y3, step, bits, count, 3, WIDTH, BLOCK_E)
+    l4 = _level(y4, step, bits, count, 4, WIDTH, BLOCK_E)
+    l5 = _level(y5, step, bits, count, 5, WIDTH, BLOCK_E)
+    l6 = _level(y6, step, bits, count, 6, WIDTH, BLOCK_E)
+    l7 = _level(y7, step, bits, count, 7, WIDTH, BLOCK_E)
+    sums = _weighed(y0 * l0, count, weight, 0, WIDTH, BLOCK_E)
+    sums += _weighed(y1 * l1, count, weight, 1, WIDTH, BLOCK_E)
+    sums += _weighed(y2 * l2, count, weight, 2, WIDTH, BLOCK_E)
+    sums += _weighed(y3 * l3, count, weight, 3, WIDTH, BLOCK_E)
+    sums += _weighed(y4 * l4, count, weight, 4, WIDTH, BLOCK_E)
+    sums += _weighed(y5 * l5, count, weight, 5, WIDTH, BLOCK_E)
+    sums += _weighed(y6 * l6, count, weight, 6, WIDTH, BLOCK_E)
+    sums += _weighed(y7 * l7, count, weight, 7, WIDTH, BLOCK_E)
+    along = tl.sum(sums, 0)
+    l0 = _digit_of(l0, bits, count, 0, WIDTH, BLOCK_E)
+    l1 = _digit_of(l1, bits, count, 1, WIDTH, BLOCK_E)
+    l2 = _digit_of(l2, bits, count, 2, WIDTH, BLOCK_E)
+    l3 = _digit_of(l3, bits, count, 3, WIDTH, BLOCK_E)
+    l4 = _digit_of(l4, bits, count, 4, WIDTH, BLOCK_E)
+    l5 = _digit_of(l5, bits, count, 5, WIDTH, BLOCK_E)
+    l6 = _digit_of(l6, bits, count, 6, WIDTH, BLOCK_E)
+    l7 = _digit_of(l7, bits, count, 7, WIDTH, BLOCK_E)
     ratio = tl.where(step > 0, squares / tl.where(step > 0, along, 1.0), squares)
     ratio = ratio.to(tl.float32).to(tl.float16)  # by way of float32, as PyTorch does it
     ratio = tl.where(tl.abs(ratio.to(tl.float32)) <= 65504.0, ratio, float("nan"))

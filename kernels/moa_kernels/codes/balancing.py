@@ -16,8 +16,8 @@ RIDGE = 1e-3
 """Share of the mean variance that is added to every channel's, so that no matrix is nearly singular."""
 
 
-def balance(spread: Tensor, harm: Tensor, ridge: float = RIDGE) -> Tensor:
-    """T with ``T^T spread T = c^2 T^-1 harm T^-T``, both diagonal, float64.
+def balance(spread: Tensor, harm: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """T with ``T^T spread T = c^2 T^-1 harm T^-T``, both diagonal, and that diagonal, decreasing; float64.
 
     c is chosen so that ``tr(T^T spread T) = tr(spread)``: numbers keep their size.
 
@@ -29,6 +29,9 @@ def balance(spread: Tensor, harm: Tensor, ridge: float = RIDGE) -> Tensor:
             queries that see them.
         ridge: See `RIDGE`.
 
+    Returns:
+        ``[heads, width, width]`` and ``[heads, width]``.
+
     Raises:
         ValueError: A matrix isn't finite or not positive semidefinite.
     """
@@ -38,8 +41,7 @@ def balance(spread: Tensor, harm: Tensor, ridge: float = RIDGE) -> Tensor:
     values = squares.sqrt()  # [heads, width]: what both matrices have on their diagonals
     matrix = torch.linalg.solve_triangular(lower.mT, basis, upper=True) * values.sqrt()[:, None, :]
     size = spread.diagonal(dim1=-2, dim2=-1).sum(-1) / values.sum(-1)
-    sized: Tensor = matrix * size.sqrt()[:, None, None]
-    return sized
+    return (matrix * size.sqrt()[:, None, None]).flip(-1), (values * size[:, None]).flip(-1)
 
 
 def _ridged(matrix: Tensor, ridge: float, name: str) -> Tensor:

@@ -54,11 +54,11 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
-    def key_statics(self) -> tuple[Tensor, Tensor]:
-        """Balancing matrix and mean of keys, for `Transform.balanced`; float32, as files keep them.
+    def key_statics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Balancing matrix, mean and spectrum of keys, for `Transform.of_keys`; float32, as files keep them.
 
         Returns:
-            ``[kv_heads, width, width]`` and ``[kv_heads, width]``.
+            ``[kv_heads, width, width]``, ``[kv_heads, width]`` and ``[kv_heads, width]``.
 
         Raises:
             ValueError: No token was seen, or numbers weren't finite.
@@ -70,4 +70,5 @@ class Moments:
         # Of keys that are all alike, such as a bias, rounding alone is left, which may be negative.
         sizes, left = (part.diagonal(dim1=-2, dim2=-1).sum(-1) for part in (square, spread))
         spread = torch.where((left <= ALIKE * sizes)[:, None, None], 0, spread)
-        return balance(spread, self.query_square / self.tokens).float(), mean.float()
+        matrix, spectrum = balance(spread, self.query_square / self.tokens)
+        return matrix.float(), mean.float(), spectrum.float()

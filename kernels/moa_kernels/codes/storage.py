@@ -18,6 +18,9 @@ rotary embedding (`moa_kernels.codes.rotary`)::
 
     y = (x R(p)^-1 - mean[h]) @ into[h]            x = (y @ back[h] + mean[h]) R(p)
 
+Codes of keys may be digits of one number (`moa_kernels.codes.digits`), which matters as they are written, not as they
+are read: ``back`` puts digits together.
+
 Logits are ``scale * (q . x)``, then the soft cap. An output is ``sum_plain w v + (sum_coded w y) @ back[h]``: the sums
 over plain values (sinks, 16 and 8 bits) and over those under a transform apart, the latter turned back once. Values
 have neither mean nor rotary embedding. Slots that hold no visible token, codes and scales, may hold anything.

@@ -3,7 +3,9 @@
 With M a head's matrix, m its mean and R the rotary embedding at a key's position, what is stored of a key x is a code
 of ``y = (x R^-1 - m) M``. For values, which have neither, M is a signed Hadamard rotation: it spreads every outlier
 over all channels (QuaRot, arXiv 2404.00456), and needs no inverse per value, ``sum_j w_j x_j = (sum_j w_j y_j) M^-1``.
-For keys a balancing matrix (`moa_kernels.codes.balancing`) stands before it.
+For keys a balancing matrix (`moa_kernels.codes.balancing`) stands before it, and channels that vary much get two codes
+(`moa_kernels.codes.digits`): then M depends on the bits, some channels of y stand twice and some not at all, and the
+matrix that leads back is no inverse.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moa_kernels.codes.digits import allotted, in_digits
+from moa_kernels.codes.levels import Digits
 from moa_kernels.codes.rotary import Rotary
+from moa_kernels.codes.rotation import hadamard
 
 
 @dataclass(frozen=True)
@@ -23,15 +28,17 @@ class Transform:
 
     Attributes:
         into: M, ``[kv_heads, width, width]``; vectors are rows, ``y = (x - mean) @ into``.
-        back: Its inverse.
+        back: Of what comes back of y; the inverse of ``into`` without ``digits``.
         mean: ``[kv_heads, width]``, or None where nothing is taken off.
         rotary: What keys went through, to be undone first; None where there is none.
+        digits: Which codes are digits of one channel; None where each is a channel.
     """
 
     into: Tensor
     back: Tensor
     mean: Tensor | None = None
     rotary: Rotary | None = None
+    digits: Digits | None = None
 
     @classmethod
     def rotation(cls, kv_heads: int, width: int) -> Transform:
@@ -64,26 +71,41 @@ class Transform:
         if not (balance.isfinite().all() and mean.isfinite().all()):
             raise ValueError("balance and mean must be finite")
         rotation = hadamard(balance.shape[-1]).to(balance.device)
-        inverse, failed = torch.linalg.inv_ex(balance.double())
-        if failed.any() or not inverse.isfinite().all():
-            raise ValueError(f"balance of KV heads {failed.nonzero()[:, 0].tolist()} has no inverse")
+        inverse = _inverse(balance)
         return cls(balance.double() @ rotation, rotation.mT @ inverse, mean.double(), rotary)
 
     @classmethod
-    def of_keys(cls, balance: Tensor, frequencies: Tensor, mean: Tensor, order: Tensor) -> Transform:
-        """As files keep a layer's.
+    def of_keys(
+        cls,
+        balance: Tensor,
+        frequencies: Tensor,
+        mean: Tensor,
+        order: Tensor,
+        spectrum: Tensor | None = None,
+        *,
+        bits: int,
+    ) -> Transform:
+        """As files keep a layer's, for keys of some bits.
 
         Args:
             balance: ``[kv_heads, width, width]``, invertible.
             frequencies: Of `Rotary`, ``[width / 2]``.
             mean: ``[kv_heads, width]``, before rotary embedding.
             order: Of `Rotary`, ``[width]``.
+            spectrum: Variance of every channel behind ``balance``, decreasing, ``[kv_heads, width]``. Without it, as in
+                files from before, no channel has two digits.
+            bits: Of a code, below 8.
 
         Raises:
             ValueError: As `balanced` and `Rotary`.
         """
         rotary = Rotary(frequencies.double(), order.long()) if frequencies.any() else None
-        return cls.balanced(balance, mean, rotary)
+        plain = cls.balanced(balance, mean, rotary)
+        if spectrum is None:
+            return plain
+        counts = allotted(spectrum, bits)
+        into, back, digits = in_digits(balance.double(), _inverse(balance), spectrum.double(), counts, bits)
+        return cls(into, back, plain.mean, rotary, digits)
 
     def apply(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """What is to be coded, float64.
@@ -101,7 +123,7 @@ class Transform:
         return x @ self.into
 
     def invert(self, y: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Vectors of what was coded, float64; the inverse of `apply`.
+        """Vectors of what comes back of codes, float64; without digits the inverse of `apply`.
 
         Args:
             y: ``[..., kv_heads, tokens, width]``.
@@ -123,30 +145,20 @@ class Transform:
         """
         index = torch.tensor(heads, dtype=torch.long, device=self.into.device)
         mean = None if self.mean is None else self.mean[index]
-        return Transform(self.into[index], self.back[index], mean, self.rotary)
+        digits = None if self.digits is None else self.digits.of(index)
+        return Transform(self.into[index], self.back[index], mean, self.rotary, digits)
 
     def to(self, device: torch.device | str) -> Transform:
         """The same on another device."""
         mean = None if self.mean is None else self.mean.to(device)
         rotary = None if self.rotary is None else self.rotary.to(device)
-        return Transform(self.into.to(device), self.back.to(device), mean, rotary)
+        digits = None if self.digits is None else self.digits.to(device)
+        return Transform(self.into.to(device), self.back.to(device), mean, rotary, digits)
 
 
-def hadamard(width: int) -> Tensor:
-    """Random signs, then a Hadamard matrix: orthonormal, float64 ``[width, width]``, for vectors that are rows.
-
-    Widths that are no power of two get Hadamard blocks on the diagonal, of the largest power of two that divides them
-    (as vLLM's ``int4_per_token_head``). The signs keep a constant vector from landing in one channel; they are a fixed
-    function of the channel.
-
-    Args:
-        width: Numbers in a vector.
-    """
-    block = width & -width
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    rotation: Tensor = torch.block_diag(*[matrix] * (width // block)) * block**-0.5
-    # The top bit of a multiplicative hash (Knuth), so that no generator has to stay the same for ever.
-    signs = 1 - 2 * ((torch.arange(1, width + 1) * 2654435761 % 2**32) >> 31)
-    return signs[:, None].double() * rotation
+def _inverse(balance: Tensor) -> Tensor:
+    inverse, failed = torch.linalg.inv_ex(balance.double())
+    if failed.any() or not inverse.isfinite().all():
+        raise ValueError(f"balance of KV heads {failed.nonzero()[:, 0].tolist()} has no inverse")
+    found: Tensor = inverse
+    return found

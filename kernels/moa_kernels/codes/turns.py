@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moa_kernels.codes.levels import Digits
 from moa_kernels.codes.rotary import Rotary
 from moa_kernels.codes.transforms import Transform
 
@@ -19,7 +20,7 @@ class Turns:
 
     Attributes:
         key_into: Float64 ``[kv_heads, width, width]``; vectors are rows.
-        key_back: Its inverse.
+        key_back: Of what comes back; its inverse where no codes are digits.
         key_mean: Float64 ``[kv_heads, width]``, before rotary embedding.
         frequencies: Of the keys' rotary embedding, float64 ``[width / 2]``; zeros, or none of them, turn nothing.
         order: Its channels, int64 ``[width]``, the pairs' first ones, then their second ones.
@@ -34,6 +35,8 @@ class Turns:
     order: Tensor
     value_into: Tensor
     value_back: Tensor
+    digits: Tensor
+    digit_sizes: Tensor
 
     @classmethod
     def of(cls, keys: Sequence[Transform | None], values: Sequence[Transform | None], width: int) -> Turns:
@@ -57,13 +60,16 @@ class Turns:
         )
         frequencies = torch.zeros(width // 2, dtype=torch.float64) if rotary is None else rotary.frequencies.double()
         order = torch.arange(width) if rotary is None else rotary.order
-        return cls(key_into, key_back, torch.cat(mean), frequencies, order, value_into, value_back)
+        digits = [Digits.none(1, width) if t is None or t.digits is None else t.digits for t in keys]
+        counts = torch.cat([of.counts for of in digits])
+        sizes = torch.cat([torch.stack([of.weights, of.norms], -1) for of in digits])
+        return cls(key_into, key_back, torch.cat(mean), frequencies, order, value_into, value_back, counts, sizes)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in the order of the attributes."""
         keys = [self.key_into, self.key_back, self.key_mean, self.frequencies, self.order]
-        return [*keys, self.value_into, self.value_back]
+        return [*keys, self.value_into, self.value_back, self.digits, self.digit_sizes]
 
     def to(self, device: torch.device) -> Turns:
         """The same on a device."""
@@ -73,6 +79,23 @@ class Turns:
     def turns_keys(self) -> bool:
         """Whether the keys' rotary embedding turns anything."""
         return bool(self.frequencies.any())
+
+    @functools.cached_property
+    def has_digits(self) -> bool:
+        """Whether any code of a key is a digit."""
+        return bool(self.digits.any())
+
+    def digits_of(self, heads: Sequence[int], *, keys: bool) -> Digits | None:
+        """Which codes of some heads are digits; None if there are none.
+
+        Args:
+            heads: Their indices.
+            keys: Whether codes are of keys; values have no digits.
+        """
+        if not (keys and self.has_digits):
+            return None
+        index = list(heads)
+        return Digits(self.digits[index], self.digit_sizes[index, 0], self.digit_sizes[index, 1])
 
     @functools.cached_property
     def back_by_halves(self) -> Tensor:
@@ -113,7 +136,7 @@ class Turns:
         return (x - self.key_mean[index, None]) @ self.key_into[index]
 
     def invert(self, y: Tensor, positions: Tensor, heads: Sequence[int], *, keys: bool) -> Tensor:
-        """The inverse of `apply`, in the type of ``y``; keys come by halves.
+        """What comes back of codes, in the type of ``y``; keys come by halves.
 
         Args:
             y: ``[batch, heads, tokens, width]``.

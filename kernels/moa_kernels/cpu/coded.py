@@ -115,10 +115,8 @@ def _tables(turns: Turns) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Transforms as the library takes them; made once."""
     kept: dict[str, Any] = turns.__dict__
     if "_for_cpu" not in kept:
-        doubles = {
-            name: getattr(turns, name).contiguous()
-            for name in ("key_into", "key_mean", "frequencies", "value_into", "order")
-        }
+        names = ("key_into", "key_mean", "frequencies", "value_into", "order", "digits", "digit_sizes")
+        doubles = {name: getattr(turns, name).contiguous() for name in names}
         floats = {"key_back": turns.back_by_halves, "mean": turns.mean_by_halves, "value_back": turns.value_back}
         kept["_for_cpu"] = doubles, {name: table.float().contiguous() for name, table in floats.items()}
     tables: tuple[dict[str, Tensor], dict[str, Tensor]] = kept["_for_cpu"]

@@ -56,7 +56,7 @@ class Coded(Structure):
         *((name, c_void_p) for name in ("key_codes", "value_codes", "key_scales", "value_scales")),
         *((name, c_int64) for name in ("key_bytes", "value_bytes", "key_slots", "value_slots")),
         *((name, c_void_p) for name in ("sides", "key_into", "key_mean", "frequencies", "value_into", "order")),
-        *((name, c_void_p) for name in ("key_back", "mean", "value_back", "near", "far")),
+        *((name, c_void_p) for name in ("key_back", "mean", "value_back", "near", "far", "digits", "digit_sizes")),
         ("blocks", c_int64),
         ("positions", c_void_p),
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from moa_kernels.backends import BackendUnavailableError
 from moa_kernels.coded import append_codes, decode_codes, see_tokens, stored_states
+from moa_kernels.codes import Transform, hadamard
 from moa_kernels.codes.storage import ALIGNMENT, CodeLayout
-from moa_kernels.codes.transforms import Transform, hadamard
 from moa_kernels.codes.turns import Turns
 from moa_kernels.rings import RingLayout
 from moa_kernels.spans import HeadSpans

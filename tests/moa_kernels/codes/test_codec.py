@@ -26,7 +26,7 @@ def outlying(tokens=600, width=64, kv_heads=2, seed=0):
 def calibrated(query, key):
     mean = key.double().mean(1)
     off = key.double() - mean[:, None]
-    return Transform.balanced(balance(off.mT @ off, query.double().mT @ query.double()), mean)
+    return Transform.balanced(balance(off.mT @ off, query.double().mT @ query.double())[0], mean)
 
 
 def score_error(query, key, back):

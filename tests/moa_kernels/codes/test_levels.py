@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from moa_kernels.codes.levels import NORMAL_STEPS, dequantise, quantise
+from moa_kernels.codes.levels import NORMAL_ERRORS, NORMAL_STEPS, dequantise, quantise
 
 CODED = (8, 4, 3, 2)
+BY_NORMAL_STEPS = CODED[1:]
 
 
 def normal_error(step, bits):
@@ -33,9 +34,10 @@ def test_the_step_is_the_best_one_for_normal_numbers(bits):
     best = normal_error(NORMAL_STEPS[bits], bits)
     assert best < normal_error(NORMAL_STEPS[bits] * 1.001, bits)
     assert best < normal_error(NORMAL_STEPS[bits] * 0.999, bits)
+    assert NORMAL_ERRORS[bits] == pytest.approx(best, rel=1e-5)
 
 
-@pytest.mark.parametrize("bits", NORMAL_STEPS)
+@pytest.mark.parametrize("bits", BY_NORMAL_STEPS)
 def test_error_of_normal_numbers_is_the_theoretical_one(bits):
     x = torch.randn(200, 2048, generator=torch.Generator().manual_seed(0))
     error = (dequantise(*quantise(x, bits), bits) - x).square().sum() / x.square().sum()
@@ -44,7 +46,7 @@ def test_error_of_normal_numbers_is_the_theoretical_one(bits):
     assert error == pytest.approx(least / (1 - least), rel=0.02)
 
 
-@pytest.mark.parametrize("bits", NORMAL_STEPS)
+@pytest.mark.parametrize("bits", BY_NORMAL_STEPS)
 @pytest.mark.parametrize("width", [64, 80, 128])
 def test_error_of_a_heads_vectors_is_the_theoretical_one(bits, width):
     x = torch.randn(4000, width, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,8 @@ def random_transform(width, kv_heads=2, seed=0):
     rng = torch.Generator().manual_seed(seed)
     matrices = torch.randn(2, kv_heads, 4 * width, width, generator=rng, dtype=torch.float64)
     spread, harm = matrices.mT @ matrices / (4 * width)
-    return Transform.balanced(balance(spread, harm), torch.randn(kv_heads, width, generator=rng, dtype=torch.float64))
+    mean = torch.randn(kv_heads, width, generator=rng, dtype=torch.float64)
+    return Transform.balanced(balance(spread, harm)[0], mean)
 
 
 @pytest.mark.parametrize("width", [1, 8, 24, *WIDTHS])

@@ -34,10 +34,13 @@ def test_changes_are_those_of_each_layers_own_tensors():
     assert profile.header.tiers.bits == (4, 2)
     for layer in (0, 1):
         query, key, value, grad = catch_attention(model, layer, samples[0])
-        transforms = key_transform(profile, layer), Transform.rotation(2, 8)
+        transforms = [
+            {bits: key_transform(profile.tiers.transforms, layer, bits) for bits in (4, 2)},
+            dict.fromkeys((4, 2), Transform.rotation(2, 8)),
+        ]
         seen = [
-            torch.stack([x, *(Codec(bits, transform).seen(x, torch.arange(150), 4) for bits in (4, 2))])
-            for x, transform in zip((key, value), transforms, strict=True)
+            torch.stack([x, *(Codec(bits, of_bits[bits]).seen(x, torch.arange(150), 4) for bits in (4, 2))])
+            for x, of_bits in zip((key, value), transforms, strict=True)
         ]
         rows = -(-150 // entry.header.row_buckets)
         sizes = {"windows": entry.header.windows, "row_buckets": entry.header.row_buckets, "bucket_rows": rows}
@@ -64,8 +67,9 @@ def test_fewer_bits_cost_more():
         assert costs[0] > 0
 
 
-def key_transform(profile, layer):
-    return Transform.of_keys(*map(torch.from_numpy, profile.tiers.transforms.layer(layer)))
+def key_transform(transforms, layer, bits=2):
+    statics = {name: torch.from_numpy(array) for name, array in transforms.layer(layer).items()}
+    return Transform.of_keys(**statics, bits=bits)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_transforms_are_those_of_keys_before_rotary_embedding(config):
     caught = {}
 
     def spy(layer, query, key, value):
-        at, rotary = torch.arange(300, 450), Transform.of_keys(*map(torch.from_numpy, known.layer(layer))).rotary
+        at, rotary = torch.arange(300, 450), key_transform(known, layer).rotary
         before = (rotary.turn(x[0], at, back=True)[:, 4:] for x in (query, key))
         moments = Moments.of(*before, value[0, :, 4:])
         caught[layer] = caught[layer] + moments if layer in caught else moments
@@ -94,11 +98,13 @@ def test_transforms_are_those_of_keys_before_rotary_embedding(config):
         for sample in samples:
             model(torch.from_numpy(sample.ids)[None], position_ids=torch.arange(300, 450)[None], use_cache=False)
     for layer, moments in caught.items():
-        balance, mean = moments.key_statics()
+        balance, mean, spectrum = moments.key_statics()
         np.testing.assert_allclose(known.mean[layer], mean, rtol=2e-3, atol=1e-4)
         found = torch.from_numpy(known.balance[layer])
         signs = (found * balance).sum(1, keepdim=True).sign()  # columns are eigenvectors
         torch.testing.assert_close(found * signs, balance, rtol=5e-2, atol=5e-3)
+        np.testing.assert_allclose(known.spectrum[layer], spectrum, rtol=1e-2)
+        assert (np.diff(known.spectrum[layer]) <= 0).all()
 
 
 def test_a_context_without_room_to_move_samples_still_has_transforms():
@@ -246,9 +252,8 @@ def test_changes_are_derivatives_of_the_loss(architecture):
 
 def seen(profile, bits, layer, key, value):
     """Keys and values as attention sees them under a pair of codecs, ``[1, kv_heads, N, head_dim]``."""
-    transforms = key_transform(profile, layer), Transform.rotation(value.shape[1], value.shape[-1])
-    at = torch.arange(key.shape[2])
-    return tuple(
-        Codec(n, transform if n < 8 else None).seen(x, at, profile.header.sink)
-        for n, x, transform in zip(bits, (key, value), transforms, strict=True)
-    )
+    keys, values = bits
+    of_keys = key_transform(profile.tiers.transforms, layer, keys) if keys < 8 else None
+    of_values = Transform.rotation(value.shape[1], value.shape[-1]) if values < 8 else None
+    at, sink = torch.arange(key.shape[2]), profile.header.sink
+    return Codec(keys, of_keys).seen(key, at, sink), Codec(values, of_values).seen(value, at, sink)

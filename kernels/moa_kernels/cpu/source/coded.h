@@ -19,6 +19,8 @@ struct Coded {  // as moa_kernels.cpu.coded fills it
   const int64_t* order;                  // [dim]: the channels of rotary embedding's pairs, first ones first
   const float *key_back, *mean, *value_back;  // by halves: [kv_heads, dim, dim], [kv_heads, dim]; and plain
   const float *near, *far;               // cosines, then sines, [2, BLOCK or blocks, half]: within a block, and of blocks
+  const int64_t* digits;                 // [kv_heads]: of keys' codes, see moa_kernels.codes.levels.Digits
+  const double* digit_sizes;             // [kv_heads, 2]: weights and norms
   int64_t blocks;
   const int64_t* positions;              // [batch, new_keys] of the new tokens; null: from `lens` on
 };
@@ -143,23 +145,26 @@ INLINE void multiply_row(const double* x, const double* matrix, int64_t dim, dou
   }
 }
 
-// Codes of a vector, and its scale.
-INLINE uint16_t quantise(const double* y, int64_t dim, int64_t bits, uint8_t* codes) {
+// Codes of a vector, and its scale. Of `count` numbers the vector holds both digits: high ones, then low ones.
+INLINE uint16_t quantise(const double* y, int64_t dim, int64_t bits, uint8_t* codes, int64_t count, double weight,
+                         double norm) {
   constexpr double STEPS[] = {0, 0, 0.99568669, 0.58601943, 0.33520063};
   double peak = 0, squares = 0;
   for (int64_t d = 0; d < dim; d++) {
     const double size = __builtin_fabs(y[d]);
     peak = size > peak || size != size ? size : peak;
-    squares += y[d] * y[d];
+    squares += y[d] * y[d] * (d < count ? weight : d < 2 * count ? 0 : 1);
   }
-  const double step = bits == 8 ? (squares != squares ? squares : peak * (2. / 255)) : __builtin_sqrt(squares / dim) * STEPS[bits];
-  const double low = -(1 << (bits - 1)), high = (1 << (bits - 1)) - 1;
+  const double step = bits == 8 ? (squares != squares ? squares : peak * (2. / 255)) : __builtin_sqrt(squares / norm) * STEPS[bits];
   double along = 0;
   for (int64_t d = 0; d < dim; d++) {
+    const int64_t wide = d < 2 * count ? 2 * bits : bits;
+    const double low = -(1 << (wide - 1)), high = (1 << (wide - 1)) - 1;
     double level = step > 0 ? __builtin_floor(y[d] / step) : 0;
     level = (level < low ? low : level > high ? high : level) + 0.5;
-    along += y[d] * level;
-    codes[d] = level == level ? (uint8_t)(level + middle(bits)) : 0;
+    along += y[d] * level * (d < count ? weight : d < 2 * count ? 0 : 1);
+    const int64_t code = level == level ? (int64_t)(level + middle(wide)) : 0;
+    codes[d] = (uint8_t)(d < count ? code >> bits : d < 2 * count ? code & ((1 << bits) - 1) : code);
   }
   const uint16_t scale = to_half((float)(step > 0 ? squares / along : step));
   return (scale & 0x7c00) == 0x7c00 ? 0x7e00 : scale;
@@ -181,7 +186,7 @@ INLINE uint16_t encode(const Coded& a, const T* x, int64_t kv, bool keys, const 
   const int64_t dim = a.call.dim, half = dim / 2, bits = a.sides[2 * kv + !keys].bits;
   double row[LONGEST], y[LONGEST];
   widen_row(x, dim, y);
-  if (bits == 8) return quantise(y, dim, bits, codes);
+  if (bits == 8) return quantise(y, dim, bits, codes, 0, 1, dim);
   if (keys) {
     for (int64_t i = 0; i < half; i++) {
       const int64_t one = a.order[i], two = a.order[half + i];
@@ -193,7 +198,8 @@ INLINE uint16_t encode(const Coded& a, const T* x, int64_t kv, bool keys, const 
     __builtin_memcpy(row, y, dim * sizeof(double));
   }
   multiply_row(row, (keys ? a.key_into : a.value_into) + kv * dim * dim, dim, y);
-  return quantise(y, dim, bits, codes);
+  if (!keys) return quantise(y, dim, bits, codes, 0, 1, dim);
+  return quantise(y, dim, bits, codes, a.digits[kv], a.digit_sizes[2 * kv], a.digit_sizes[2 * kv + 1]);
 }
 
 // What levels give back, in T.
