@@ -8,6 +8,7 @@ their file, so the plans of one profile share one file.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,13 +21,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from moa_search.errors import PlanFormatError
-from moa_search.formats.files import atomic_write, one_line, take_tensor
+from moa_search.errors import PlanFormatError, PlanVersionError
+from moa_search.formats.files import atomic_write, one_line, require_schema, take_tensor
 from moa_search.formats.signature import ModelSignature
 
-SCHEMA = "moa-transforms/2"
-SCHEMA_BEFORE = "moa-transforms/1"
-"""Of files without a spectrum."""
+SCHEMAS = ("moa-transforms/1", "moa-transforms/2")
+"""Without a spectrum, and with one."""
 DIGITS = 16
 
 Floats = npt.NDArray[np.float32]
@@ -86,14 +86,18 @@ class KeyTransforms:
             raise ValueError(f"transforms/balance has no inverse at layer {layer}, KV head {head}")
         if not np.array_equal(np.sort(tensors["order"]), np.arange(width)):
             raise ValueError("transforms/order doesn't name every channel once")
-        if "spectrum" in taken and (np.diff(taken["spectrum"], append=0) > 0).any():
-            raise ValueError("transforms/spectrum isn't decreasing and positive")
+        if "spectrum" in taken:
+            spectrum = taken["spectrum"]
+            wrong = (spectrum <= 0).any(-1) | (np.diff(spectrum) > 0).any(-1)
+            if wrong.any():
+                layer, head = np.argwhere(wrong)[0]
+                raise ValueError(f"transforms/spectrum isn't positive and decreasing at layer {layer}, KV head {head}")
         return cls(**taken)
 
     @cached_property
     def _bytes(self) -> bytes:
         # One entry of metadata: safetensors writes several in any order.
-        return bytes(save(self.tensors(), metadata={"schema": SCHEMA if self.spectrum is not None else SCHEMA_BEFORE}))
+        return bytes(save(self.tensors(), metadata={"schema": SCHEMAS[self.spectrum is not None]}))
 
     @cached_property
     def checksum(self) -> str:
@@ -147,6 +151,7 @@ class KeyTransforms:
 
         Raises:
             PlanFormatError: The file is missing, foreign or altered.
+            PlanVersionError: It has a schema of a later version.
         """
         path = Path(folder) / cls.file_name(checksum)
         try:
@@ -159,6 +164,21 @@ class KeyTransforms:
         if f"sha256:{hashlib.sha256(raw).hexdigest()}" != checksum:
             raise PlanFormatError(f"{path}: altered since {source} was made; restore it, or search again")
         try:
-            return cls.of(load(raw), model)
+            tensors, schema = load(raw), _schema_of(raw)
+            require_schema(schema, SCHEMAS, path, PlanFormatError, PlanVersionError)
+            if schema != SCHEMAS["spectrum" in tensors]:
+                raise ValueError(f"{schema} {'has no' if schema == SCHEMAS[0] else 'needs a'} spectrum")
+            found = cls.of(tensors, model)
+        except PlanFormatError:
+            raise
         except (SafetensorError, ValueError) as error:
             raise PlanFormatError(f"{path}: no transforms of this plan's model ({one_line(error)})") from None
+        # Kept as it is: another version of safetensors might write other bytes, whose hash no plan names.
+        found.__dict__["_bytes"] = raw
+        return found
+
+
+def _schema_of(raw: bytes) -> object:
+    """What a file that safetensors has read says in its header."""
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return header.get("__metadata__", {}).get("schema")

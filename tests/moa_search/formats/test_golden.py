@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from moa_search.formats import ModelSignature, Plan, Profile
 from moa_search.formats.foreign import read_foreign
@@ -159,9 +162,18 @@ def profile_3() -> Profile:
     )
 
 
-def plan_2() -> Plan:
-    """Bits per head; its transforms of keys are those of `profile_2`."""
-    tiers = profile_2().tiers
+def spectrum_profile_3() -> Profile:
+    """The same with transforms that know which channels vary most."""
+    profile = profile_3()
+    assert profile.tiers is not None
+    spectrum = np.broadcast_to(2.0 ** -np.arange(16, dtype=np.float32), (2, 2, 16)).copy()
+    transforms = dataclasses.replace(profile.tiers.transforms, spectrum=spectrum)
+    return dataclasses.replace(profile, tiers=dataclasses.replace(profile.tiers, transforms=transforms))
+
+
+def plan_2(profile: Profile) -> Plan:
+    """Bits per head, with the profile's transforms of keys."""
+    tiers = profile.tiers
     assert tiers is not None
     assert PLAN_1.provenance is not None
     return Plan.from_rules(
@@ -207,11 +219,15 @@ def test_plan_1_with_native_layers(tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == golden.read_bytes()
 
 
-def test_plan_2(tmp_path: Path) -> None:
-    golden = GOLDEN / "moa-plan-2.json"
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [("moa-plan-2.json", profile_2), ("moa-plan-2-spectrum.json", spectrum_profile_3)],
+)
+def test_plan_2(name: str, profile: Callable[[], Profile], tmp_path: Path) -> None:
+    golden, expected = GOLDEN / name, plan_2(profile())
     loaded = Plan.load(golden)
-    assert loaded == plan_2()
-    assert loaded.key_transforms == plan_2().key_transforms
+    assert loaded == expected
+    assert loaded.key_transforms == expected.key_transforms
     loaded.save(tmp_path / "again.json")
     for name in ("again.json", KeyTransforms.file_name(str(loaded.transforms))):
         kept = golden if name == "again.json" else GOLDEN / name
@@ -249,10 +265,17 @@ def test_profile_2(tmp_path: Path) -> None:
     assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
 
 
-def test_profile_3(tmp_path: Path) -> None:
-    golden = GOLDEN / "moa-profile-3.safetensors"
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [
+        ("moa-profile-3.safetensors", profile_3),
+        ("moa-profile-3-spectrum.safetensors", spectrum_profile_3),
+    ],
+)
+def test_profile_3(name: str, profile: Callable[[], Profile], tmp_path: Path) -> None:
+    golden = GOLDEN / name
     loaded = Profile.load(golden)
-    assert loaded == profile_3()
+    assert loaded == profile()
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
 

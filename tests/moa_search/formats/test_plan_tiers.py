@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import itertools
 import json
 
 import numpy as np
 import pytest
 from moa_kernels import codes
+from safetensors.numpy import save
 
 from moa_search import Plan
-from moa_search.errors import ConfigError, PlanFormatError
+from moa_search.errors import ConfigError, PlanFormatError, PlanVersionError
 from moa_search.formats import tiers
 from moa_search.formats.duo import write_duo
 from moa_search.formats.moa import write_moa
 from moa_search.formats.plan_content import PLAN_SCHEMAS
 from moa_search.formats.transforms import KeyTransforms
+from moa_search.runtime.codecs import layer_codecs
 from moa_search.spans import DENSE, SpanRule
 from tests.moa_search.formats.test_golden import MODEL
 
@@ -23,13 +28,18 @@ MIXED = [[(4, 8), (16, 16)], [(8, 2), (3, 4)]]
 WITHOUT_TRANSFORMS = [[(8, 8), (16, 4)], [(16, 16), (8, 2)]]
 
 
-def transforms(seed=0):
+def transforms(seed=0, fall=None):
+    """Random ones; with a spectrum that falls by a factor ``exp(fall)`` if that is given."""
     rng = np.random.default_rng(seed)
     heads, width = (MODEL.num_hidden_layers, MODEL.num_key_value_heads), MODEL.head_dim
     mean = rng.standard_normal((*heads, width)).astype(np.float32)
     balance = rng.standard_normal((*heads, width, width)).astype(np.float32)
     frequencies = rng.random((heads[0], width // 2), dtype=np.float32)
-    return KeyTransforms(mean, balance, frequencies, np.arange(width, dtype=np.int32))
+    known = KeyTransforms(mean, balance, frequencies, np.arange(width, dtype=np.int32))
+    if fall is None:
+        return known
+    spectrum = np.broadcast_to(np.exp(-fall * np.arange(width) / width), mean.shape)
+    return dataclasses.replace(known, spectrum=spectrum.astype(np.float32))
 
 
 @pytest.fixture
@@ -37,15 +47,20 @@ def plan():
     return Plan.from_rules(RULES, MODEL, tiers=MIXED, transforms=transforms())
 
 
-def test_what_is_saved_is_read_again_with_its_transforms(plan, tmp_path):
+@pytest.mark.parametrize("fall", [None, 5])
+def test_what_is_saved_is_read_again_with_its_transforms(fall, tmp_path):
+    known = transforms(fall=fall)
+    plan = Plan.from_rules(RULES, MODEL, tiers=MIXED, transforms=known)
     plan.save(tmp_path / "plan.json")
     read = Plan.load(tmp_path / "plan.json")
     assert read == plan
     assert read.schema_ == "moa-plan/2"
     assert read.tiers == MIXED
     assert read.rules == RULES
-    for name, values in transforms().tensors().items():
-        assert np.array_equal(read.key_transforms.tensors()[name], values), name
+    tensors = read.key_transforms.tensors()
+    assert tensors.keys() == known.tensors().keys()
+    for name, values in known.tensors().items():
+        assert np.array_equal(tensors[name], values), name
     assert read.fingerprint == plan.fingerprint
 
 
@@ -80,8 +95,20 @@ def test_eight_bits_and_coded_values_need_no_transforms(tmp_path):
 def test_another_transform_is_another_plan(plan):
     other = Plan.from_rules(RULES, MODEL, tiers=MIXED, transforms=transforms(1))
     assert other.fingerprint != plan.fingerprint
+    falls = [Plan.from_rules(RULES, MODEL, tiers=MIXED, transforms=transforms(fall=fall)) for fall in (5, 6)]
+    assert len({plan.fingerprint, *(other.fingerprint for other in falls)}) == 3, "a spectrum decides what is stored"
+    codecs = [layer_codecs(one)[0] for one in (plan, *falls)]
+    assert not any(one == two for one, two in itertools.combinations(codecs, 2))
     fewer = Plan.from_rules(RULES, MODEL, tiers=[[(4, 4), (16, 16)], MIXED[1]], transforms=transforms())
     assert fewer.fingerprint != plan.fingerprint
+
+
+def spectrum(**changed):
+    """One that falls, but for the first or last number of a head."""
+    found = np.array(transforms(fall=5).spectrum)
+    for place, value in changed.items():
+        found[1, 0, {"first": 0, "last": -1}[place]] = value
+    return found
 
 
 def cut(path):
@@ -134,12 +161,57 @@ def test_transforms_of_another_model_are_refused(plan, tmp_path):
         ({"mean": None}, "tensor transforms/mean is missing"),
         ({"means": np.zeros(1)}, "tensor transforms/means belongs to no transform"),
         ({"order": np.arange(MODEL.head_dim)}, "tensor transforms/order holds int64, expected int32"),
+        ({"spectrum": spectrum(first=np.nan)}, "tensor transforms/spectrum holds values that aren't finite"),
+        ({"spectrum": spectrum(first=0.5)}, "transforms/spectrum isn't positive and decreasing at layer 1, KV head 0"),
+        ({"spectrum": spectrum(last=0)}, "transforms/spectrum isn't positive and decreasing at layer 1, KV head 0"),
+        ({"spectrum": spectrum(last=-1)}, "transforms/spectrum isn't positive and decreasing at layer 1, KV head 0"),
+        (
+            {"spectrum": spectrum()[..., :-1]},
+            r"tensor transforms/spectrum has shape \(2, 2, 15\), expected \(2, 2, 16\)",
+        ),
+        ({"spectrum": spectrum().astype(float)}, "tensor transforms/spectrum holds float64, expected float32"),
     ],
 )
 def test_transforms_are_all_there_and_nothing_else(change, says):
     tensors = {name: values for name, values in (transforms().tensors() | change).items() if values is not None}
     with pytest.raises(ValueError, match=says):
         KeyTransforms.of(tensors, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("schema", "fall", "error", "says"),
+    [
+        ("moa-transforms/3", 5, PlanVersionError, "schema moa-transforms/3 is unknown to moa-search"),
+        ("moa-transforms/1", 5, PlanFormatError, "moa-transforms/1 has no spectrum"),
+        ("moa-transforms/2", None, PlanFormatError, "moa-transforms/2 needs a spectrum"),
+        ("moa-profile/3", 5, PlanFormatError, 'no "schema": "moa-transforms/1"'),
+        (None, None, PlanFormatError, 'no "schema": "moa-transforms/1"'),
+    ],
+)
+def test_a_file_of_transforms_is_read_by_its_schema(plan, tmp_path, schema, fall, error, says):
+    raw = save(transforms(fall=fall).tensors(), metadata=None if schema is None else {"schema": schema})
+    checksum = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    (tmp_path / KeyTransforms.file_name(checksum)).write_bytes(raw)
+    content = json.loads(plan.dumps()) | {"transforms": checksum}
+    del content["checksum"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(error) as found:
+        Plan.load(tmp_path / "plan.json")
+    assert says in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_file_that_another_version_of_safetensors_wrote_is_kept_as_it_is(plan, tmp_path):
+    raw = transforms().to_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    raw = (size + 8).to_bytes(8, "little") + raw[8 : 8 + size] + b" " * 8 + raw[8 + size :]  # padded once more
+    checksum = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    (tmp_path / KeyTransforms.file_name(checksum)).write_bytes(raw)
+    content = json.loads(plan.dumps()) | {"transforms": checksum}
+    del content["checksum"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    Plan.load(tmp_path / "plan.json").save(tmp_path / "copy" / "plan.json")
+    assert Plan.load(tmp_path / "copy" / "plan.json").key_transforms.to_bytes() == raw
 
 
 def test_a_plan_without_its_file_says_how_to_read_it(plan, tmp_path):

@@ -47,6 +47,7 @@ def tiered(
         balance,
         transforms.random((heads[0], width // 2), dtype=np.float32),
         np.arange(width, dtype=np.int32),
+        np.broadcast_to(2.0 ** -np.arange(width, dtype=np.float32), mean.shape).copy(),
     )
     tiers = TiersHeader(bits=bits, lengths=tuple(x.header for x in by_length.values()))
     header = ProfileHeader.model_validate(
@@ -138,6 +139,7 @@ def test_errors_say_what_and_where(path: Path, change: Callable[[Any, Any], None
     ("spoil", "says"),
     [
         (lambda t: t.transforms.balance[1, 0].fill(0), "transforms/balance has no inverse at layer 1, KV head 0"),
+        (lambda t: t.transforms.spectrum.fill(0), "spectrum isn't positive and decreasing at layer 0, KV head 0"),
         (lambda t: t.transforms.mean.fill(np.nan), "transforms/mean holds values that aren't finite"),
         (lambda t: t.by_length[512].keys[4]["signed"].fill(np.inf), "512/key4/signed"),
         (lambda t: t.by_length[512].keys.pop(4), "tensor 512/key4/squared is missing"),
@@ -189,6 +191,15 @@ class TestMerging:
             merge([one, two])
         with pytest.raises(ConfigError, match="profile 2 has no tiers, the first has tiers 8, 4, 2"):
             merge([one, plain])
+
+    def test_transforms_from_before_are_other_ones(self, tiny_profile: Profile) -> None:
+        one, two = (other(tiered(tiny_profile), seed) for seed in (1, 2))
+        assert two.tiers is not None
+        known = dataclasses.replace(two.tiers.transforms, spectrum=None)
+        two = dataclasses.replace(two, tiers=dataclasses.replace(two.tiers, transforms=known))
+        for pair in ([one, two], [two, one]):
+            with pytest.raises(ConfigError, match=r"profile 2 has other transforms of keys.*--transforms"):
+                merge(pair)
 
     def test_other_transforms_are_refused(self, tiny_profile: Profile) -> None:
         one, two = (other(tiered(tiny_profile), seed) for seed in (1, 2))
