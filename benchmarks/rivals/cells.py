@@ -44,7 +44,7 @@ MOA = ("moa-0.5", "moa-0.25", "moa-0.125")
 AHEAD = ("ahead-0.5", "ahead-0.25", "ahead-0.125", "bits-ahead-0.25", "bits-ahead-0.125", "bits-ahead-0.0625")
 """Plans that look ahead to every doubling up to 8192 tokens, where the shipped ones look to 4096."""
 PLANS = ("dense", *CODED, *BYTES, *SPANS)
-BOARD = ("dense", "int4", *BYTES, "eighth-bytes-tuned", "quarter")
+BOARD = ("dense", "int4", *BYTES, "quarter")
 """Plans beside `FEWER` rivals on boards that others publish."""
 GEMMA = ("dense", "int8", "int4", *(f"gemma-{share}" for share in (50, 25, 12)))
 """Of Gemma 3 270M, with plans at shares of the bytes of the layers that have no window of their own."""

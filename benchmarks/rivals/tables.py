@@ -28,7 +28,6 @@ BYTES_PER_TOKEN = 2 * 2 * 3 * 64 * 30
 NAMES = {
     "quarter-bytes": "**spans and bits, 25 %**",
     "eighth-bytes": "**spans and bits, 12.5 %**",
-    "eighth-bytes-tuned": "**spans and bits, 12.5 %, tuned**",
     "sixteenth-bytes": "**spans and bits, 6.25 %**",
     "half": "spans alone, 50 %",
     "quarter": "spans alone, 25 %",
@@ -49,7 +48,7 @@ METHODS = (
 GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "unknown", ("dense",)),
     ("a cache in fewer bits", "unknown", CACHES),
-    ("plans of this project", "unknown", ("quarter-bytes", "eighth-bytes", "eighth-bytes-tuned", "sixteenth-bytes")),
+    ("plans of this project", "unknown", ("quarter-bytes", "eighth-bytes", "sixteenth-bytes")),
     ("the same in 16 bits", "unknown", ("half", "quarter", "eighth", "eighth-tuned")),
     ("spans alike for all heads, and MoA's", "unknown", tuple(name for name in NAMES if name[:3] in ("uni", "moa"))),
     *(
