@@ -75,9 +75,7 @@ class TierMeter:
             options: Of the attention, as for `coded_changes`.
         """
         grid = tier_grid(length)
-        statics = {name: torch.from_numpy(array) for name, array in self.transforms.layer(layer).items()}
-        of_keys = {bits: Transform.of_keys(**statics, bits=bits) for bits in self.bits if wants_transform(bits)}
-        of_values = dict.fromkeys(of_keys, Transform.rotation(len(value), value.shape[-1]))
+        of_keys, of_values = self._codecs(layer, value)
         found = coded_changes(
             query,
             self._seen(key, of_keys, sink),
@@ -97,10 +95,24 @@ class TierMeter:
             for (side, bits), change in zip(codecs, changes.unbind(-1), strict=True)
         }
 
-    def _seen(self, x: Tensor, transforms: dict[int, Transform], sink: int) -> Tensor:
+    def _codecs(self, layer: int, value: Tensor) -> tuple[list[Codec], list[Codec]]:
+        """Of a layer's keys and values, on the device of ``value``; made once, for all samples."""
+        known = self.__dict__.setdefault("_by_layer", {})
+        if (layer, value.device) not in known:
+            statics = {name: torch.from_numpy(array) for name, array in self.transforms.layer(layer).items()}
+            rotation = Transform.rotation(len(value), value.shape[-1])
+            keys, values = [], []
+            for bits in self.bits:
+                turned = wants_transform(bits)
+                keys.append(Codec(bits, Transform.of_keys(**statics, bits=bits).to(value.device) if turned else None))
+                values.append(Codec(bits, rotation.to(value.device) if turned else None))
+            known[layer, value.device] = keys, values
+        found: tuple[list[Codec], list[Codec]] = known[layer, value.device]
+        return found
+
+    def _seen(self, x: Tensor, codecs: Sequence[Codec], sink: int) -> Tensor:
         """``x`` and what each codec gives back, ``[codec, kv_heads, N, head_dim]``."""
         positions = torch.arange(x.shape[1], device=x.device)
-        codecs = [Codec(bits, transforms[bits].to(x.device) if bits in transforms else None) for bits in self.bits]
         return torch.stack([x, *(codec.seen(x, positions, sink) for codec in codecs)])
 
     def header(self, lengths: Sequence[int]) -> TiersHeader:

@@ -58,9 +58,12 @@ class Codec:
         """Check the number of bits.
 
         Raises:
-            ValueError: It isn't one of `BITS`.
+            ValueError: It isn't one of `BITS`, or the transform is for codes of other bits.
         """
         _require(self.bits)
+        made_for = None if self.transform is None else self.transform.bits
+        if made_for not in (None, self.bits):
+            raise ValueError(f"the transform is for codes of {made_for} bits, not {self.bits}")
 
     def encode(self, x: Tensor, positions: Tensor | None = None) -> Codes:
         """Store vectors.

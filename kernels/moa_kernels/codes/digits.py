@@ -12,6 +12,8 @@ matrix that leads back holds two rows of such a channel, one 2**bits times the o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,4 +77,7 @@ def in_digits(
             back[head, : 2 * count] = torch.cat([2**bits * low, low])
             weights[head] = size.square()
             norms[head] += count * ratio
+            # Steps may be far smaller than keys: in units near one, float16 holds scales. Powers of two round nothing.
+            unit = 2.0 ** round(math.log2(float(spectrum[head, some].mean())) / 2)
+            into[head], back[head] = into[head] / unit, back[head] * unit
     return into, back, Digits(counts, weights, norms)

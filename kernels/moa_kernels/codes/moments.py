@@ -71,4 +71,5 @@ class Moments:
         sizes, left = (part.diagonal(dim1=-2, dim2=-1).sum(-1) for part in (square, spread))
         spread = torch.where((left <= ALIKE * sizes)[:, None, None], 0, spread)
         matrix, spectrum = balance(spread, self.query_square / self.tokens)
-        return matrix.float(), mean.float(), spectrum.float()
+        # Of keys too small for float32 any spectrum will do, but for zeros.
+        return matrix.float(), mean.float(), spectrum.float().clamp(min=torch.finfo(torch.float32).tiny)

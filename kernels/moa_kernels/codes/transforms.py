@@ -32,6 +32,7 @@ class Transform:
         mean: ``[kv_heads, width]``, or None where nothing is taken off.
         rotary: What keys went through, to be undone first; None where there is none.
         digits: Which codes are digits of one channel; None where each is a channel.
+        bits: Of the codes that it is for; None where it is for any below 8.
     """
 
     into: Tensor
@@ -39,6 +40,7 @@ class Transform:
     mean: Tensor | None = None
     rotary: Rotary | None = None
     digits: Digits | None = None
+    bits: int | None = None
 
     @classmethod
     def rotation(cls, kv_heads: int, width: int) -> Transform:
@@ -63,13 +65,7 @@ class Transform:
         Raises:
             ValueError: Shapes don't fit together, numbers aren't finite, or a matrix has no inverse.
         """
-        if balance.ndim != 3 or balance.shape[1] != balance.shape[2] or mean.shape != balance.shape[:2]:
-            raise ValueError(
-                f"balance {tuple(balance.shape)} must be [kv_heads, width, width] and mean {tuple(mean.shape)} "
-                "[kv_heads, width]"
-            )
-        if not (balance.isfinite().all() and mean.isfinite().all()):
-            raise ValueError("balance and mean must be finite")
+        _require_statics(balance, mean)
         rotation = hadamard(balance.shape[-1]).to(balance.device)
         inverse = _inverse(balance)
         return cls(balance.double() @ rotation, rotation.mT @ inverse, mean.double(), rotary)
@@ -97,15 +93,17 @@ class Transform:
             bits: Of a code, below 8.
 
         Raises:
-            ValueError: As `balanced` and `Rotary`.
+            ValueError: As `balanced` and `Rotary`, or a spectrum isn't positive and decreasing.
         """
         rotary = Rotary(frequencies.double(), order.long()) if frequencies.any() else None
-        plain = cls.balanced(balance, mean, rotary)
         if spectrum is None:
-            return plain
+            return cls.balanced(balance, mean, rotary)
+        _require_statics(balance, mean)
+        if spectrum.shape != mean.shape or not ((spectrum > 0).all() and (spectrum.diff() <= 0).all()):
+            raise ValueError(f"spectrum {tuple(spectrum.shape)} must be {tuple(mean.shape)}, positive and decreasing")
         counts = allotted(spectrum, bits)
         into, back, digits = in_digits(balance.double(), _inverse(balance), spectrum.double(), counts, bits)
-        return cls(into, back, plain.mean, rotary, digits)
+        return cls(into, back, mean.double(), rotary, digits, bits)
 
     def apply(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """What is to be coded, float64.
@@ -146,14 +144,24 @@ class Transform:
         index = torch.tensor(heads, dtype=torch.long, device=self.into.device)
         mean = None if self.mean is None else self.mean[index]
         digits = None if self.digits is None else self.digits.of(index)
-        return Transform(self.into[index], self.back[index], mean, self.rotary, digits)
+        return Transform(self.into[index], self.back[index], mean, self.rotary, digits, self.bits)
 
     def to(self, device: torch.device | str) -> Transform:
         """The same on another device."""
         mean = None if self.mean is None else self.mean.to(device)
         rotary = None if self.rotary is None else self.rotary.to(device)
         digits = None if self.digits is None else self.digits.to(device)
-        return Transform(self.into.to(device), self.back.to(device), mean, rotary, digits)
+        return Transform(self.into.to(device), self.back.to(device), mean, rotary, digits, self.bits)
+
+
+def _require_statics(balance: Tensor, mean: Tensor) -> None:
+    if balance.ndim != 3 or balance.shape[1] != balance.shape[2] or mean.shape != balance.shape[:2]:
+        raise ValueError(
+            f"balance {tuple(balance.shape)} must be [kv_heads, width, width] and mean {tuple(mean.shape)} "
+            "[kv_heads, width]"
+        )
+    if not (balance.isfinite().all() and mean.isfinite().all()):
+        raise ValueError("balance and mean must be finite")
 
 
 def _inverse(balance: Tensor) -> Tensor:

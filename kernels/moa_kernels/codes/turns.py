@@ -26,6 +26,8 @@ class Turns:
         order: Its channels, int64 ``[width]``, the pairs' first ones, then their second ones.
         value_into: Float64 ``[kv_heads, width, width]``.
         value_back: Its inverse.
+        digits: `Digits.counts` of keys, int64 ``[kv_heads]``; 0 where no codes are digits.
+        digit_sizes: `Digits.weights` and ``norms``, float64 ``[kv_heads, 2]``.
     """
 
     key_into: Tensor

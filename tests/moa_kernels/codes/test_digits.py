@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from moa_kernels.codes import Codec, Transform
-from moa_kernels.codes.digits import allotted
+from moa_kernels.codes import Codec, Moments, Transform
+from moa_kernels.codes.digits import allotted, in_digits
 from moa_kernels.codes.levels import NORMAL_ERRORS, NORMAL_STEPS, Digits, quantise
 
 CODED = (4, 3, 2)
@@ -79,8 +79,6 @@ def test_as_many_channels_as_cost_least_have_two_digits(bits):
     assert chosen[0] == 0 < chosen[-1] < 32
 
     def cost(counts):
-        from moa_kernels.codes.digits import in_digits
-
         same = torch.eye(64, dtype=torch.float64).expand(6, -1, -1)
         into, back, digits = in_digits(same, same, spectrum, counts, bits)
         codec = Codec(bits, Transform(into, back, digits=digits))
@@ -124,6 +122,66 @@ def test_a_number_that_is_none_shows_throughout_its_vector_alone(bits, bad):
     x[0, 1, 5] = bad
     codec = Codec(bits, of_keys(spectrum, bits))
     back = codec.decode(codec.encode(x), torch.float64)
-    assert back[0, 1, : 32 - int(allotted(spectrum, bits)[0])].isnan().all()
+    assert back[0, 1].isnan().all()
     assert back[0, [0, 2]].isfinite().all()
     assert not codec.decode(codec.encode(torch.zeros(1, 2, 32)), torch.float64).any()
+
+
+def measured(query, key, bits):
+    """As profiles have them: without a spectrum and with one."""
+    width = key.shape[-1]
+    balance, mean, spectrum = Moments.of(query, key, key).key_statics()
+    statics = balance, torch.zeros(width // 2), mean, torch.arange(width)
+    return [Transform.of_keys(*statics, spectrum=one, bits=bits) for one in (None, spectrum)]
+
+
+@pytest.mark.parametrize("bits", CODED)
+@pytest.mark.parametrize("width", [8, 24, 40, 64, 80, 112, 256])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param(lambda x: 0 * x, id="zeros"),
+        pytest.param(lambda x: x[:, :1].expand_as(x), id="all alike"),
+        pytest.param(lambda x: x[..., :1] * x[:, :1], id="one direction"),
+        pytest.param(lambda x: 1e-22 * x, id="no number in float32"),
+    ],
+)
+def test_keys_with_nothing_in_most_channels(keys, width, bits):
+    x = normal(2, 2 * width, width)
+    key = keys(x).float()
+    plain, digits = measured(normal(2, 2 * width, width, seed=1), key, bits)
+    assert digits.into.isfinite().all()
+    assert digits.back.isfinite().all()
+    seen = [Codec(bits, one).seen(key, torch.arange(2 * width), 0) for one in (plain, digits)]
+    errors = [float((one - key).double().square().mean()) for one in seen]
+    assert errors[1] <= 1.5 * errors[0] + 1e-3 * float(key.double().square().mean())
+
+
+@pytest.mark.parametrize("bits", CODED)
+def test_codes_of_tiny_keys_are_those_of_large_ones(bits):
+    key, query = (normal(1, 200, 64, seed=seed) * steep(64, 10).sqrt() for seed in (0, 1))
+    found = []
+    for size in (1, 2.0**-16):
+        digits = measured(query, size * key, bits)[1]
+        assert digits.digits.counts.all()
+        found.append(Codec(bits, digits).encode(size * key))
+    assert (found[0].scales > 2**-14).all(), "no float16 of fewer digits"
+    assert torch.equal(found[0].scales, found[1].scales)
+    assert (found[0].packed != found[1].packed).double().mean() < 1e-3
+
+
+def test_a_transform_is_for_codes_of_its_bits():
+    transform = of_keys(steep(64, 5), 3)
+    for bits in (8, 4, 2):
+        with pytest.raises(ValueError, match=f"for codes of 3 bits, not {bits}"):
+            Codec(bits, transform.of([0]).to("cpu"))
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [torch.zeros(1, 64), torch.ones(64), steep(64, 5).flip(-1), math.nan * steep(64, 5), torch.ones(2, 64)],
+)
+def test_a_spectrum_is_positive_and_decreasing(spectrum):
+    statics = torch.eye(64)[None], torch.zeros(32), torch.zeros(1, 64), torch.arange(64)
+    with pytest.raises(ValueError, match="spectrum"):
+        Transform.of_keys(*statics, spectrum=spectrum, bits=2)
