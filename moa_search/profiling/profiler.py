@@ -15,8 +15,9 @@ from moa_kernels.backends import Impl, choose
 from moa_kernels.codes import BITS, token_bytes
 
 from moa_search.data import Sample, hash_samples
-from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError
+from moa_search.errors import BackendUnavailableError, ConfigError, ModelUnsupportedError, ProfilingError
 from moa_search.formats import ModelSignature
+from moa_search.formats.files import one_line
 from moa_search.formats.profile import Profile, RunSummary
 from moa_search.formats.profile_content import LengthProfile, ProfileHeader
 from moa_search.formats.transforms import KeyTransforms
@@ -94,7 +95,7 @@ def profile_samples(
     Raises:
         ModelUnsupportedError: The model's attention can't be observed.
         ConfigError: A sample is longer than the model's context, or ``partial`` holds another run's results.
-        ProfilingError: A loss isn't finite.
+        ProfilingError: A loss isn't finite, or transforms of keys can't be used.
         BackendUnavailableError: Triton was asked for and can't run.
     """
     if not samples:
@@ -135,7 +136,11 @@ def profile_samples(
 
         tensors = workers.from_first(workers.by_first(lambda: results.once("transforms", measured)))
         assert tensors is not None
-        found = KeyTransforms.of(tensors, signature)
+        try:
+            found = KeyTransforms.of(tensors, signature)
+        except ValueError as error:
+            kept = "" if partial is None else "; a run before may have left them: start anew with --resume false"
+            raise ProfilingError(f"transforms of keys can't be used ({one_line(error)}){kept}") from None
         meter = dataclasses.replace(meter, tiers=TierMeter(bits, found, impl))
     seconds = _measure_all(meter, samples, results, workers, checkpointing)
 

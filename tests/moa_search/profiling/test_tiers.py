@@ -9,6 +9,7 @@ import pytest
 import torch
 from moa_kernels.coded_influence import coded_changes
 from moa_kernels.codes import Codec, Moments, Transform
+from safetensors.numpy import load_file, save_file
 from transformers import Gemma2Config, GlmConfig, Qwen3Config, StableLmConfig
 
 from moa_search.data import Sample
@@ -173,6 +174,46 @@ def test_a_run_that_goes_on_keeps_its_transforms(tmp_path, monkeypatch):
     found = profile_samples(make_model(), make_samples(), tiers=[4, 2], partial=tmp_path / "partial")
     assert found.checksum == expected.checksum
     assert not calls
+
+
+def change_kept(folder, change):
+    """Transforms that a stopped run left behind, changed."""
+    path = folder / "transforms.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_a_run_from_before_goes_on_without_a_spectrum(tmp_path, monkeypatch):
+    stopped_at_once(tmp_path, monkeypatch)
+    change_kept(tmp_path, lambda tensors: tensors.pop("spectrum"))
+    found = profile_samples(make_model(), make_samples(), tiers=[4, 2], partial=tmp_path)
+    assert found.tiers.transforms.spectrum is None
+    again = profile_samples(make_model(), make_samples(), tiers=[4, 2], transforms=found)
+    for name, values in found.tiers.arrays().items():
+        np.testing.assert_array_equal(again.tiers.arrays()[name], values)
+
+
+def test_damaged_transforms_of_a_stopped_run_are_one_line(tmp_path, monkeypatch):
+    stopped_at_once(tmp_path, monkeypatch)
+    change_kept(tmp_path, lambda tensors: tensors["spectrum"].fill(0))
+    with pytest.raises(
+        ProfilingError, match=r"spectrum isn't positive and decreasing at layer 0, .*--resume false"
+    ) as error:
+        profile_samples(make_model(), make_samples(), tiers=[4, 2], partial=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def stopped_at_once(folder, monkeypatch):
+    """A run that ends before its first sample."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.SampleMeter, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            profile_samples(make_model(), make_samples(), tiers=[4, 2], partial=folder)
 
 
 def test_profiles_under_the_same_transforms_merge():
