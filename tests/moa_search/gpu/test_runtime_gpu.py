@@ -51,10 +51,11 @@ def build(kind="Llama", dtype=torch.float32, bits=16, **changes):
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to("cuda", dtype).eval()
     model.generation_config.eos_token_id = None
     signature = ModelSignature.of(config)
-    rules = [[RULES[(index + head) % 4] for head in range(2)] for index in range(signature.num_hidden_layers)]
+    layers, heads = range(signature.num_hidden_layers), range(signature.num_key_value_heads)
+    rules = [[RULES[(index + head) % 4] for head in heads] for index in layers]
     if bits == 16:
         return model, Plan.from_rules(rules, signature)
-    tiers = [[TIERS[(2 * index + head) % 5] for head in range(2)] for index in range(signature.num_hidden_layers)]
+    tiers = [[TIERS[(len(heads) * index + head) % 5] for head in heads] for index in layers]
     return model, Plan.from_rules(rules, signature, tiers=tiers, transforms=key_transforms(signature))
 
 
@@ -69,8 +70,14 @@ def logits_in_parts(model, cache, sequence, sizes):
 
 @pytest.mark.parametrize(("kind", "bits"), [*((kind, 16) for kind in KINDS), ("Llama", "mixed"), ("Gemma2", "mixed")])
 def test_kernels_give_what_torch_gives_in_chunks_and_token_by_token(kind, bits):
-    # Kernels multiply codes on tensor cores, in 16 bits.
-    model, plan = build(kind, torch.float32 if bits == 16 else torch.float16, bits)
+    if bits == 16:
+        model, plan = build(kind)
+    else:
+        # Kernels multiply codes on tensor cores, in 16 bits. One layer: the next one would code what rounding changes,
+        # where a number on the border of two levels falls to either, and differences grow without bound.
+        one = {"num_hidden_layers": 1, "num_key_value_heads": 8}
+        one |= {"layer_types": ["full_attention"]} if kind == "Gemma2" else {}
+        model, plan = build(kind, torch.float16, bits, **one)
     sequence, sizes = tokens(2, 1600), [700, 1, 1, 500, 300, *[1] * 98]
     found = {}
     for impl in ("torch", "triton", "auto"):
