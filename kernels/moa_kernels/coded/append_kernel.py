@@ -71,22 +71,9 @@ def append_kernel(
     if ringed & (bits < 16):
         within = tl.arange(0, BLOCK_E) < WIDTH // 8
         l0, l1, l2, l3, l4, l5, l6, l7, ratio = to_levels(
-            source,
-            into,
-            mean,
-            order,
-            angles,
-            digits,
-            digit_sizes,
-            head,
-            position,
-            bits,
-            is_key,
-            WIDTH,
-            RADIX,
-            BLOCK_E,
-            BLOCK_R,
-        )
+            source, into, mean, order, angles, digits, digit_sizes, head, position, bits, is_key,
+            WIDTH, RADIX, BLOCK_E, BLOCK_R,
+        )  # fmt: skip
         tl.store(scale, ratio)
         c0, c1, c2, c3 = code(l0, bits, within), code(l1, bits, within), code(l2, bits, within), code(l3, bits, within)
         c4, c5, c6, c7 = code(l4, bits, within), code(l5, bits, within), code(l6, bits, within), code(l7, bits, within)

@@ -36,22 +36,9 @@ def see_kernel(
         tl.store(target + column, tl.load(source + column, mask=column < WIDTH), mask=column < WIDTH)
     else:
         l0, l1, l2, l3, l4, l5, l6, l7, scale = to_levels(
-            source,
-            into,
-            mean,
-            order,
-            angles,
-            digits,
-            digit_sizes,
-            head,
-            position,
-            bits,
-            is_key,
-            WIDTH,
-            RADIX,
-            BLOCK_E,
-            BLOCK_R,
-        )
+            source, into, mean, order, angles, digits, digit_sizes, head, position, bits, is_key,
+            WIDTH, RADIX, BLOCK_E, BLOCK_R,
+        )  # fmt: skip
         from_levels(
             target, l0, l1, l2, l3, l4, l5, l6, l7, scale.to(tl.float32),
             back, mean, order, angles, head, position, bits, is_key, WIDTH, RADIX, BLOCK_E, BLOCK_R,

@@ -50,6 +50,22 @@ def _weighed(product, count, weight, PART: tl.constexpr, WIDTH: tl.constexpr, BL
 
 
 @triton.jit
+def _sum_weighed(
+    p0, p1, p2, p3, p4, p5, p6, p7, count, weight, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """The sum of the products of all eight parts, as `_weighed`."""
+    sums = _weighed(p0, count, weight, 0, WIDTH, BLOCK_E)
+    sums += _weighed(p1, count, weight, 1, WIDTH, BLOCK_E)
+    sums += _weighed(p2, count, weight, 2, WIDTH, BLOCK_E)
+    sums += _weighed(p3, count, weight, 3, WIDTH, BLOCK_E)
+    sums += _weighed(p4, count, weight, 4, WIDTH, BLOCK_E)
+    sums += _weighed(p5, count, weight, 5, WIDTH, BLOCK_E)
+    sums += _weighed(p6, count, weight, 6, WIDTH, BLOCK_E)
+    sums += _weighed(p7, count, weight, 7, WIDTH, BLOCK_E)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
 def _digit_of(level, bits, count, PART: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
     """The level of a place's digit, float32: the high one's, the low one's, or the number's itself."""
     place = PART * (WIDTH // 8) + tl.arange(0, BLOCK_E)
@@ -116,15 +132,9 @@ def to_levels(
     count = tl.load(digits + head, mask=turned, other=0).to(tl.int32)
     weight = tl.load(digit_sizes + 2 * head, mask=turned, other=1.0)
     norm = tl.load(digit_sizes + 2 * head + 1, mask=turned, other=WIDTH * 1.0)
-    sums = _weighed(y0 * y0, count, weight, 0, WIDTH, BLOCK_E)
-    sums += _weighed(y1 * y1, count, weight, 1, WIDTH, BLOCK_E)
-    sums += _weighed(y2 * y2, count, weight, 2, WIDTH, BLOCK_E)
-    sums += _weighed(y3 * y3, count, weight, 3, WIDTH, BLOCK_E)
-    sums += _weighed(y4 * y4, count, weight, 4, WIDTH, BLOCK_E)
-    sums += _weighed(y5 * y5, count, weight, 5, WIDTH, BLOCK_E)
-    sums += _weighed(y6 * y6, count, weight, 6, WIDTH, BLOCK_E)
-    sums += _weighed(y7 * y7, count, weight, 7, WIDTH, BLOCK_E)
-    squares = tl.sum(sums, 0)
+    squares = _sum_weighed(
+        y0 * y0, y1 * y1, y2 * y2, y3 * y3, y4 * y4, y5 * y5, y6 * y6, y7 * y7, count, weight, WIDTH, BLOCK_E
+    )  # fmt: skip
     normal = tl.where(bits == 4, STEP_4, tl.where(bits == 3, STEP_3, STEP_2)).to(tl.float64)
     step = tl.sqrt(squares / norm) * normal
     if bits == 8:
@@ -139,15 +149,9 @@ def to_levels(
     l5 = _level(y5, step, bits, count, 5, WIDTH, BLOCK_E)
     l6 = _level(y6, step, bits, count, 6, WIDTH, BLOCK_E)
     l7 = _level(y7, step, bits, count, 7, WIDTH, BLOCK_E)
-    sums = _weighed(y0 * l0, count, weight, 0, WIDTH, BLOCK_E)
-    sums += _weighed(y1 * l1, count, weight, 1, WIDTH, BLOCK_E)
-    sums += _weighed(y2 * l2, count, weight, 2, WIDTH, BLOCK_E)
-    sums += _weighed(y3 * l3, count, weight, 3, WIDTH, BLOCK_E)
-    sums += _weighed(y4 * l4, count, weight, 4, WIDTH, BLOCK_E)
-    sums += _weighed(y5 * l5, count, weight, 5, WIDTH, BLOCK_E)
-    sums += _weighed(y6 * l6, count, weight, 6, WIDTH, BLOCK_E)
-    sums += _weighed(y7 * l7, count, weight, 7, WIDTH, BLOCK_E)
-    along = tl.sum(sums, 0)
+    along = _sum_weighed(
+        y0 * l0, y1 * l1, y2 * l2, y3 * l3, y4 * l4, y5 * l5, y6 * l6, y7 * l7, count, weight, WIDTH, BLOCK_E
+    )  # fmt: skip
     l0 = _digit_of(l0, bits, count, 0, WIDTH, BLOCK_E)
     l1 = _digit_of(l1, bits, count, 1, WIDTH, BLOCK_E)
     l2 = _digit_of(l2, bits, count, 2, WIDTH, BLOCK_E)

@@ -84,10 +84,10 @@ class Codec:
         x = x.detach()
         if self.bits == 16:
             return Codes(x.contiguous().view(torch.uint8), None)
-        turn = self.transform
-        codes, scales = quantise(
-            x if turn is None else turn.apply(x, positions), self.bits, None if turn is None else turn.digits
-        )
+        if self.transform is None:
+            codes, scales = quantise(x, self.bits)
+        else:
+            codes, scales = quantise(self.transform.apply(x, positions), self.bits, self.transform.digits)
         return Codes(pack(codes, self.bits), scales)
 
     def decode(self, codes: Codes, dtype: torch.dtype, positions: Tensor | None = None) -> Tensor:

@@ -149,11 +149,12 @@ INLINE void multiply_row(const double* x, const double* matrix, int64_t dim, dou
 INLINE uint16_t quantise(const double* y, int64_t dim, int64_t bits, uint8_t* codes, int64_t count, double weight,
                          double norm) {
   constexpr double STEPS[] = {0, 0, 0.99568669, 0.58601943, 0.33520063};
+  const auto times = [=](int64_t d) { return d < count ? weight : d < 2 * count ? 0. : 1.; };  // in sums
   double peak = 0, squares = 0;
   for (int64_t d = 0; d < dim; d++) {
     const double size = __builtin_fabs(y[d]);
     peak = size > peak || size != size ? size : peak;
-    squares += y[d] * y[d] * (d < count ? weight : d < 2 * count ? 0 : 1);
+    squares += y[d] * y[d] * times(d);
   }
   const double step = bits == 8 ? (squares != squares ? squares : peak * (2. / 255)) : __builtin_sqrt(squares / norm) * STEPS[bits];
   double along = 0;
@@ -162,7 +163,7 @@ INLINE uint16_t quantise(const double* y, int64_t dim, int64_t bits, uint8_t* co
     const double low = -(1 << (wide - 1)), high = (1 << (wide - 1)) - 1;
     double level = step > 0 ? __builtin_floor(y[d] / step) : 0;
     level = (level < low ? low : level > high ? high : level) + 0.5;
-    along += y[d] * level * (d < count ? weight : d < 2 * count ? 0 : 1);
+    along += y[d] * level * times(d);
     const int64_t code = level == level ? (int64_t)(level + middle(wide)) : 0;
     codes[d] = (uint8_t)(d < count ? code >> bits : d < 2 * count ? code & ((1 << bits) - 1) : code);
   }
